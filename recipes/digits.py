@@ -1,0 +1,176 @@
+"""The tiny world: 64 x 64 scenes of real handwritten digits, their captions and questions, and their judge.
+
+A scene is a 2 x 2 layout of 32-pixel cells. A cell is empty or holds one scan from scikit-learn's
+`load_digits`, enlarged to 28 x 28 and tinted with one of six colours. The scans are split once and for all
+here (`load_scans`): everything that trains uses "train", everything that is reported uses "held-out".
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.svm import SVC
+
+IMAGE_SIZE = 64
+CELL_SIZE = 32
+DIGIT_SIZE = 28
+MARGIN = (CELL_SIZE - DIGIT_SIZE) // 2
+BACKGROUND = np.array([16, 16, 16], dtype=np.float32)
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+COLOURS = {
+    "red": (235, 50, 50),
+    "yellow": (230, 220, 40),
+    "green": (50, 210, 70),
+    "cyan": (50, 215, 225),
+    "blue": (70, 90, 245),
+    "magenta": (235, 60, 220),
+}
+QUESTION_KINDS = ("digit", "colour", "count")
+DESCRIBE = "Describe the image."
+_SPLIT_SEED = 20260320
+
+
+@cache
+def load_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The scans of one split, "train" (1 437) or "held-out" (360).
+
+    Returns:
+        scans (N, 8, 8) float32 in [0, 1] and their digits (N,).
+    """
+    images, digits = load_digits(return_X_y=True)
+    train_x, held_x, train_y, held_y = train_test_split(
+        images.reshape(-1, 8, 8).astype(np.float32) / 16.0, digits, test_size=0.2, stratify=digits, random_state=_SPLIT_SEED
+    )
+    return {"train": (train_x, train_y), "held-out": (held_x, held_y)}[split]
+
+
+@cache
+def _enlarged_scans(split: str) -> np.ndarray:
+    scans, _ = load_scans(split)
+    size = (DIGIT_SIZE, DIGIT_SIZE)
+    return np.stack([np.asarray(Image.fromarray(scan).resize(size, Image.Resampling.BILINEAR)) for scan in scans])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One tinted digit: what it is, its colour's name, and which scan of its split shows it."""
+
+    digit: int
+    colour: str
+    scan: int = -1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Four cells in raster order; `None` is an empty cell."""
+
+    cells: tuple[Cell | None, ...]
+
+    def caption(self, order: list[int] | None = None) -> str:
+        """ "a red 3 at the top left and a blue 7 at the bottom right": the filled cells, in raster order or `order`."""
+        filled = [place for place in (order or range(4)) if self.cells[place] is not None]
+        return " and ".join(f"a {self.cells[p].colour} {self.cells[p].digit} at the {PLACES[p]}" for p in filled)
+
+    def shuffled_caption(self, rng: np.random.Generator) -> str:
+        """The caption as a drawing prompt: the cells in any order."""
+        return self.caption([int(place) for place in rng.permutation(4)])
+
+    def question(self, kind: str, rng: np.random.Generator) -> tuple[str, str] | None:
+        """A question of one of `QUESTION_KINDS` and its answer; `None` where the scene does not settle it."""
+        filled = [place for place in range(4) if self.cells[place] is not None]
+        if kind == "count":
+            return "How many digits are there?", str(len(filled))
+        if kind == "digit":
+            place = filled[rng.integers(len(filled))]
+            return f"What digit is at the {PLACES[place]}?", str(self.cells[place].digit)
+        digits = [self.cells[place].digit for place in filled]
+        unique = [place for place in filled if digits.count(self.cells[place].digit) == 1]
+        if not unique:
+            return None
+        cell = self.cells[unique[rng.integers(len(unique))]]
+        return f"What colour is the {cell.digit}?", cell.colour
+
+    def render(self, split: str) -> np.ndarray:
+        """The scene's pixels, (64, 64, 3) uint8."""
+        pixels = np.broadcast_to(BACKGROUND, (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
+        for place, cell in enumerate(self.cells):
+            if cell is None:
+                continue
+            ink = _enlarged_scans(split)[cell.scan][..., None]  # (28, 28, 1)
+            top, left = (CELL_SIZE * index + MARGIN for index in divmod(place, 2))
+            window = pixels[top : top + DIGIT_SIZE, left : left + DIGIT_SIZE]
+            window += ink * (np.array(COLOURS[cell.colour], dtype=np.float32) - window)
+        return pixels.round().astype(np.uint8)
+
+    def image(self, split: str) -> Image.Image:
+        """`render` as a PIL image."""
+        return Image.fromarray(self.render(split))
+
+
+def random_scene(rng: np.random.Generator, split: str) -> Scene:
+    """One to four digits (uniformly), in random cells, of random colours, shown by scans of `split`."""
+    _, digits = load_scans(split)
+    cells: list[Cell | None] = [None] * 4
+    for place in rng.permutation(4)[: rng.integers(1, 5)]:
+        scan = int(rng.integers(len(digits)))
+        cells[place] = Cell(int(digits[scan]), list(COLOURS)[rng.integers(len(COLOURS))], scan)
+    return Scene(tuple(cells))
+
+
+@cache
+def _digit_judge() -> SVC:
+    scans, digits = load_scans("train")
+    return SVC(C=10.0, gamma="scale").fit(scans.reshape(len(scans), -1), digits)
+
+
+def judge(images: np.ndarray) -> list[Scene]:
+    """Reads drawn scenes with a classifier trained on the real scans: no part of the model is asked.
+
+    A cell whose brightest ink is faint is empty; else its colour is the nearest hue, and its digit what an SVC,
+    trained on the raw 8 x 8 scans of the train split, says of the cell scaled back to 8 x 8.
+
+    Args:
+        images: (B, 64, 64, 3) uint8.
+    """
+    # (B, 64, 64, 3) -> (B * 4, 28, 28, 3): the four cells without their margins
+    cells = images.reshape(-1, 2, CELL_SIZE, 2, CELL_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
+    cells = cells.reshape(-1, CELL_SIZE, CELL_SIZE, 3)[:, MARGIN:-MARGIN, MARGIN:-MARGIN].astype(np.float32)
+    ink = (cells - BACKGROUND).max(-1)  # (B * 4, 28, 28)
+    peak = np.quantile(ink, 0.98, axis=(1, 2))  # one odd pixel is not ink
+    small = np.stack(
+        [np.asarray(Image.fromarray(x).resize((8, 8), Image.Resampling.BOX)) for x in ink / np.maximum(peak, 1)[:, None, None]]
+    )
+    digits = _digit_judge().predict(small.clip(0, 1).reshape(len(small), -1))
+    read: list[Cell | None] = []
+    for cell, cell_ink, cell_peak, digit in zip(cells, ink, peak, digits, strict=True):
+        if cell_peak < 60:
+            read.append(None)
+            continue
+        tint = cell[cell_ink > 0.6 * cell_peak].mean(0)
+        read.append(Cell(int(digit), _nearest_hue(tint)))
+    return [Scene(tuple(read[i : i + 4])) for i in range(0, len(read), 4)]
+
+
+def right_cells(asked: Scene, drawn: Scene) -> int:
+    """How many of the four cells are right: the asked digit in the asked colour, or empty where nothing was asked."""
+    return sum(
+        (a is None and d is None) or (a is not None and d is not None and (a.digit, a.colour) == (d.digit, d.colour))
+        for a, d in zip(asked.cells, drawn.cells, strict=True)
+    )
+
+
+def _nearest_hue(rgb: np.ndarray) -> str:
+    def hue(value) -> float:
+        return colorsys.rgb_to_hsv(*(float(channel) / 255 for channel in value))[0]
+
+    def distance(name: str) -> float:
+        gap = abs(hue(rgb) - hue(COLOURS[name]))
+        return min(gap, 1 - gap)
+
+    return min(COLOURS, key=distance)

@@ -1,0 +1,19 @@
+"""uc-adapters: one small adapter shortens what a unified model reads and what it draws (UniCompress, arXiv 2603.11320).
+
+Importing registers the method with PEFT, so that `PeftModel`, `AutoPeftModel` and transformers' `load_adapter` know it.
+"""
+
+from peft import mapping as _peft_mapping
+
+from .config import UCPeftType, UniCompressConfig
+from .data import UniCompressCollator
+from .model import UniCompressModel, get_uc_model
+from .tuner import UniCompressTuner
+from .version import __version__
+
+# PEFT has no extension point yet (peft issue 2273): `register_peft_method` refuses types outside its own enum.
+_peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressConfig
+_peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressTuner
+_peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressTuner.prefix
+
+__all__ = ["UniCompressCollator", "UniCompressConfig", "UniCompressModel", "__version__", "get_uc_model"]

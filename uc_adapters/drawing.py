@@ -1,0 +1,127 @@
+"""Compact drawing over a base's own code embeddings and head: what training and generation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .compression import CompactCodes, DrawCompressor
+from .families import Janus
+from .layers import cells_to_raster
+
+# logits (B, K) -> codes (B,)
+Sampler = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Scores:
+    """What the true codes of one batch score, each (B, N_g + 1 + T'); zero at the separator.
+
+    A place of the "cell" decompressor holds s^2 codes: its log-probability is their sum (the exact likelihood), its
+    accuracy their mean.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    accuracy: torch.Tensor
+
+
+class Drawing:
+    """One adapter's drawing side, bound to its base.
+
+    Args:
+        family: The base.
+        module: The active adapter's `DrawCompressor`.
+    """
+
+    def __init__(self, family: Janus, module: DrawCompressor):
+        self.family, self.module = family, module
+        self.codebook = family.codebook  # (K, C)
+        self.dtype = module.separator.dtype
+
+    @torch.no_grad()
+    def compress(self, pixel_values: torch.Tensor) -> CompactCodes:
+        """Pixels (B, 3, S, S) -> the codes to draw."""
+        return self.module.compress(self.family.latents(pixel_values), self.codebook)
+
+    def embed(self, codes: CompactCodes) -> torch.Tensor:
+        """Inputs of the language model for `G [IMG_SEP] X`, (B, N_g + 1 + T', D)."""
+        globals_ = self.family.embed_codes(codes.globals)  # (B, N_g, D)
+        cells = self.embed_cells(codes.cells)  # (B, T', D)
+        separator = self.separator.expand(len(cells), 1, -1)
+        return torch.cat([globals_.to(cells.dtype), separator, cells], 1)
+
+    @property
+    def separator(self) -> torch.Tensor:
+        """The learned embedding of IMG_SEP, (D,), in the language model's dtype."""
+        return self.module.separator.to(self.family.base.dtype)
+
+    def embed_cells(self, cells: torch.Tensor) -> torch.Tensor:
+        """Codes of cells (B, T', k) -> (B, T', D): one code's embedding, or a cell's pooled embedding."""
+        embeddings = self.family.embed_codes(cells)  # (B, T', k, D)
+        if not self.module.in_loop:
+            return embeddings.squeeze(2)
+        pooled = self.module.decompressor.embed(embeddings.to(self.dtype), self.entries(cells))
+        return pooled.to(embeddings.dtype)
+
+    def entries(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (...) -> codebook entries (..., C), in the adapter's dtype."""
+        return self.codebook[codes].to(self.dtype)
+
+    def score(self, hidden: torch.Tensor, codes: CompactCodes) -> Scores:
+        """Scores the true codes from the hidden states before each place, (B, N_g + 1 + T', D)."""
+        count = codes.globals.shape[1]
+        parts = []
+        if count:
+            parts.append(_score(self.family.code_logits(hidden[:, :count]), codes.globals))
+        parts.append(torch.zeros(3, len(hidden), 1, device=hidden.device))  # the separator is never predicted
+        before_cells = hidden[:, count + 1 :]  # (B, T', D)
+        if not self.module.in_loop:
+            parts.append(_score(self.family.code_logits(before_cells), codes.cells.squeeze(2)))
+        else:
+            flat = before_cells.flatten(0, 1).to(self.dtype)  # (B * T', D)
+            globals_ = self.entries(codes.globals).repeat_interleave(before_cells.shape[1], 0)  # (B * T', N_g, C)
+            features = self.module.decompressor(self.entries(codes.cells.flatten(0, 1)), flat, globals_)
+            log_probs, entropy, accuracy = _score(self.family.code_logits(features), codes.cells.flatten(0, 1))
+            scores = torch.stack([log_probs.sum(-1), entropy.sum(-1), accuracy.mean(-1)])  # (3, B * T')
+            parts.append(scores.unflatten(1, before_cells.shape[:2]))
+        return Scores(*torch.cat(parts, 2))
+
+    def reconstruction_logits(self, codes: CompactCodes, cells: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced logits of the dense codes, (B, T, K), from compact entries (eq. 7); after the loop only."""
+        features = self.module.decompressor(self.entries(codes.dense), cells, globals_)
+        return self.family.code_logits(features)
+
+    def draw_cell(self, hidden: torch.Tensor, globals_: torch.Tensor, sample: Sampler) -> torch.Tensor:
+        """The codes of the next cell (B, k), from hidden states (B, D) and global codes (B, N_g)."""
+        if not self.module.in_loop:
+            return sample(self.family.code_logits(hidden)).unsqueeze(-1)
+        return self.module.decompressor.draw(
+            self.codebook.to(self.dtype),
+            hidden.to(self.dtype),
+            self.entries(globals_),
+            lambda features: sample(self.family.code_logits(features)),
+        )
+
+    def expand(self, globals_: torch.Tensor, cells: torch.Tensor, sample: Sampler) -> torch.Tensor:
+        """Dense codes (B, T) in raster order from drawn global codes (B, N_g) and cells (B, T', k)."""
+        if self.module.in_loop:
+            return cells_to_raster(cells, self.module.stride)
+        return self.module.decompressor.draw(
+            self.codebook.to(self.dtype),
+            self.entries(cells.squeeze(2)),
+            self.entries(globals_),
+            lambda features: sample(self.family.code_logits(features)),
+        )
+
+
+def _score(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Log-probability, entropy and top-1 hit of codes (B, L) under logits (B, L, K); (3, B, L)."""
+    log_probs = logits.float().log_softmax(-1)
+    chosen = log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        hits = (log_probs.argmax(-1) == codes).float()
+    return torch.stack([chosen, entropy, hits])

@@ -1,0 +1,219 @@
+"""The autoregressive decompressor (UniCompress, section 3, eq. 7), in three orders over one small decoder.
+
+    raster   T steps of one dense token, as in the paper
+    phase    s^2 steps; step p draws sub-position p of every cell at once
+    cell     s^2 steps inside one cell, next to the language model's step, from its continuous hidden state
+
+Every layer attends to the dense prefix (block-causally) and to a memory: (X_deq, G_hat) for raster and phase,
+(hidden state, G_hat) for cell. The input at a position is the embedding of the code before it in the order, the
+position, and the compact token of its cell. The output is of the language model's width: the base's own
+generation head turns it into logits, so no new K-wide matrix is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .attention import Attention
+from .compressor import cells_to_raster, raster_to_cells
+
+# features (B, D) -> codes (B,)
+PickCodes = Callable[[torch.Tensor], torch.Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm self-attention, cross-attention, MLP."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.self_attention = Attention(width)
+        self.cross_attention = Attention(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, memory, past=None, mask=None):
+        """x (B, L, W), memory keys and values, past keys and values or None; returns x and the grown past."""
+        y = self.norms[0](x)
+        keys, values = self.self_attention.keys_values(y)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        x = x + self.self_attention(y, (keys, values), mask)
+        x = x + self.cross_attention(self.norms[1](x), memory)
+        return x + self.mlp(self.norms[2](x)), (keys, values)
+
+
+class BlockDecoder(nn.Module):
+    """A transformer decoder over codes in a fixed order, `block` of them a step.
+
+    Args:
+        length: Codes in the sequence.
+        block: Codes drawn at once; it divides `length`.
+        code_width: C, the codebook's dimension.
+        width: W.
+        out_width: D.
+        layers: Number of layers.
+    """
+
+    def __init__(self, length: int, block: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__()
+        self.length, self.block = length, block
+        self.start = nn.Parameter(torch.randn(width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.code_in = nn.Linear(code_width, width)
+        self.layers = nn.ModuleList(DecoderLayer(width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, out_width)
+
+    def forward(self, entries: torch.Tensor, condition: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Teacher forcing.
+
+        Args:
+            entries: The codebook entries of the true codes, in the order, (B, L, C).
+            condition: What each position knows of its cell, (B, L, W).
+            memory: (B, M, W).
+
+        Returns:
+            Features of every position, (B, L, D).
+        """
+        before = self.code_in(entries[:, : -self.block])  # (B, L - block, W)
+        start = self.start.expand(len(entries), self.block, -1)
+        x = torch.cat([start, before], 1) + self.positions + condition
+        steps = torch.arange(self.length, device=x.device) // self.block
+        mask = steps[:, None] >= steps[None, :]  # block-causal, (L, L)
+        for layer in self.layers:
+            x, _ = layer(x, layer.cross_attention.keys_values(memory), mask=mask)
+        return self.out(self.norm(x))
+
+    def draw(self, codebook: torch.Tensor, condition: torch.Tensor, memory: torch.Tensor, pick: PickCodes) -> torch.Tensor:
+        """Draws all codes, `block` a step, with cached keys and values.
+
+        Args:
+            codebook: Unit-norm entries, (K, C).
+            condition: (B, L, W).
+            memory: (B, M, W).
+            pick: Turns features (B * block, D) into codes (B * block,).
+
+        Returns:
+            Codes in the order, (B, L).
+        """
+        memories = [layer.cross_attention.keys_values(memory) for layer in self.layers]
+        pasts: list = [None] * len(self.layers)
+        before = self.start.expand(len(condition), self.block, -1)
+        drawn = []
+        for first in range(0, self.length, self.block):
+            here = slice(first, first + self.block)
+            x = before + self.positions[here] + condition[:, here]
+            for index, layer in enumerate(self.layers):
+                x, pasts[index] = layer(x, memories[index], pasts[index])
+            features = self.out(self.norm(x))  # (B, block, D)
+            codes = pick(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (B, block)
+            drawn.append(codes)
+            before = self.code_in(codebook[codes])
+        return torch.cat(drawn, 1)
+
+
+class CompactDecompressor(nn.Module):
+    """Dense codes from compact *codes*, after the language model's loop: what raster and phase share."""
+
+    def __init__(self, stride: int, num_dense: int, block: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__()
+        self.stride = stride
+        self.cell_in = nn.Linear(code_width, width)
+        self.cell_positions = nn.Parameter(torch.randn(num_dense // stride**2, width) * 0.02)
+        self.global_in = nn.Linear(code_width, width)
+        self.decoder = BlockDecoder(num_dense, block, code_width, width, out_width, layers)
+
+    def order(self, x: torch.Tensor) -> torch.Tensor:
+        """From raster (B, T, ...) to the order of drawing."""
+        raise NotImplementedError
+
+    def unorder(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `order`."""
+        raise NotImplementedError
+
+    def forward(self, entries: torch.Tensor, cells: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
+        """Teacher forcing: entries of the true codes (B, T, C) -> features (B, T, D), both in raster order.
+
+        cells are the compact entries X_deq (B, T', C), globals_ is G_hat (B, N_g, C).
+        """
+        condition, memory = self._read(cells, globals_)
+        return self.unorder(self.decoder(self.order(entries), condition, memory))
+
+    def draw(self, codebook: torch.Tensor, cells: torch.Tensor, globals_: torch.Tensor, pick: PickCodes):
+        """Draws the dense codes (B, T) in raster order."""
+        condition, memory = self._read(cells, globals_)
+        return self.unorder(self.decoder.draw(codebook, condition, memory, pick))
+
+    def _read(self, cells: torch.Tensor, globals_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        compact = self.cell_in(cells) + self.cell_positions  # (B, T', W)
+        spread = compact.unsqueeze(2).expand(-1, -1, self.stride**2, -1)  # (B, T', s^2, W)
+        condition = self.order(cells_to_raster(spread, self.stride))  # (B, T, W)
+        return condition, torch.cat([compact, self.global_in(globals_)], 1)
+
+
+class RasterDecompressor(CompactDecompressor):
+    """T steps of one token, as in the paper."""
+
+    def __init__(self, stride: int, num_dense: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__(stride, num_dense, 1, code_width, width, out_width, layers)
+
+    def order(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def unorder(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class PhaseDecompressor(CompactDecompressor):
+    """s^2 steps; step p draws sub-position p of every cell."""
+
+    def __init__(self, stride: int, num_dense: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__(stride, num_dense, num_dense // stride**2, code_width, width, out_width, layers)
+
+    def order(self, x: torch.Tensor) -> torch.Tensor:
+        return raster_to_cells(x, self.stride).transpose(1, 2).flatten(1, 2)  # (B, s^2 * T', ...)
+
+    def unorder(self, x: torch.Tensor) -> torch.Tensor:
+        cells = x.unflatten(1, (self.stride**2, -1)).transpose(1, 2)  # (B, T', s^2, ...)
+        return cells_to_raster(cells, self.stride)
+
+
+class CellDecompressor(nn.Module):
+    """The s^2 codes of one cell from the language model's hidden state, inside its loop.
+
+    No pooled code stands between the language model and the dense codes, so nothing is lost to a 14-bit bottleneck
+    and the likelihood of the dense codes is exact. A cell's features start from its hidden state itself: untrained,
+    the first code of a cell is drawn as the base would draw it.
+    """
+
+    def __init__(self, stride: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__()
+        self.hidden_in = nn.Linear(out_width, width)
+        self.global_in = nn.Linear(code_width, width)
+        self.decoder = BlockDecoder(stride**2, 1, code_width, width, out_width, layers)
+        # The next step's input is the mean of the codes' embeddings: AvgPool in embedding space. It forgets which
+        # code stood where, so a linear map of the entries in their places is added; at zero, it starts as AvgPool.
+        self.places_in = nn.Linear(stride**2 * code_width, out_width, bias=False)
+        nn.init.zeros_(self.places_in.weight)
+
+    def forward(self, entries: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
+        """Teacher forcing: entries (B, s^2, C), hidden (B, D), globals_ (B, N_g, C) -> features (B, s^2, D)."""
+        condition, memory = self._read(hidden, globals_)
+        return hidden.unsqueeze(1) + self.decoder(entries, condition, memory)
+
+    def draw(self, codebook: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor, pick: PickCodes):
+        """Draws the cell's codes (B, s^2)."""
+        condition, memory = self._read(hidden, globals_)
+        return self.decoder.draw(codebook, condition, memory, lambda features: pick(hidden + features))
+
+    def embed(self, embeddings: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        """The compact input of a cell: embeddings (..., s^2, D) and entries (..., s^2, C) of its codes -> (..., D)."""
+        return embeddings.mean(-2) + self.places_in(entries.flatten(-2))
+
+    def _read(self, hidden: torch.Tensor, globals_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        told = self.hidden_in(hidden).unsqueeze(1)  # (B, 1, W)
+        condition = told.expand(-1, self.decoder.length, -1)
+        return condition, torch.cat([told, self.global_in(globals_)], 1)

@@ -1,0 +1,237 @@
+"""The PEFT method: LoRA in the language model, and a host around each module where the adapter compresses."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import asdict
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .compression import DrawCompressor, ReadCompressor
+from .config import UniCompressConfig
+from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError, UnsupportedError
+from .families import Geometry, Janus, family_of
+from .version import __version__
+
+CONTAINER = "lora_uc"  # transformers' load_adapter inserts adapter names behind one prefix a method: "lora_"
+
+
+class UniCompressLayer(nn.Module, BaseTunerLayer):
+    """A host: the base's own module, and the compression modules of each adapter beside it."""
+
+    adapter_layer_names = (CONTAINER,)
+    module_class: type[nn.Module]
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_uc = nn.ModuleDict()
+
+    def add_adapter(self, adapter_name: str, module: nn.Module) -> None:
+        """Adds an adapter's module on the base layer's device and in its dtype."""
+        self.lora_uc[adapter_name] = module
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def active_module(self) -> nn.Module | None:
+        """The active adapter's module; None while disabled, or where no adapter is left.
+
+        Raises:
+            UnsupportedError: Two adapters are active.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_uc]
+        if self.disable_adapters or not names:
+            return None
+        if len(names) > 1:
+            raise UnsupportedError(
+                f"Adapters {', '.join(map(repr, names))} are active at once; an image has one compact form, so expected "
+                f"one. Choose with model.set_adapter({names[0]!r})."
+            )
+        return self.lora_uc[names[0]]
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor: ...
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+        parameter = next(base_layer.parameters())  # hosts are containers: PEFT would look for their `.weight`
+        return parameter.device, parameter.dtype
+
+
+class ReadLayer(UniCompressLayer):
+    """Host of the aligner: compresses the features that go in."""
+
+    module_class = ReadCompressor
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        module = self.active_module()
+        if module is not None:
+            x = module(x.to(module.separator.dtype)).to(x.dtype)  # (B, T, C) -> (B, N_g + 1 + T', C)
+        return self.base_layer(x, *args, **kwargs)
+
+
+class DrawLayer(UniCompressLayer):
+    """Host of the generation head: carries the drawing side. The drawing loop calls the base layer itself."""
+
+    module_class = DrawCompressor
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.active_module() is not None:
+            raise UnsupportedError(
+                "The base's own drawing loop would draw dense tokens with a model tuned for compact ones. Draw with a "
+                "UniCompressModel: UniCompressModel.from_pretrained(base, adapter).generate(..., "
+                "generation_mode='image')."
+            )
+        return self.base_layer(x, *args, **kwargs)
+
+
+class UniCompressTuner(LoraModel):
+    """`LoraModel` that also puts hosts around the family's modules. Tuner layers are LoRA's and ours alike."""
+
+    prefix = "lora_"
+    tuner_layer_cls = BaseTunerLayer
+    host_classes = {"read": ReadLayer, "draw": DrawLayer}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """Checks that the base can carry the adapter and records what it is made for, then lets PEFT inject.
+
+        Raises:
+            BaseModelError: Unknown family, missing host, stride that does not divide the grid, or a base of another
+                geometry than the adapter was made for.
+            AdapterNameError: A name that PEFT cannot hold.
+        """
+        family = family_of(model)
+        config = self.peft_config[adapter_name]
+        _check_geometry(config, family)
+        _check_name(adapter_name, model, config, family.geometry)
+        config.uc_adapters_version = config.uc_adapters_version or __version__
+        if config.target_modules is None:
+            config.target_modules = family.target_modules
+        self._family = family
+        self._check_targets(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _check_targets(self, config: UniCompressConfig, model: nn.Module) -> None:
+        # The hosts always match, so PEFT's own "no target module found" would never be raised.
+        if not config.target_modules or config.target_modules == "all-linear":
+            return
+        language_model = self._family.roles["language model"] + "."
+        names = (name for name, _ in model.named_modules() if name.startswith(language_model))
+        if not any(self._check_target_module_exists(config, name) for name in names):
+            raise ConfigError(
+                f"target_modules={config.target_modules!r} matches nothing under {language_model[:-1]!r}; expected names "
+                "or a pattern of its linear layers, None for all of them, or [] for no LoRA."
+            )
+
+    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
+        return peft_config  # LoraModel would look `target_modules` up by model type: `inject_adapter` has set them
+
+    def _check_target_module_exists(self, peft_config: UniCompressConfig, key: str):
+        """A host, or a module of the language model that LoRA targets: never one of the vision tower's or the VQ's."""
+        roles = self._family.roles
+        if key in (roles["read"], roles["draw"]):
+            return True
+        if not key.startswith(roles["language model"] + ".") or not peft_config.target_modules:
+            return False
+        return LoraModel._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+        role = next((role for role in self.host_classes if self._family.roles[role] == current_key), None)
+        if role is None:
+            super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
+            return
+        if not isinstance(target, UniCompressLayer):
+            target = self.host_classes[role](target)
+            setattr(parent, target_name, target)
+        target.add_adapter(adapter_name, target.module_class(config, self._family.geometry))
+        if adapter_name not in self.active_adapters:
+            target.set_requires_grad(adapter_name, False)  # as PEFT leaves an adapter that is added, not chosen
+
+    def _check_merge_allowed(self) -> None:
+        raise UnsupportedError(
+            "A UniCompress adapter changes the length of the sequence, so it cannot be merged into the base's weights. "
+            "Keep it attached, or take it off with model.unload()."
+        )
+
+    def merge_and_unload(self, *args, **kwargs):
+        """Raises UnsupportedError: a shorter sequence has no merged form."""
+        self._check_merge_allowed()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT strips the name only next to the last part of a key; our modules nest deeper."""
+        named, plain = f".{CONTAINER}.{adapter_name}.", f".{CONTAINER}."
+        if named in key:
+            return key.replace(named, plain, 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """PEFT's mapping; but a weight that is missing, surplus, of another shape or not finite is an error."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            key: value.shape
+            for key, value in model.state_dict().items()
+            if f".{CONTAINER}.{adapter_name}." in key or (".lora_" in key and f".{adapter_name}." in key)
+        }
+        problems = [
+            *_listed("missing", [key for key in expected if key not in remapped]),
+            *_listed("surplus", [key for key in remapped if key not in expected]),
+            *_listed(
+                "of the wrong shape",
+                [
+                    f"{key} is {tuple(value.shape)}, expected {tuple(expected[key])}"
+                    for key, value in remapped.items()
+                    if key in expected and value.shape != expected[key]
+                ],
+            ),
+            *_listed("not finite", [key for key, value in remapped.items() if not torch.isfinite(value).all()]),
+        ]
+        if problems:
+            raise AdapterFileError(
+                f"The weights of adapter {adapter_name!r} do not fit its config: {'; '.join(problems)}. "
+                "The file was damaged or belongs to another config: fetch or save the adapter again."
+            )
+        return remapped
+
+
+def _listed(what: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+    return [f"{len(entries)} {what} ({', '.join(entries[:3])}{more})"]
+
+
+def _check_name(adapter_name: str, model: nn.Module, config: UniCompressConfig, geometry: Geometry) -> None:
+    """PEFT finds an adapter's keys by its name as a path segment, so a module of that name would be mistaken for it."""
+    with torch.device("meta"):
+        ours = [host.module_class(config, geometry) for host in UniCompressTuner.host_classes.values()]
+    paths = [name for module in (model, *ours) for name, _ in module.named_parameters()]
+    segments = {segment for path in paths for segment in path.split(".")}
+    segments |= {"base_layer", "base_model", CONTAINER, "lora_A", "lora_B"}
+    if not adapter_name or "." in adapter_name or adapter_name in "lora_" or adapter_name in segments:
+        raise AdapterNameError(
+            f"adapter_name={adapter_name!r} cannot be held by PEFT: expected a non-empty name without dots that is no "
+            "part of 'lora_' and no module's name on the path to a weight. Choose another, such as 'default' or 'uc4x'."
+        )
+
+
+def _check_geometry(config: UniCompressConfig, family: Janus) -> None:
+    geometry = family.geometry
+    for side in {geometry.read_side, geometry.draw_side}:
+        if side % config.stride:
+            legal = [s for s in range(1, side + 1) if side % s == 0]
+            raise BaseModelError(
+                f"stride={config.stride} does not divide the base's {side} x {side} grid; expected one of {legal}."
+            )
+    ours = asdict(geometry)
+    if config.base_geometry is None:
+        config.base_geometry = ours
+    differing = {key for key in ours | config.base_geometry if ours.get(key) != config.base_geometry.get(key)}
+    if differing:
+        told = ", ".join(f"{k} was {config.base_geometry.get(k)}, is {ours.get(k)}" for k in sorted(differing))
+        raise BaseModelError(
+            f"The adapter was trained on another base ({config.base_model_name_or_path}): {told}. Load it on the base it names."
+        )
