@@ -97,6 +97,12 @@ def drawing_inputs(processor: ProcessorMixin, prompts: list[str]) -> dict:
     return processor(text=texts, padding=True, return_tensors="pt", generation_mode="image")
 
 
+def to_images(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Image]:
+    """Decoded pixels (B, S, S, 3) as PIL images. Channels first: transformers' PIL backend takes no others."""
+    channels_first = list(pixels.float().cpu().permute(0, 3, 1, 2))
+    return processor.postprocess(channels_first, return_tensors="PIL.Image.Image")["pixel_values"]
+
+
 @torch.no_grad()
 def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
     """Answers, greedily."""
@@ -119,8 +125,7 @@ def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Ima
         if pixels.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    images = contender.processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]
-    return images, seconds
+    return to_images(contender.processor, pixels), seconds
 
 
 def score_reading(contender: Contender, scenes: list[Scene], seed: int) -> dict[str, float]:
@@ -220,9 +225,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
         else:
             codes = drawing.compress(pixels)
             tokens = drawing.expand(codes.globals, codes.cells, lambda logits: logits.argmax(-1))
-        images = contender.processor.postprocess(
-            list(base.decode_image_tokens(tokens).float().cpu()), return_tensors="PIL.Image.Image"
-        )["pixel_values"]
+        images = to_images(contender.processor, base.decode_image_tokens(tokens))
         restored = np.stack([np.asarray(image) for image in images])
         right += sum(right_cells(a, b) for a, b in zip(rows, judge(restored), strict=True))
         error += float(np.square((restored.astype(np.float64) - truth) / 255).mean((1, 2, 3)).sum())

@@ -1,0 +1,176 @@
+"""Base beside adapter in a minute: reads held-out scans, draws prompts, prints one table, writes quickstart.png.
+
+    python recipes/quickstart.py
+    python recipes/quickstart.py --image cat.jpg --question "What is on the table?"
+    python recipes/quickstart.py --prompt "a red 3 at the top left" --seed 7
+    python recipes/quickstart.py --base deepseek-community/Janus-Pro-1B --adapter YOUR_ADAPTER --prompt "a red fox" --device cuda
+
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the last line needs a GPU.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from digits import QUESTION_KINDS, judge, random_scene, right_cells
+from evaluate import SPLIT, Contender, answer, contenders, draw
+from PIL import Image
+from tqdm.auto import tqdm
+from trl import TrlParser
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: no screen is needed)
+
+
+@dataclass
+class QuickstartArguments:
+    """What to read, what to draw, and with what."""
+
+    base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
+    adapter: str = field(default="model_cards/tiny-janus-uc4x", metadata={"help": "The adapter: folder or Hub id."})
+    image: str | None = field(default=None, metadata={"help": "An image of yours to ask about."})
+    question: str | None = field(default=None, metadata={"help": "The question about --image."})
+    prompt: str | None = field(default=None, metadata={"help": "A prompt of yours to draw."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Torch device."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the sampling."})
+    output: str = field(default="quickstart.png", metadata={"help": "The picture to write."})
+
+
+@dataclass
+class Reading:
+    """A question about an image, its answer where one is known, and what each contender said."""
+
+    image: Image.Image
+    question: str
+    truth: str | None = None
+    told: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Drawn:
+    """A prompt and what each contender drew; `right` counts its right cells where the prompt is of the tiny world."""
+
+    prompt: str
+    images: dict[str, Image.Image] = field(default_factory=dict)
+    right: dict[str, int] = field(default_factory=dict)
+
+
+SAMPLING = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}
+
+
+def read_all(pair: list[Contender], readings: list[Reading]) -> None:
+    for contender in pair:
+        for reading in tqdm(readings, desc=f"{contender.name} reads", leave=False):
+            reading.told[contender.name] = answer(contender, [reading.image], [reading.question], max_new_tokens=64)[0]
+
+
+def draw_all(pair: list[Contender], drawings: list[Drawn], seed: int) -> dict[str, float]:
+    """Draws every prompt by both in turn, one at a time; mean seconds an image, after one warm-up each."""
+    seconds = {contender.name: 0.0 for contender in pair}
+    for contender in pair:
+        draw(contender, [drawings[0].prompt], **SAMPLING)
+    for index, drawn in enumerate(tqdm(drawings, desc="draw, in turn", leave=False)):
+        for contender in pair:
+            torch.manual_seed(seed + index)
+            images, took = draw(contender, [drawn.prompt], **SAMPLING)
+            drawn.images[contender.name] = images[0]
+            seconds[contender.name] += took / len(drawings)
+    return seconds
+
+
+def tiny_world(seed: int, count: int = 12) -> tuple[list[Reading], list[Drawn], list]:
+    """Held-out scenes with a question of each kind in turn, and prompts with the scenes they ask for."""
+    rng = np.random.default_rng(seed)
+    readings, drawings, asked = [], [], []
+    while len(readings) < count:
+        scene = random_scene(rng, SPLIT)
+        pair = scene.question(QUESTION_KINDS[len(readings) % 3], rng)
+        if pair is None:
+            continue
+        readings.append(Reading(scene.image(SPLIT), pair[0], pair[1]))
+        drawings.append(Drawn(scene.shuffled_caption(rng)))
+        asked.append(scene)
+    return readings, drawings, asked
+
+
+def print_table(pair: list[Contender], readings: list[Reading], drawings: list[Drawn], seconds: dict[str, float]) -> None:
+    """One line a figure: base, adapter, ratio."""
+    base, adapter = (contender.name for contender in pair)
+    module = pair[1].model.drawing.module
+    dense = pair[0].model.family.geometry.draw_side ** 2
+    rows = [("tokens an image, read", pair[0].processor.num_image_tokens, pair[1].processor.num_image_tokens, "{:.0f}")]
+    rows.append(("model steps an image, drawn", dense, module.num_global_tokens + dense // module.stride**2, "{:.0f}"))
+    known = [reading for reading in readings if reading.truth is not None]
+    if known:
+        right = [sum(r.told[name] == r.truth for r in known) / len(known) for name in (base, adapter)]
+        rows.append((f"right answers (of {len(known)})", *right, "{:.0%}"))
+    scored = [drawn for drawn in drawings if drawn.right]
+    if scored:
+        right = [sum(d.right[name] for d in scored) / (4 * len(scored)) for name in (base, adapter)]
+        rows.append((f"right cells drawn (of {4 * len(scored)})", *right, "{:.0%}"))
+    if seconds:
+        rows.append(("seconds an image, batch 1", seconds[base], seconds[adapter], "{:.3f}"))
+    print(f"\n{'':32}{base:>10}{adapter:>10}{'ratio':>10}")
+    for name, dense_figure, short_figure, form in rows:
+        ratio = f"{dense_figure / short_figure:.2f}" if short_figure else "-"
+        print(f"{name:32}{form.format(dense_figure):>10}{form.format(short_figure):>10}{ratio:>10}")
+
+
+def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn], path: str) -> None:
+    """Drawings above, base over adapter; readings below, with what each said."""
+    drawings, readings = drawings[:6], readings[:6]
+    columns = max(len(drawings), len(readings), 2)
+    rows = (2 if drawings else 0) + (1 if readings else 0)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 3.6 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+
+    def wrap(text: str) -> str:
+        return textwrap.fill(text, 26)
+
+    for column, drawn in enumerate(drawings):
+        for row, contender in enumerate(pair):
+            axes[row][column].imshow(drawn.images[contender.name])
+            label = f"{contender.name} draws" + (f": {drawn.right[contender.name]}/4 cells right" if drawn.right else "")
+            axes[row][column].set_title(wrap(drawn.prompt) + f"\n{label}" if row == 0 else label, fontsize=9)
+    for column, reading in enumerate(readings):
+        axis = axes[rows - 1][column]
+        axis.imshow(reading.image)
+        lines = [reading.question, *(f"{contender.name}: {reading.told[contender.name]}" for contender in pair)]
+        axis.set_title("\n".join(wrap(line) for line in lines), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"\nwrote {Path(path).resolve()}")
+
+
+def main(args: QuickstartArguments) -> None:
+    if (args.image is None) != (args.question is None):
+        raise SystemExit(f"--image {args.image} and --question {args.question}: expected both, or neither.")
+    torch.manual_seed(args.seed)
+    pair = contenders(args.base, args.adapter, args.device)
+    readings, drawings, asked = [], [], []
+    if args.image is not None:
+        readings = [Reading(Image.open(args.image).convert("RGB"), args.question)]
+    if args.prompt is not None:
+        drawings = [Drawn(args.prompt)]
+    if not readings and not drawings:
+        readings, drawings, asked = tiny_world(args.seed)
+    read_all(pair, readings)
+    seconds = draw_all(pair, drawings, args.seed) if drawings else {}
+    for drawn, scene in zip(drawings, asked, strict=False):
+        for name, image in drawn.images.items():
+            drawn.right[name] = right_cells(scene, judge(np.asarray(image)[None])[0])
+    for reading in readings:
+        told = ", ".join(f"{name}: {said!r}" for name, said in reading.told.items())
+        print(f"{reading.question} {told}" + ("" if reading.truth is None else f" (truth: {reading.truth!r})"))
+    print_table(pair, readings, drawings, seconds)
+    picture(pair, readings, drawings, args.output)
+
+
+if __name__ == "__main__":
+    main(*TrlParser(QuickstartArguments).parse_args_and_config())

@@ -1,0 +1,71 @@
+"""Fixtures: a tiny real Janus with random weights, built once, copied for every test that attaches to it."""
+
+import copy
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may reach the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from digits import random_scene
+from helpers import SHORT, question_inputs, rng
+from PIL import Image
+from tiny_janus import make_model, make_processor
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The base's processor: 64 placeholders an image."""
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def short_processor():
+    """The processor of a default adapter: 4 + 1 + 16 placeholders."""
+    return make_processor(SHORT)
+
+
+@pytest.fixture(scope="session")
+def pristine(processor):
+    """The one base that `base` copies; nothing may attach to it."""
+    torch.manual_seed(0)
+    model = make_model(processor).eval()
+    with torch.no_grad():  # livelier than at its default start, where every prompt draws nearly the same
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2.5)
+    return model
+
+
+@pytest.fixture
+def base(pristine):
+    """A base to attach to."""
+    return copy.deepcopy(pristine)
+
+
+@pytest.fixture(scope="session")
+def base_folder(pristine, processor, tmp_path_factory):
+    """The base and its processor as a repo folder."""
+    folder = tmp_path_factory.mktemp("base")
+    pristine.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Image.Image]:
+    """Four scenes."""
+    return [random_scene(rng(seed), "held-out").image("held-out") for seed in range(4)]
+
+
+@pytest.fixture(scope="session")
+def short_question(short_processor, images):
+    """One image and a question, with the adapter's placeholders."""
+    return question_inputs(short_processor, ["What digit is at the top left?"], images[:1])
+
+
+@pytest.fixture(scope="session")
+def dense_question(processor, images):
+    """The same with the base's placeholders."""
+    return question_inputs(processor, ["What digit is at the top left?"], images[:1])
