@@ -8,7 +8,7 @@ What is learned:
 - drawing: the extractor of global codes and the decompressor, from the VQ tokenizer's latents,
   L = L_reg + codebook_weight * L_cb, with L_cb the cross-entropy of the true dense codes and L_reg the distance of the
   expected codebook entry to the true one. Global tokens pass the codebook straight through; a commitment term keeps
-  them near their codes and a usage term (the entropy of the codes' use over the batch) keeps them from collapsing.
+  them near their codes and a usage term (what a code tells of its image, over the batch) keeps them from collapsing.
 - reading: the extractor of global tokens, by regression of the vision tower's dense features from {G, X_cont} with a
   readout that is thrown away.
 With decompressor="cell" the decoder learns from the language model's hidden states, which stage 1 does not have: it is
@@ -37,6 +37,9 @@ from uc_adapters.drawing import Drawing
 from uc_adapters.layers import PhaseDecompressor, average_pool, cells_to_raster, nearest_codes, straight_through
 from uc_adapters.layers.attention import Attention
 from uc_adapters.tuner import UniCompressLayer
+
+
+ENOUGH_USAGE = 2.0  # nats: above it the guard against collapse rests, and reconstruction alone decides
 
 
 @dataclass
@@ -96,10 +99,18 @@ def image_batches(processor, args: FitArguments) -> Iterator[torch.Tensor]:
             yield processor.image_processor(rows, return_tensors="pt")["pixel_values"].to(args.device)
 
 
-def usage_entropy(globals_: torch.Tensor, codebook: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
-    """How evenly each global token uses the codes over the batch, in nats, mean over tokens: 0 is collapse."""
-    shares = (globals_ @ codebook.T / temperature).softmax(-1).mean(0)  # (N_g, K)
-    return -(shares * shares.clamp(min=1e-9).log()).sum(-1).mean()
+def usage(globals_: torch.Tensor, codebook: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
+    """How much a global token's code tells of its image, in nats, mean over tokens: 0 is collapse.
+
+    The mutual information of code and image over the batch: entropy of the mean assignment less mean entropy. The first
+    term alone would be content with one vague assignment for all images.
+    """
+    shares = (globals_ @ codebook.T / temperature).softmax(-1)  # (B, N_g, K)
+
+    def entropy(p: torch.Tensor) -> torch.Tensor:
+        return -(p * p.clamp(min=1e-9).log()).sum(-1)
+
+    return (entropy(shares.mean(0)) - entropy(shares).mean(0)).mean()
 
 
 def drawing_loss(drawing: Drawing, decompressor: nn.Module, pixels: torch.Tensor, weight: float) -> tuple[torch.Tensor, dict]:
@@ -119,10 +130,10 @@ def drawing_loss(drawing: Drawing, decompressor: nn.Module, pixels: torch.Tensor
     if globals_.shape[1]:
         codes = nearest_codes(globals_, codebook)  # (B, N_g)
         commitment = (globals_ - codebook[codes]).square().sum(-1).mean()
-        usage = usage_entropy(globals_, codebook)
-        loss = loss + weight * 0.25 * commitment - 0.05 * usage
+        told = usage(globals_, codebook)
+        loss = loss + weight * (0.25 * commitment - 0.2 * told.clamp(max=ENOUGH_USAGE))
         distinct = sum(len(codes[:, i].unique()) for i in range(codes.shape[1])) / codes.numel()
-        log |= {"usage": usage.item(), "distinct": distinct}
+        log |= {"usage": told.item(), "distinct": distinct}
     return loss, log
 
 
@@ -201,11 +212,11 @@ def main(args: FitArguments) -> None:
         if step % 10 == 0:
             progress.set_postfix({name: f"{value:.3f}" for name, value in log.items()})
     if args.num_global_tokens:
-        usage = code_usage(drawing, batches)
-        print(f"global codes in use: {usage['share']:.1%} of the codebook, least perplexity {usage['perplexity']:.1f}")
-        if usage["perplexity"] < 2:
+        use = code_usage(drawing, batches)
+        print(f"global codes in use: {use['share']:.1%} of the codebook, least perplexity {use['perplexity']:.1f}")
+        if use["perplexity"] < 2:
             raise RuntimeError(
-                f"A global token collapsed: perplexity {usage['perplexity']:.2f} over its codes, expected 2 or more. "
+                f"A global token collapsed: perplexity {use['perplexity']:.2f} over its codes, expected 2 or more. "
                 "Train longer, or with a lower --learning_rate."
             )
     model.save_pretrained(args.output_dir)

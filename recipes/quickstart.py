@@ -3,7 +3,7 @@
     python recipes/quickstart.py
     python recipes/quickstart.py --image cat.jpg --question "What is on the table?"
     python recipes/quickstart.py --prompt "a red 3 at the top left" --seed 7
-    python recipes/quickstart.py --base deepseek-community/Janus-Pro-1B --adapter YOUR_ADAPTER --prompt "a red fox" --device cuda
+    python recipes/quickstart.py --base deepseek-community/Janus-Pro-1B --adapter YOUR_ADAPTER --prompt "a fox" --device cuda
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the last line needs a GPU.
 """
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from trl import TrlParser
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: no screen is needed)
+import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed
 
 
 @dataclass

@@ -1,0 +1,17 @@
+# Two commands for users; the rest is in CONTRIBUTING.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test
+
+quickstart: $(VENV)/installed
+	$(BIN)/python recipes/quickstart.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[recipes,test]"
+	touch $@

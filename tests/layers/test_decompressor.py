@@ -1,0 +1,152 @@
+import pytest
+import torch
+from helpers import DECOMPRESSORS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uc_adapters.layers import CellDecompressor, PhaseDecompressor, RasterDecompressor, cells_to_raster, unit
+
+CODES, CODE_WIDTH, OUT_WIDTH = 23, 4, 12
+SHAPE = {"code_width": CODE_WIDTH, "width": 16, "out_width": OUT_WIDTH}
+
+geometries = given(
+    stride=st.integers(1, 3), side=st.integers(1, 3), count=st.integers(0, 3), layers=st.integers(1, 2), seed=st.integers(0, 99)
+)
+few = settings(max_examples=15, deadline=None)
+each = pytest.mark.parametrize("kind", DECOMPRESSORS)
+
+
+class Case:
+    """A decompressor with random weights, random conditions, and true codes in its own order."""
+
+    def __init__(self, kind: str, stride: int, side: int, count: int, layers: int, seed: int, batch: int = 2):
+        torch.manual_seed(seed)
+        self.kind, self.dense = kind, (side * stride) ** 2
+        if kind == "cell":
+            self.module = CellDecompressor(stride, layers=layers, **SHAPE)
+            self.length, self.block = stride**2, 1
+            condition = torch.randn(batch, OUT_WIDTH)  # hidden states
+        else:
+            after_loop = {"phase": PhaseDecompressor, "raster": RasterDecompressor}[kind]
+            self.module = after_loop(stride, self.dense, layers=layers, **SHAPE)
+            self.length, self.block = self.dense, side**2 if kind == "phase" else 1
+            condition = torch.randn(batch, side**2, CODE_WIDTH)  # compact entries
+        self.conditions = (condition, torch.randn(batch, count, CODE_WIDTH))
+        self.codebook = unit(torch.randn(CODES, CODE_WIDTH))
+        self.head = torch.randn(OUT_WIDTH, CODES)
+        self.codes = torch.randint(CODES, (batch, self.length))  # in the order of drawing
+
+    def order(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.kind == "cell" else self.module.order(x)
+
+    def unorder(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.kind == "cell" else self.module.unorder(x)
+
+    @torch.no_grad()
+    def features(self, codes: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced features of codes, both in the order of drawing."""
+        return self.order(self.module(self.codebook[self.unorder(codes)], *self.conditions))
+
+    @torch.no_grad()
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Greedily drawn codes, the features they were picked from (both in order), and the number of steps."""
+        seen = []
+
+        def pick(features: torch.Tensor) -> torch.Tensor:
+            seen.append(features)
+            return (features @ self.head).argmax(-1)
+
+        codes = self.order(self.module.draw(self.codebook, *self.conditions, pick))
+        return codes, torch.cat([x.unflatten(0, (len(codes), -1)) for x in seen], 1), len(seen)
+
+
+@each
+@few
+@geometries
+def test_teacher_forcing_sees_what_the_cached_drawing_saw(kind, **geometry):
+    case = Case(kind, **geometry)
+    codes, drawn_features, _ = case.draw()
+    torch.testing.assert_close(case.features(codes), drawn_features, atol=1e-5, rtol=1e-5)
+
+
+@each
+@few
+@geometries
+def test_a_later_code_changes_no_earlier_feature(kind, **geometry):
+    case = Case(kind, **geometry)
+    before = case.features(case.codes)
+    place = geometry["seed"] % case.length
+    changed = case.codes.clone()
+    changed[:, place] = (changed[:, place] + 1) % CODES
+    after = case.features(changed)
+    first_touched = (place // case.block + 1) * case.block  # its own block was drawn without it
+    assert torch.equal(after[:, :first_touched], before[:, :first_touched])
+    if first_touched < case.length:
+        assert not torch.equal(after[:, first_touched:], before[:, first_touched:])
+
+
+@each
+def test_every_earlier_code_counts(kind):
+    case = Case(kind, stride=2, side=2, count=1, layers=1, seed=0)
+    before = case.features(case.codes)[:, -1]
+    for place in range(case.length - case.block):
+        changed = case.codes.clone()
+        changed[:, place] = (changed[:, place] + 1) % CODES
+        assert not torch.equal(case.features(changed)[:, -1], before), place
+
+
+@each
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_compact_tokens_and_the_global_tokens_count(kind, which):
+    case = Case(kind, stride=2, side=2, count=2, layers=1, seed=0)
+    before = case.features(case.codes)
+    case.conditions[which].add_(1)
+    assert not torch.allclose(case.features(case.codes), before)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("raster", 16), ("phase", 4), ("cell", 4)])
+def test_number_of_steps(kind, steps):
+    case = Case(kind, stride=2, side=2, count=1, layers=1, seed=0)
+    codes, _, count = case.draw()
+    assert count == steps
+    assert codes.shape == (2, case.length)
+
+
+@each
+def test_rows_do_not_see_each_other(kind):
+    case = Case(kind, stride=2, side=2, count=2, layers=2, seed=0, batch=3)
+    together, _, _ = case.draw()
+    conditions = case.conditions
+    for row in range(3):
+        case.conditions = tuple(condition[row : row + 1] for condition in conditions)
+        assert torch.equal(case.draw()[0][0], together[row])
+
+
+@given(stride=st.integers(1, 3), side=st.integers(1, 3))
+def test_a_phase_draws_one_sub_position_of_every_cell(stride, side):
+    module = PhaseDecompressor(stride, (side * stride) ** 2, layers=1, **SHAPE)
+    sub_positions = torch.arange(stride**2).expand(1, side**2, -1)
+    ordered = module.order(cells_to_raster(sub_positions, stride))
+    assert ordered[0].tolist() == sorted(sub_positions.flatten().tolist())
+
+
+@pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
+@given(stride=st.integers(1, 3), side=st.integers(1, 3))
+def test_the_order_is_undone_exactly(module, stride, side):
+    raster = torch.arange(2 * (side * stride) ** 2).view(2, -1)
+    module = module(stride, (side * stride) ** 2, layers=1, **SHAPE)
+    assert torch.equal(module.unorder(module.order(raster)), raster)
+
+
+def test_an_untrained_cells_input_is_the_mean_of_its_codes_embeddings():
+    module = CellDecompressor(2, layers=1, **SHAPE)
+    embeddings, entries = torch.randn(3, 5, 4, OUT_WIDTH), torch.randn(3, 5, 4, CODE_WIDTH)
+    assert torch.equal(module.embed(embeddings, entries), embeddings.mean(-2))
+
+
+def test_a_trained_cells_input_tells_where_a_code_stood():
+    module = CellDecompressor(2, layers=1, **SHAPE)
+    torch.nn.init.normal_(module.places_in.weight)
+    embeddings, entries = torch.randn(3, 4, OUT_WIDTH), torch.randn(3, 4, CODE_WIDTH)
+    swapped = [1, 0, 2, 3]
+    assert not torch.allclose(module.embed(embeddings, entries), module.embed(embeddings[:, swapped], entries[:, swapped]))

@@ -1,0 +1,267 @@
+import copy
+
+import pytest
+import torch
+from helpers import CAPTIONS, DECOMPRESSORS, DENSE, IMAGE, attach, chat, draw, drawing_inputs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from uc_adapters.compression import CompactCodes
+from uc_adapters.layers import raster_to_cells
+
+each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
+with_and_without_globals = pytest.mark.parametrize("num_global_tokens", [0, 4])
+
+
+@pytest.fixture
+def prompts(short_processor):
+    """Three captions of unequal length."""
+    inputs = drawing_inputs(short_processor, CAPTIONS)
+    assert not inputs["attention_mask"].all()
+    return inputs
+
+
+@pytest.fixture
+def singles(short_processor):
+    """The same captions, each alone."""
+    return [drawing_inputs(short_processor, [caption]) for caption in CAPTIONS]
+
+
+class Record(LogitsProcessor):
+    """Keeps the scores that codes are chosen from, and the codes that greedy decoding chooses."""
+
+    def __init__(self):
+        self.log_probs, self.codes = [], []
+
+    def __call__(self, input_ids, scores):
+        self.codes.append(scores.argmax(-1))
+        self.log_probs.append(scores.log_softmax(-1).amax(-1))
+        return scores
+
+
+class Forbid(LogitsProcessor):
+    """Forbids the upper half of the codes."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, scores.shape[1] // 2 :] = -torch.inf
+        return scores
+
+
+def batch_sizes(base) -> list[int]:
+    """Filled with the batch size of every call of the language model."""
+    calls = []
+    base.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    return calls
+
+
+@each_decompressor
+@with_and_without_globals
+@pytest.mark.parametrize("stride", [2, 4])
+def test_drawing_returns_dense_tokens_that_the_base_decodes(base, prompts, decompressor, num_global_tokens, stride):
+    model = attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens, stride=stride)
+    tokens = draw(model, prompts)
+    assert tokens.shape == (3, DENSE)
+    assert tokens.dtype == torch.long
+    assert 0 <= tokens.min()
+    assert tokens.max() < 512
+    assert len(tokens[0].unique()) > 1
+    with torch.no_grad():
+        assert model.decode_image_tokens(tokens).shape == (3, 64, 64, 3)
+
+
+@each_decompressor
+@with_and_without_globals
+@pytest.mark.parametrize("stride", [2, 4])
+def test_the_language_model_takes_one_step_for_each_compact_token(base, prompts, decompressor, num_global_tokens, stride):
+    calls = batch_sizes(base)
+    draw(attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens, stride=stride), prompts)
+    assert len(calls) == num_global_tokens + DENSE // stride**2
+
+
+@each_decompressor
+@with_and_without_globals
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_in_a_batch_is_drawn_as_alone(
+    base, short_processor, singles, decompressor, num_global_tokens, guidance_scale, side
+):
+    model = attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens)
+    batch = drawing_inputs(short_processor, CAPTIONS, padding_side=side)
+    together = draw(model, batch, guidance_scale=guidance_scale, do_sample=False)
+    alone = [draw(model, single, guidance_scale=guidance_scale, do_sample=False) for single in singles]
+    assert torch.equal(together, torch.cat(alone))
+    assert len(together.unique(dim=0)) == len(CAPTIONS)
+
+
+@given(order=st.permutations(range(len(CAPTIONS))), padding=st.integers(0, 5))
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_order_of_a_batch_and_more_padding_change_nothing(pristine, short_processor, order, padding):
+    model = attach(copy.deepcopy(pristine))
+    inputs = drawing_inputs(short_processor, [CAPTIONS[i] for i in order])
+    padded = {name: torch.nn.functional.pad(value, (padding, 0)) for name, value in inputs.items()}
+    expected = draw(model, drawing_inputs(short_processor, CAPTIONS))
+    assert torch.equal(draw(model, padded), expected[list(order)])
+
+
+def test_guidance_doubles_the_batch_and_no_guidance_does_not(base, prompts):
+    model, calls = attach(base), batch_sizes(base)
+    draw(model, prompts, guidance_scale=1.0)
+    assert set(calls) == {3}
+    calls.clear()
+    draw(model, prompts, guidance_scale=3.0)
+    assert set(calls) == {6}
+
+
+def test_guidance_defaults_to_the_bases_generation_config(base, prompts):
+    model = attach(base)
+    assert base.generation_config.guidance_scale == 3.0
+    assert torch.equal(draw(model, prompts), draw(model, prompts, guidance_scale=3.0))
+    assert not torch.equal(draw(model, prompts), draw(model, prompts, guidance_scale=9.0))
+
+
+@each_decompressor
+def test_sampling_among_one_code_is_greedy(base, prompts, decompressor):
+    model = attach(base, decompressor=decompressor)
+    greedy = draw(model, prompts, do_sample=False)
+    assert torch.equal(draw(model, prompts, do_sample=True, top_k=1), greedy)
+    assert torch.equal(draw(model, prompts, do_sample=True, top_p=1e-6), greedy)
+
+
+@each_decompressor
+def test_the_same_seed_draws_the_same(base, prompts, decompressor):
+    model = attach(base, decompressor=decompressor)
+    drawn = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        drawn.append(draw(model, prompts, do_sample=True))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@each_decompressor
+def test_a_generator_is_the_only_source_of_randomness(base, prompts, decompressor):
+    model = attach(base, decompressor=decompressor)
+    before = torch.get_rng_state()
+    drawn = [draw(model, prompts, do_sample=True, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.3, "top_k": 9}])
+def test_sampling_options_take_effect(base, prompts, options):
+    model = attach(base)
+    plain, warped = (
+        draw(model, prompts, do_sample=True, generator=torch.Generator().manual_seed(0), **chosen) for chosen in ({}, options)
+    )
+    assert warped.shape == (3, DENSE)
+    assert not torch.equal(plain, warped)
+
+
+@each_decompressor
+def test_several_drawings_of_a_prompt_stand_together(base, prompts, decompressor):
+    model = attach(base, decompressor=decompressor)
+    greedy = draw(model, prompts)
+    copies = draw(model, prompts, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(copies, greedy.repeat_interleave(2, 0))
+    several = draw(model, prompts, do_sample=True, num_return_sequences=4, generator=torch.Generator().manual_seed(0))
+    assert several.shape == (12, DENSE)
+    assert len(several.unique(dim=0)) == 12
+
+
+def test_a_generation_config_works_as_keywords_do_and_is_left_as_it_was(base, prompts):
+    model = attach(base)
+    config = copy.deepcopy(base.generation_config)
+    config.update(do_sample=True, top_k=1, guidance_scale=2.0)
+    before = config.to_dict()
+    drawn = [draw(model, prompts, generation_config=config) for _ in range(2)]
+    assert config.to_dict() == before
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], draw(model, prompts, do_sample=False, guidance_scale=2.0))
+
+
+def test_drawing_leaves_the_bases_generation_config_as_it_was(base, prompts):
+    before = base.generation_config.to_dict()
+    draw(attach(base), prompts, do_sample=True, top_k=3, guidance_scale=1.5)
+    assert base.generation_config.to_dict() == before
+    assert isinstance(base.generation_config, GenerationConfig)
+
+
+def test_drawing_leaves_its_inputs_as_they_were(base, short_processor):
+    inputs = drawing_inputs(short_processor, CAPTIONS, padding_side="right")
+    before = {name: value.clone() for name, value in inputs.items()}
+    draw(attach(base), inputs)
+    assert all(torch.equal(inputs[name], value) for name, value in before.items())
+
+
+@each_decompressor
+def test_a_logits_processor_binds_every_code(base, prompts, decompressor):
+    tokens = draw(attach(base, decompressor=decompressor), prompts, logits_processor=LogitsProcessorList([Forbid()]))
+    assert tokens.max() < 256
+
+
+def test_without_a_mask_nothing_is_padding(base, singles):
+    model = attach(base)
+    inputs = {"input_ids": singles[0]["input_ids"]}
+    assert torch.equal(draw(model, inputs), draw(model, singles[0]))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_an_image_in_the_prompt_is_read(base, short_processor, images, guidance_scale):
+    model = attach(base)
+
+    def conditioned(texts, pictures):
+        inputs = short_processor(
+            text=texts, images=pictures or None, padding=True, return_tensors="pt", generation_mode="image"
+        )
+        return draw(model, inputs, guidance_scale=guidance_scale)
+
+    texts = [chat(short_processor, IMAGE, "a red 3"), chat(short_processor, "a blue 7 at the top left")]
+    one, other = (conditioned(texts[:1], [image]) for image in images[:2])
+    assert not torch.equal(one, other)
+    assert torch.equal(conditioned(texts, images[:1]), torch.cat([one, conditioned(texts[1:], [])]))
+
+
+@each_decompressor
+@with_and_without_globals
+def test_training_scores_what_drawing_saw(base, short_processor, decompressor, num_global_tokens):
+    """Greedily drawn codes, fed back by teacher forcing: each the most probable, with the same probability."""
+    model = attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens)
+    inputs, record = drawing_inputs(short_processor, CAPTIONS[:1]), Record()
+    dense = draw(model, inputs, guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
+    drawing, count = model.drawing, num_global_tokens
+    steps = 64 if decompressor == "cell" else 16  # codes that the language model's loop drew behind the global ones
+    codes, log_probs = (torch.cat(x[: count + steps]) for x in (record.codes, record.log_probs))
+    cells = codes[count:].view(1, 16, -1)
+    if decompressor == "cell":
+        assert torch.equal(cells, raster_to_cells(dense, 2))
+    compact = CompactCodes(codes[None, :count], cells, dense)
+    with torch.no_grad():
+        prompt = base.get_input_embeddings()(inputs["input_ids"])
+        embeddings = torch.cat([prompt, drawing.embed(compact)], 1)
+        hidden = drawing.family.language_model(inputs_embeds=embeddings).last_hidden_state
+        scores = drawing.score(hidden[:, prompt.shape[1] - 1 : -1], compact)
+    expected = torch.cat([log_probs[:count], torch.zeros(1), log_probs[count:].view(16, -1).sum(1)])
+    torch.testing.assert_close(scores.log_probs[0], expected, atol=1e-4, rtol=1e-5)
+    assert scores.accuracy[0].tolist() == [1.0] * count + [0.0] + [1.0] * 16
+
+
+@pytest.mark.parametrize("decompressor", ["phase", "raster"])
+def test_the_decompressor_after_the_loop_scores_what_it_drew(base, short_processor, decompressor):
+    model = attach(base, decompressor=decompressor)
+    inputs, record = drawing_inputs(short_processor, CAPTIONS[:1]), Record()
+    dense = draw(model, inputs, guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
+    drawing = model.drawing
+    globals_, cells = torch.cat(record.codes[:4])[None], torch.cat(record.codes[4:20])[None]
+    with torch.no_grad():
+        compact = CompactCodes(globals_, cells.unsqueeze(-1), dense)
+        scores = drawing.reconstruction_logits(compact, drawing.entries(cells), drawing.entries(globals_))
+    assert torch.equal(scores.argmax(-1), dense)
+
+
+def test_progress_shows_a_bar(base, prompts, capsys):
+    draw(attach(base), prompts, progress=True)
+    assert "20/20" in capsys.readouterr().err

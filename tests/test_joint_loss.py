@@ -1,0 +1,188 @@
+"""The joint forward: scores of words and of drawn codes, as TRL's trainers read them."""
+
+import pytest
+import torch
+from helpers import DECOMPRESSORS, SHORT, attach, logits
+from tiny_janus import make_processor
+
+from uc_adapters import UniCompressCollator
+
+each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
+FIELDS = ("log_probs", "entropy", "is_top1", "label_mask")
+
+
+def say(text: str) -> list[dict]:
+    return [{"type": "text", "text": text}]
+
+
+@pytest.fixture
+def rows(images):
+    """A reading row, a drawing row, an editing row that does both, and a row of words alone."""
+    image = {"type": "image"}
+    question = say("What digit is at the top left?")
+    return [
+        {"messages": turns([image, *question], say("3")), "images": [images[0]]},
+        {"messages": turns(say("a red 3 at the top left"), [image]), "images": [images[1]]},
+        {"messages": turns([image, *say("a blue 7")], [image]), "images": [images[2], images[3]]},
+        {"messages": turns(question, say("3"), say("How many digits are there?"), say("4")), "images": []},
+    ]
+
+
+def turns(*contents) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+@pytest.fixture
+def collate(short_processor):
+    """Rows -> a batch for a default adapter, no caption dropped."""
+    return lambda model, rows: UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)(rows)
+
+
+@each_decompressor
+def test_every_labelled_position_is_scored_and_no_other(base, rows, collate, decompressor):
+    model = attach(base, decompressor=decompressor)
+    batch = collate(model, rows)
+    output = model(**batch)
+    labelled = batch["labels"][:, 1:] != -100
+    assert torch.equal(output.label_mask, labelled)
+    assert [getattr(output, name).shape for name in FIELDS] == [labelled.shape] * 4
+    for name in ("log_probs", "entropy", "is_top1"):
+        field = getattr(output, name)
+        assert field.dtype == torch.float32
+        assert (field[~labelled] == 0).all()
+    assert (output.log_probs[labelled] < 0).all()
+    assert (output.entropy[labelled] > 0).all()
+    assert ((output.is_top1 >= 0) & (output.is_top1 <= 1)).all()
+    assert labelled[1].sum() == SHORT - 1 + 1  # the image's places but the separator, and the turn's end
+
+
+def test_the_loss_is_the_mean_over_labelled_positions(base, rows, collate):
+    model = attach(base)
+    batch = collate(model, rows)
+    output = model(**batch)
+    torch.testing.assert_close(output.loss, -output.log_probs.sum() / output.label_mask.sum())
+    torch.testing.assert_close(model(**batch, num_items_in_batch=10).loss, -output.log_probs.sum() / 10)
+
+
+@pytest.mark.parametrize("row", [0, 3])
+def test_words_score_as_the_plain_forward_says(base, rows, collate, row):
+    model = attach(base)
+    batch = collate(model, rows[row : row + 1])
+    output = model(**batch, fused_lm_head=True)
+    labels = batch.pop("labels")[:, 1:]
+    plain = logits(model, batch)[:, :-1].log_softmax(-1)
+    expected = plain.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * (labels != -100)
+    torch.testing.assert_close(output.log_probs, expected, atol=1e-5, rtol=1e-5)
+    hits = (plain.argmax(-1) == labels).float()
+    assert torch.equal(output.is_top1, hits * (labels != -100))
+
+
+def test_without_images_to_draw_or_trl_the_forward_is_pefts(base, rows, collate):
+    model = attach(base)
+    batch = collate(model, rows[:1])
+    plain, fused = model(**batch), model(**batch, fused_lm_head=True)
+    assert plain.logits.shape[:2] == batch["input_ids"].shape
+    torch.testing.assert_close(plain.loss, fused.loss, atol=1e-5, rtol=1e-5)
+
+
+@each_decompressor
+def test_rows_of_a_batch_score_as_they_do_alone(base, rows, collate, decompressor):
+    model = attach(base, decompressor=decompressor)
+    with torch.no_grad():
+        together = model(**collate(model, rows))
+        for index, row in enumerate(rows):
+            alone = model(**collate(model, [row]), fused_lm_head=True)
+            length = alone.log_probs.shape[1]
+            torch.testing.assert_close(together.log_probs[index, :length], alone.log_probs[0], atol=1e-5, rtol=1e-5)
+            assert (together.log_probs[index, length:] == 0).all()
+
+
+@each_decompressor
+def test_a_places_score_is_the_sum_over_its_codes(base, rows, collate, decompressor):
+    model = attach(base, decompressor=decompressor)
+    drawing, batch = model.drawing, collate(model, rows[1:2])
+    codes = drawing.compress(batch["drawn_pixel_values"])
+    hidden = torch.randn(1, SHORT, drawing.family.geometry.hidden_size)
+    with torch.no_grad():
+        scores = drawing.score(hidden, codes)
+        features = hidden[0, 5:]  # (16, D)
+        if decompressor == "cell":
+            globals_ = drawing.entries(codes.globals).expand(16, -1, -1)
+            features = drawing.module.decompressor(drawing.entries(codes.cells[0]), features, globals_)
+        all_log_probs = drawing.family.code_logits(features).log_softmax(-1).view(16, -1, 512)
+    of_codes = all_log_probs.gather(2, codes.cells[0].unsqueeze(2)).squeeze(2)  # (16, codes of a place)
+    assert of_codes.shape[1] == (4 if decompressor == "cell" else 1)
+    torch.testing.assert_close(scores.log_probs[0, 5:], of_codes.sum(1), atol=1e-5, rtol=1e-5)
+    assert scores.log_probs[0, 4] == 0  # the separator
+
+
+def test_images_of_a_batch_go_to_their_own_rows(base, rows, collate):
+    model = attach(base)
+    drawn = [rows[1], rows[2]]
+    with torch.no_grad():
+        forward, backward = (model(**collate(model, order)).log_probs for order in (drawn, drawn[::-1]))
+    torch.testing.assert_close(forward.flip(0), backward, atol=1e-5, rtol=1e-5)
+
+
+@each_decompressor
+@pytest.mark.parametrize("num_global_tokens", [0, 4])
+def test_the_loss_trains_the_adapter_and_nothing_of_the_base(base, rows, decompressor, num_global_tokens):
+    model = attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens)
+    processor = make_processor(num_global_tokens + 17)
+    batch = UniCompressCollator(processor, model.active_peft_config, caption_dropout=0.0)(rows)
+    model(**batch).loss.backward()
+    gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    assert all("lora_" in name for name in gradients)
+    lora = {name for name, _ in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    assert lora <= gradients
+    assert any("aligner.lora_uc.default.separator" in name for name in gradients)
+    assert any("generation_head.lora_uc.default.separator" in name for name in gradients)
+    assert any("decompressor" in name for name in gradients) == (decompressor == "cell")
+    assert any("aligner.lora_uc.default.extractor" in name for name in gradients) == (num_global_tokens > 0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(base, rows, collate, reentrant):
+    model = attach(base).train()
+    batch, runs = collate(model, rows), []
+    base.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        runs.clear()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    assert len(runs) == 1
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    checkpointed = gradients()
+    assert len(runs) == 2  # once more on the way back
+    assert plain.keys() == checkpointed.keys()
+    assert [name for name in plain if not torch.equal(plain[name], checkpointed[name])] == []
+
+
+@each_decompressor
+def test_a_bfloat16_base_scores_and_trains(base, rows, collate, decompressor):
+    model = attach(base.to(torch.bfloat16), decompressor=decompressor)
+    output = model(**collate(model, rows))
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert output.log_probs.dtype == torch.float32
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_disabled_model_refuses_images_to_draw(base, rows, processor):
+    model = attach(base)
+    batch = UniCompressCollator(processor, model.active_peft_config, caption_dropout=0.0)(rows[1:2])
+    with pytest.raises(ValueError, match=r"drawn_pixel_values.*disabled"), model.disable_adapter():
+        model(**batch)
+
+
+def test_images_to_draw_need_labels(base, rows, collate):
+    model = attach(base)
+    batch = collate(model, rows)
+    batch.pop("labels")
+    with pytest.raises(ValueError, match="labels=None.*UniCompressCollator"):
+        model(**batch)
