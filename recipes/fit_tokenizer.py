@@ -38,7 +38,6 @@ from uc_adapters.layers import PhaseDecompressor, average_pool, cells_to_raster,
 from uc_adapters.layers.attention import Attention
 from uc_adapters.tuner import UniCompressLayer
 
-
 ENOUGH_USAGE = 2.0  # nats: above it the guard against collapse rests, and reconstruction alone decides
 
 

@@ -26,6 +26,8 @@ from tqdm.auto import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor, set_seed
 from trl import TrlParser
 
+from uc_adapters.layers import raster_to_cells
+
 
 @dataclass
 class PretrainArguments:
@@ -37,8 +39,8 @@ class PretrainArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the weights and of the training scenes."})
     pool: int = field(default=16384, metadata={"help": "Training scenes rendered once and drawn from at random."})
     vq_steps: int = field(default=900, metadata={"help": "Steps of the VQ tokenizer."})
-    vision_steps: int = field(default=1600, metadata={"help": "Steps in which the vision tower names the cells."})
-    joint_steps: int = field(default=1400, metadata={"help": "Steps of joint reading and drawing."})
+    vision_steps: int = field(default=1800, metadata={"help": "Steps in which the vision tower names the cells."})
+    joint_steps: int = field(default=1100, metadata={"help": "Steps of joint reading and drawing."})
 
 
 class ScenePool:
@@ -147,12 +149,17 @@ def update_codebook(codebook, counts, sums, latents, codes, restart: bool, decay
         codebook[dead], sums[dead], counts[dead] = fresh, fresh, 1.0
 
 
-def cell_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands in each of the four cells: digits (B, 4) with 10 for empty, colours (B, 4) with 6 for empty."""
+def by_cell(x: torch.Tensor) -> torch.Tensor:
+    """Groups an 8 x 8 raster by the scene's four cells: (B, 64, ...) -> (B, 4, 16, ...)."""
+    return raster_to_cells(x, 4)
+
+
+def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands in the cell of each patch, (B, 4, 16): digits with 10 for empty, colours with 6 for empty."""
     names = list(COLOURS)
     digits = [[10 if cell is None else cell.digit for cell in scene.cells] for scene in scenes]
     colours = [[len(names) if cell is None else names.index(cell.colour) for cell in scene.cells] for scene in scenes]
-    return torch.tensor(digits), torch.tensor(colours)
+    return tuple(torch.tensor(labels).unsqueeze(-1).expand(-1, -1, 16) for labels in (digits, colours))
 
 
 class CellHead(nn.Module):
@@ -168,7 +175,7 @@ class CellHead(nn.Module):
 
 
 def train_vision(model: JanusForConditionalGeneration, pool: ScenePool, steps: int, batch_size: int = 48) -> dict:
-    """Teaches the vision tower to name the cells: from its default start it stays blind to digits for long."""
+    """Teaches every patch of the vision tower to name its cell: from the default start it stays blind to digits."""
     tower = model.model.vision_model
     with torch.no_grad():
         tower.embeddings.position_embedding.weight.normal_(std=0.3)
@@ -180,9 +187,8 @@ def train_vision(model: JanusForConditionalGeneration, pool: ScenePool, steps: i
     progress = tqdm(range(steps), desc="vision tower")
     for step in progress:
         rows = pool.draw(batch_size)
-        shift = pool.rng.integers(-2, 3, size=2).tolist()  # the margin is 2 px: 1 437 scans are few, shifted ones more
-        pixels = pool.pixel_values(rows).roll(shift, (2, 3))
-        loss = head.loss(cell_features(tower, pixels), *cell_labels([pool.scenes[row] for row in rows]))
+        features = tower(pool.pixel_values(rows)).last_hidden_state
+        loss = head.loss(by_cell(features), *patch_labels([pool.scenes[row] for row in rows]))
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -192,17 +198,11 @@ def train_vision(model: JanusForConditionalGeneration, pool: ScenePool, steps: i
             progress.set_postfix(loss=f"{loss.item():.3f}")
     with torch.no_grad():
         held = ScenePool(500, np.random.default_rng(1), "held-out")
-        digits, _ = cell_labels(held.scenes)
-        named = head.digit(cell_features(tower, held.pixel_values(np.arange(500)))).argmax(-1)
+        digits, _ = patch_labels(held.scenes)
+        named = head.digit(by_cell(tower(held.pixel_values(np.arange(500))).last_hidden_state)).argmax(-1)
         accuracy = (named == digits)[digits < 10].float().mean().item()
-    print(f"the vision tower names {accuracy:.1%} of held-out digits")
+    print(f"a patch names {accuracy:.1%} of held-out digits")
     return {"loss_last_batch": round(loss.item(), 4), "held_out_digits": round(accuracy, 4)}
-
-
-def cell_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The mean over each cell's patches, (B, 4, C)."""
-    features = tower(pixels).last_hidden_state  # (B, 8 * 8, C)
-    return features.unflatten(1, (2, 4, 2, 4)).mean((2, 4)).flatten(1, 2)  # (B, 2, 4, 2, 4, C) -> (B, 4, C)
 
 
 class JointBatches:
@@ -259,19 +259,20 @@ def drawing_loss(model, batch: dict[str, torch.Tensor], head: CellHead, labels) 
         inputs_embeds=torch.cat([prompt, drawn], 1), attention_mask=mask, use_cache=False
     ).last_hidden_state[:, prompt.shape[1] - 1 :]  # (B, 64, D)
     code_loss = F.cross_entropy(model.model.generation_head(hidden).flatten(0, 1), codes.flatten())
-    # (B, 64, D) -> (B, 4, 16, D): the steps of each cell
-    told = hidden[~batch["dropped"]].unflatten(1, (2, 4, 2, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    digits, colours = (label[~batch["dropped"]].unsqueeze(-1).expand(-1, -1, 16) for label in labels)
-    return code_loss, head.loss(told, digits, colours)
+    told = ~batch["dropped"]
+    return code_loss, head.loss(by_cell(hidden[told]), *(label[told] for label in labels))
 
 
 def train_joint(model, processor, pool: ScenePool, steps: int, read_rows: int = 24, draw_rows: int = 32) -> dict:
-    """Reading and drawing together; the VQ tokenizer is frozen."""
+    """Reading and drawing together; the VQ tokenizer is frozen, and so is the vision tower: at this rate it would forget."""
     with torch.no_grad():  # the drawing side starts from the codes' own geometry
         model.model.generation_embeddings.weight.copy_(F.normalize(model.model.vqmodel.quantize.embedding.weight, dim=-1))
     batches = JointBatches(processor, pool)
     head = CellHead(model.config.text_config.hidden_size)
-    trained = [p for name, p in model.named_parameters() if ".vqmodel." not in name] + list(head.parameters())
+    frozen = (".vqmodel.", ".vision_model.")
+    model.model.vision_model.requires_grad_(False)
+    trained = [p for name, p in model.named_parameters() if not any(part in name for part in frozen)]
+    trained += head.parameters()
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.02)
     schedule = cosine_schedule(optimizer, steps)
     progress = tqdm(range(steps), desc="joint")
@@ -279,7 +280,7 @@ def train_joint(model, processor, pool: ScenePool, steps: int, read_rows: int = 
     for step in progress:
         answers = reading_loss(model, batches.reading(pool.draw(read_rows)))
         rows = pool.draw(draw_rows)
-        codes, binding = drawing_loss(model, batches.drawing(rows), head, cell_labels([pool.scenes[row] for row in rows]))
+        codes, binding = drawing_loss(model, batches.drawing(rows), head, patch_labels([pool.scenes[row] for row in rows]))
         (answers + codes + binding).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -313,7 +314,10 @@ def main(args: PretrainArguments) -> None:
         "vision": lambda: train_vision(model, pool, args.vision_steps),
         "joint": lambda: train_joint(model, processor, pool, args.joint_steps),
     }
-    for name, train in stages.items():
+    for index, (name, train) in enumerate(stages.items()):
+        if index:  # a stage's own seed: resuming gives what one run gives
+            set_seed(args.seed + index)
+            pool.rng = np.random.default_rng([args.seed, index])
         checkpoint = work / f"{name}.safetensors"
         if name == "joint":
             pool.encode(model.model.vqmodel)

@@ -10,8 +10,12 @@ import pytest
 import torch
 from digits import random_scene
 from helpers import SHORT, question_inputs, rng
+from hypothesis import settings
 from PIL import Image
 from tiny_janus import make_model, make_processor
+
+settings.register_profile("no deadline", deadline=None)  # CI machines stall now and then
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +43,15 @@ def pristine(processor):
 
 
 @pytest.fixture
-def base(pristine):
+def fresh(pristine):
+    """Makes a base to attach to."""
+    return lambda: copy.deepcopy(pristine)
+
+
+@pytest.fixture
+def base(fresh):
     """A base to attach to."""
-    return copy.deepcopy(pristine)
+    return fresh()
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def attach(base, adapter_name: str = "default", seed: int = 0, **fields) -> UniC
 
 def chat(processor, *content) -> str:
     """The text of a user turn; images are where `IMAGE` stands."""
-    parts = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in content]
+    parts = [{"type": "image"} if part == IMAGE else {"type": "text", "text": part} for part in content]
     return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
 
 

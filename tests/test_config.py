@@ -70,7 +70,12 @@ def test_every_field_of_ours_has_a_help_text():
 @pytest.mark.parametrize("loader", [UniCompressConfig, PeftConfig])
 def test_round_trip(tmp_path, loader):
     config = small_config(
-        stride=4, num_global_tokens=0, decompressor="phase", codebook_weight=0.5, lora_alpha=7, target_modules=["q_proj", "v_proj"]
+        stride=4,
+        num_global_tokens=0,
+        decompressor="phase",
+        codebook_weight=0.5,
+        lora_alpha=7,
+        target_modules=["q_proj", "v_proj"],
     )
     config.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path)

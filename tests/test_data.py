@@ -103,7 +103,10 @@ def test_an_image_is_read_in_a_user_turn_and_drawn_in_an_assistant_turn(collate,
 
 
 def test_an_image_in_a_later_user_turn_is_read(collate, images):
-    row = {"messages": turns([say("a red 3")], [IMAGE], [IMAGE, say("How many digits are there?")], [say("1")]), "images": images[:2]}
+    row = {
+        "messages": turns([say("a red 3")], [IMAGE], [IMAGE, say("How many digits are there?")], [say("1")]),
+        "images": images[:2],
+    }
     batch = collate([row])
     assert (len(batch["pixel_values"]), len(batch["drawn_pixel_values"])) == (1, 1)
 
@@ -175,7 +178,7 @@ def test_rows_are_left_as_they_were(collate, editing_row):
 
 
 def test_an_empty_batch_is_refused(collate):
-    with pytest.raises(InputError, match="empty batch.*at least one"):
+    with pytest.raises(InputError, match=r"empty batch.*at least one"):
         collate([])
 
 
@@ -189,6 +192,12 @@ def test_a_wrong_number_of_images_is_refused(collate, reading_row, images, count
 def test_an_image_that_is_not_rgb_is_refused(collate, reading_row, images, mode):
     with pytest.raises(InputError, match=rf"'{mode}'.*'RGB'.*convert"):
         collate([{**reading_row, "images": [images[0].convert(mode)]}])
+
+
+@pytest.mark.parametrize("image", ["picture.png", b"bytes", None])
+def test_what_is_no_image_is_refused(collate, reading_row, image):
+    with pytest.raises(InputError, match="RGB"):
+        collate([{**reading_row, "images": [image]}])
 
 
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused(collate, reading_row):

@@ -37,6 +37,12 @@ def test_drawn_tokens_are_the_bases(model, pristine, processor, options):
         assert torch.equal(draw(model, inputs, **options), expected)
 
 
+def test_arguments_by_position_are_the_bases(model, pristine, dense_question):
+    ids, pixels = dense_question["input_ids"], dense_question["pixel_values"]
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(ids, pixels).logits, pristine(ids, pixels).logits)
+
+
 def test_the_loss_is_the_bases(model, pristine, questions):
     batch = {**questions, "labels": questions["input_ids"]}
     with model.disable_adapter():

@@ -119,7 +119,11 @@ BROKEN = {
     "the config has a bad value": (lambda folder: change_config(folder, stride=-2), ConfigError, "stride=-2"),
     "the base is deeper": (lambda folder: change_geometry(folder, num_layers=24), BaseModelError, "num_layers was 24, is 4"),
     "the base is wider": (lambda folder: change_geometry(folder, hidden_size=8), BaseModelError, "hidden_size was 8, is 192"),
-    "the base has other codes": (lambda folder: change_geometry(folder, num_codes=9), BaseModelError, "num_codes was 9, is 512"),
+    "the base has other codes": (
+        lambda folder: change_geometry(folder, num_codes=9),
+        BaseModelError,
+        "num_codes was 9, is 512",
+    ),
 }
 DAMAGES = {
     **{
@@ -172,7 +176,9 @@ def test_peft_model_names_what_is_wrong_with_the_weights(folder, base, change, m
         PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
-@pytest.mark.parametrize("fields", [{"stride": 4}, {"num_global_tokens": 2}, {"decompressor": "phase"}, {"decompressor_width": 32}, {"r": 3}])
+@pytest.mark.parametrize(
+    "fields", [{"stride": 4}, {"num_global_tokens": 2}, {"decompressor": "phase"}, {"decompressor_width": 32}, {"r": 3}]
+)
 def test_weights_of_another_config_are_refused(folder, base, fields):
     change_config(folder, **fields)
     with pytest.raises(AdapterFileError, match="do not fit its config"):
@@ -199,7 +205,7 @@ def test_a_base_of_another_size_is_refused(folder, processor):
 
 @pytest.mark.parametrize("name", ["no/such/place", "spaces in it", ""])
 def test_neither_a_folder_nor_a_hub_id(base, name):
-    with pytest.raises(AdapterFileError, match="neither a folder nor a Hub id|is missing"):
+    with pytest.raises(AdapterFileError, match=r"org/name|is missing"):
         UniCompressModel.from_pretrained(base, name)
 
 

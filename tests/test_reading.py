@@ -89,6 +89,14 @@ def test_inputs_may_be_given_by_position(base, short_question):
     assert torch.equal(tokens[:, -4:], answer(model, short_question, 4))
 
 
+def test_text_may_be_generated_from_embeddings_as_on_the_base(base, short_processor):
+    model = attach(base)
+    inputs = short_processor(text=[chat(short_processor, "Describe the image.")], return_tensors="pt")
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    tokens = model.generate(inputs_embeds=embeddings, do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    assert torch.equal(tokens, answer(model, inputs))
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2}])
 def test_text_takes_the_bases_options(base, short_question, options):
     tokens = attach(base).generate(**short_question, max_new_tokens=3, **options)

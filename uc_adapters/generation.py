@@ -50,11 +50,16 @@ def draw(
         Dense codes (B * num_return_sequences, T) for the base's `decode_image_tokens`.
 
     Raises:
-        InputError: An empty batch, or a prompt that does not end in the image's begin.
+        InputError: A prompt that does not end in the image's begin, or an unknown argument.
         UnsupportedError: Beam search, or structured outputs.
     """
     family, base = drawing.family, drawing.family.base
-    config, _ = base._prepare_generation_config(generation_config, **kwargs)
+    config, unknown = base._prepare_generation_config(generation_config, **kwargs)
+    if unknown:
+        raise InputError(
+            f"generate(generation_mode='image') got {', '.join(sorted(unknown))}; expected fields of the generation config, "
+            "input_ids, attention_mask, pixel_values, logits_processor, generator or progress. Leave the others out."
+        )
     if config.get_generation_mode() not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise UnsupportedError(
             f"num_beams={config.num_beams} asks for beam search, which cannot draw images; expected num_beams=1. "

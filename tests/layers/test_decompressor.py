@@ -12,7 +12,7 @@ SHAPE = {"code_width": CODE_WIDTH, "width": 16, "out_width": OUT_WIDTH}
 geometries = given(
     stride=st.integers(1, 3), side=st.integers(1, 3), count=st.integers(0, 3), layers=st.integers(1, 2), seed=st.integers(0, 99)
 )
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 each = pytest.mark.parametrize("kind", DECOMPRESSORS)
 
 

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+from digits import COLOURS, PLACES, QUESTION_KINDS, Cell, Scene, judge, load_scans, random_scene, right_cells
+from helpers import rng
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SEEDS = st.integers(0, 2**31)
+
+
+def scene_of(cells: dict[int, Cell]) -> Scene:
+    return Scene(tuple(cells.get(place) for place in range(4)))
+
+
+def test_the_split_is_complete_and_of_the_stated_sizes():
+    assert [len(load_scans(split)[0]) for split in ("train", "held-out")] == [1437, 360]
+
+
+def test_no_held_out_scan_is_trained_on():
+    train, held_out = ({scan.tobytes() for scan in load_scans(split)[0]} for split in ("train", "held-out"))
+    assert train.isdisjoint(held_out)
+
+
+def test_every_digit_is_in_both_splits():
+    assert all(set(load_scans(split)[1]) == set(range(10)) for split in ("train", "held-out"))
+
+
+def test_a_scene_depends_on_its_seed_alone():
+    first, again, other = (random_scene(rng(seed), "held-out") for seed in (1, 1, 2))
+    assert first == again != other
+    assert np.array_equal(first.render("held-out"), again.render("held-out"))
+
+
+@given(SEEDS)
+@settings(max_examples=25)
+def test_a_scene_has_one_to_four_digits_and_says_what_it_shows(seed):
+    scene = random_scene(rng(seed), "held-out")
+    filled = [(place, cell) for place, cell in zip(PLACES, scene.cells, strict=True) if cell]
+    assert 1 <= len(filled) <= 4
+    assert scene.caption() == " and ".join(f"a {cell.colour} {cell.digit} at the {place}" for place, cell in filled)
+    assert sorted(scene.shuffled_caption(rng(seed)).split(" and ")) == sorted(scene.caption().split(" and "))
+    assert scene.render("held-out").shape == (64, 64, 3)
+    assert scene.render("held-out").dtype == np.uint8
+
+
+@given(SEEDS)
+@settings(max_examples=25)
+def test_every_question_has_its_right_answer(seed):
+    generator = rng(seed)
+    scene = random_scene(generator, "held-out")
+    filled = [cell for cell in scene.cells if cell]
+    for kind in QUESTION_KINDS:
+        pair = scene.question(kind, generator)
+        if pair is None:
+            assert kind == "colour"
+            assert all([cell.digit for cell in filled].count(cell.digit) > 1 for cell in filled)
+            continue
+        question, told = pair
+        if kind == "count":
+            assert told == str(len(filled))
+        elif kind == "digit":
+            place = question.removeprefix("What digit is at the ").removesuffix("?")
+            assert told == str(scene.cells[PLACES.index(place)].digit)
+        else:
+            digit = int(question.removeprefix("What colour is the ").removesuffix("?"))
+            assert [cell.colour for cell in filled if cell.digit == digit] == [told]
+
+
+def test_the_judge_reads_real_held_out_scenes():
+    scenes = [random_scene(rng(seed), "held-out") for seed in range(150)]
+    seen = judge(np.stack([scene.render("held-out") for scene in scenes]))
+    assert sum(right_cells(asked, drawn) for asked, drawn in zip(scenes, seen, strict=True)) / 600 > 0.97
+
+
+def test_the_judge_tells_colours_and_empty_cells_without_a_mistake():
+    scenes = [random_scene(rng(seed), "held-out") for seed in range(150)]
+    seen = judge(np.stack([scene.render("held-out") for scene in scenes]))
+    for asked, drawn in zip(scenes, seen, strict=True):
+        assert [cell and cell.colour for cell in asked.cells] == [cell and cell.colour for cell in drawn.cells]
+
+
+def test_an_empty_picture_is_empty():
+    assert judge(np.full((1, 64, 64, 3), 16, np.uint8)) == [Scene((None,) * 4)]
+
+
+@pytest.mark.parametrize("noise", [0, 8])
+def test_the_judge_does_not_mind_a_little_noise(noise):
+    scene = random_scene(rng(3), "held-out")
+    pixels = scene.render("held-out") + rng(0).integers(0, noise + 1, (64, 64, 3))
+    assert right_cells(scene, judge(pixels.clip(0, 255).astype(np.uint8)[None])[0]) == 4
+
+
+def test_right_cells():
+    red_3, blue_3, red_4 = Cell(3, "red"), Cell(3, "blue"), Cell(4, "red")
+    asked = scene_of({0: red_3, 1: red_4})
+    assert right_cells(asked, asked) == 4
+    assert right_cells(asked, scene_of({0: Cell(3, "red", scan=9), 1: red_4})) == 4  # which scan does not matter
+    assert right_cells(asked, scene_of({0: blue_3, 1: red_4})) == 3
+    assert right_cells(asked, scene_of({0: red_4, 1: red_4})) == 3
+    assert right_cells(asked, scene_of({1: red_4})) == 3
+    assert right_cells(asked, scene_of({0: red_3, 1: red_4, 3: red_3})) == 3
+    assert right_cells(asked, scene_of({0: red_4, 1: red_3})) == 2
+
+
+def test_colours_are_told_apart_by_hue():
+    assert len(COLOURS) == 6

@@ -1,0 +1,129 @@
+"""The scripts run from their arguments; what they reach is on the cards, not here."""
+
+import json
+
+import evaluate
+import finetune
+import fit_tokenizer
+import pytest
+import quickstart
+from digits import random_scene
+from helpers import DECOMPRESSORS, assert_same, attach, base_weights, rng
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, TrlParser
+
+from uc_adapters import UniCompressModel
+
+
+@pytest.fixture(scope="module", params=["cell", "phase"])
+def adapter_folder(request, base_folder, short_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    base = AutoModelForImageTextToText.from_pretrained(base_folder)
+    attach(base, decompressor=request.param).save_pretrained(folder)
+    short_processor.save_pretrained(folder)
+    return folder
+
+
+def test_evaluate_writes_the_scores_of_base_and_adapter(base_folder, adapter_folder, tmp_path):
+    file = tmp_path / "scores.json"
+    arguments = {"scenes": 4, "seed": 1, "batch_size": 4, "json": str(file)}
+    evaluate.main(evaluate.EvaluateArguments(base=str(base_folder), adapter=str(adapter_folder), **arguments))
+    scores = json.loads(file.read_text())
+    for what in ("reading", "drawing", "seconds_per_image", "nats_per_image"):
+        assert scores[what].keys() == {"base", "adapter"}
+    assert all(0 <= scores[what][name] <= 1 for what in ("reading", "drawing") for name in ("base", "adapter"))
+    assert scores["tokens"]["read"] == {"base": 64, "adapter": 21}
+    assert scores["tokens"]["drawn"] == {"base": 64, "adapter": 20}
+
+
+def test_evaluate_draws_the_same_from_the_same_seed(base_folder, adapter_folder):
+    arguments = evaluate.EvaluateArguments(base=str(base_folder), adapter=str(adapter_folder), scenes=3, seed=5, batch_size=3)
+    first, again = evaluate.main(arguments), evaluate.main(arguments)
+    for what in ("reading", "drawing", "nats_per_image"):
+        assert first[what] == again[what]
+
+
+def test_quickstart_writes_a_picture_and_a_table(base_folder, adapter_folder, tmp_path, capsys):
+    file = tmp_path / "picture.png"
+    quickstart.main(
+        quickstart.QuickstartArguments(
+            base=str(base_folder), adapter=str(adapter_folder), prompt="a red 3 at the top left", device="cpu", output=str(file)
+        )
+    )
+    assert min(Image.open(file).size) > 200
+    table = capsys.readouterr().out
+    assert "64" in table
+    assert "21" in table
+
+
+def test_quickstart_reads_an_image_of_the_users(base_folder, adapter_folder, tmp_path, images, capsys):
+    picture, file = tmp_path / "mine.png", tmp_path / "picture.png"
+    images[0].convert("RGBA").save(picture)
+    quickstart.main(
+        quickstart.QuickstartArguments(
+            base=str(base_folder),
+            adapter=str(adapter_folder),
+            image=str(picture),
+            question="How many digits are there?",
+            device="cpu",
+            output=str(file),
+        )
+    )
+    assert "How many digits are there?" in capsys.readouterr().out
+    assert file.is_file()
+
+
+@pytest.mark.parametrize("given", [{"image": "x.png"}, {"question": "What?"}])
+def test_quickstart_wants_image_and_question_together(given):
+    with pytest.raises(SystemExit, match="expected both"):
+        quickstart.main(quickstart.QuickstartArguments(**given))
+
+
+def test_finetune_writes_an_adapter_that_loads(base_folder, adapter_folder, tmp_path):
+    training = SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
+    )
+    finetune.main(finetune.FinetuneArguments(base=str(base_folder), adapter=str(adapter_folder)), training)
+    model = UniCompressModel.from_pretrained(tmp_path, base_model=base_folder)
+    assert model.num_image_tokens == 21
+    assert (tmp_path / "processor_config.json").is_file()
+
+
+@pytest.fixture
+def fit(base_folder, tmp_path):
+    """Runs stage 1 for a few steps on a folder of these pictures."""
+
+    def run(pictures, **fields):
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        for index, picture in enumerate(pictures):
+            picture.save(folder / f"{index}.png")
+        arguments = {"base": str(base_folder), "images": str(folder), "output_dir": str(tmp_path / "fitted"), "device": "cpu"}
+        arguments |= {"steps": 4, "batch_size": 8, "decompressor_width": 64, "decompressor_layers": 1}
+        fit_tokenizer.main(fit_tokenizer.FitArguments(**arguments, **fields))
+        return tmp_path / "fitted"
+
+    return run
+
+
+@pytest.mark.parametrize("decompressor", DECOMPRESSORS)
+def test_fit_tokenizer_writes_an_adapter_that_loads(fit, base_folder, pristine, decompressor):
+    pictures = [random_scene(rng(seed), "train").image("train") for seed in range(16)]
+    folder = fit(pictures, decompressor=decompressor, num_global_tokens=0)  # so few steps would not pass the guard below
+    model = UniCompressModel.from_pretrained(folder, base_model=base_folder)
+    assert_same(base_weights(model), base_weights(pristine))
+    assert AutoProcessor.from_pretrained(folder).num_image_tokens == model.num_image_tokens == 17
+
+
+def test_fit_tokenizer_refuses_to_save_collapsed_global_tokens(fit, tmp_path):
+    with pytest.raises(RuntimeError, match=r"collapsed.*1\.00.*expected 2"):
+        fit([Image.new("RGB", (64, 64), "red")] * 16)  # one picture, hence one code
+    assert not (tmp_path / "fitted").exists()
+
+
+def test_a_recipe_takes_its_arguments_from_a_yaml_file_and_the_command_line(tmp_path):
+    (tmp_path / "fit.yaml").write_text("steps: 7\nstride: 4\n")
+    parser = TrlParser(fit_tokenizer.FitArguments)
+    (arguments,) = parser.parse_args_and_config(["--config", str(tmp_path / "fit.yaml"), "--steps", "9"])
+    assert (arguments.steps, arguments.stride) == (9, 4)

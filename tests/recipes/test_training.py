@@ -1,0 +1,153 @@
+"""Stage 2 through the stock SFTTrainer, as recipes/finetune.py runs it."""
+
+import copy
+
+import pytest
+import torch
+from helpers import DECOMPRESSORS, assert_same, attach, base_weights, draw, drawing_inputs, logits, lora_weights
+from scenes_dataset import scenes_dataset
+from trl import SFTConfig, SFTTrainer
+
+from uc_adapters import UniCompressCollator, UniCompressModel
+
+OPTIONS = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "max_length": None,
+    "packing": False,
+    "remove_unused_columns": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "logging_steps": 1,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+@pytest.fixture
+def make_trainer(tmp_path, short_processor):
+    """Makes a trainer for an adapter; checkpoints go to tmp_path."""
+
+    def make(model, steps: int, **options) -> SFTTrainer:
+        return SFTTrainer(
+            model=model,
+            args=SFTConfig(output_dir=str(tmp_path), max_steps=steps, **{**OPTIONS, **options}),
+            train_dataset=scenes_dataset(16, 1),
+            processing_class=short_processor,
+            data_collator=UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0),
+        )
+
+    return make
+
+
+def stage_2(base, **fields) -> UniCompressModel:
+    model = attach(base, **fields)
+    model.train_only("language model")
+    return model
+
+
+@pytest.mark.parametrize("decompressor", DECOMPRESSORS)
+def test_two_steps_change_what_stage_2_trains_and_nothing_else(base, make_trainer, decompressor):
+    model = stage_2(base, decompressor=decompressor)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before, base_before = lora_weights(model), base_weights(model)
+    make_trainer(model, 2).train()
+    after = lora_weights(model)
+    assert_same(base_weights(model), base_before)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == trainable
+    assert not any("extractor" in name for name in trainable)
+    assert any("lora_A" in name for name in trainable)
+
+
+def test_the_trainer_minimises_and_logs_the_joint_loss(base, make_trainer):
+    model = stage_2(base)
+    trainer, batches = make_trainer(model, 1, per_device_train_batch_size=4), []
+    collate, untrained = trainer.data_collator, copy.deepcopy(model)
+    trainer.data_collator = lambda rows: batches.append(collate(rows)) or dict(batches[-1])
+    trainer.train()
+    with torch.no_grad():
+        expected = untrained(**batches[0])
+        after = model(**batches[0])
+    log = trainer.state.log_history[0]
+    labels = expected.label_mask.sum()
+    assert {"pixel_values", "drawn_pixel_values"} <= batches[0].keys()  # read and drawn rows in one batch
+    assert log["loss"] == pytest.approx(expected.loss.item(), rel=1e-3)
+    assert log["mean_token_accuracy"] == pytest.approx((expected.is_top1.sum() / labels).item(), rel=1e-2)
+    assert log["entropy"] == pytest.approx((expected.entropy.sum() / labels).item(), rel=1e-2)
+    assert after.loss < expected.loss
+
+
+def test_one_batch_of_four_trains_as_two_of_two(fresh, make_trainer):
+    logs = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(stage_2(fresh()), 1, **options)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for what in ("loss", "grad_norm"):
+        assert logs[0][what] == pytest.approx(logs[1][what], rel=1e-3)
+
+
+def test_resuming_continues_where_the_checkpoint_stopped(fresh, pristine, make_trainer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    straight = stage_2(fresh())
+    make_trainer(straight, 2, **options).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    assert (checkpoint / "processor_config.json").is_file()
+    resumed = stage_2(fresh())
+    trainable = {name for name, parameter in resumed.named_parameters() if parameter.requires_grad}
+    trainer = make_trainer(resumed, 2, **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 2
+    assert {name for name, parameter in resumed.named_parameters() if parameter.requires_grad} == trainable
+    assert_same(lora_weights(resumed), lora_weights(straight))
+    assert_same(base_weights(resumed), base_weights(pristine))
+
+
+def test_a_checkpoint_is_an_adapter(base, fresh, make_trainer, tmp_path, short_question, short_processor):
+    model = stage_2(base)
+    make_trainer(model, 1, save_strategy="steps", save_steps=1).train()
+    model.eval()
+    loaded = UniCompressModel.from_pretrained(fresh(), tmp_path / "checkpoint-1")
+    prompts = drawing_inputs(short_processor, ["a red 3"])
+    assert torch.equal(logits(loaded, short_question), logits(model, short_question))
+    assert torch.equal(draw(loaded, prompts), draw(model, prompts))
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}])
+def test_options_of_the_trainer(base, make_trainer, options):
+    model = stage_2(base)
+    before = base_weights(model)
+    trainer = make_trainer(model, 1, **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+    assert_same(base_weights(model), before)
+
+
+def test_a_bfloat16_base_trains_float32_adapters(base, make_trainer):
+    model = stage_2(base.to(torch.bfloat16))
+    before = lora_weights(model)
+    make_trainer(model, 1).train()
+    after = lora_weights(model)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluation_scores_the_joint_loss(base, make_trainer):
+    metrics = make_trainer(attach(base), 1).evaluate(scenes_dataset(4, 9, "held-out"))
+    assert metrics["eval_loss"] > 0
+
+
+def test_a_second_adapter_trains_while_the_first_stays(base, make_trainer):
+    model = attach(base)
+    model.add_adapter("second", model.peft_config["default"].__class__(r=2, decompressor_width=64, decompressor_layers=1))
+    model.set_adapter("second")
+    model.train_only("language model")
+    before, first = lora_weights(model, "second"), lora_weights(model)
+    make_trainer(model, 1).train()
+    assert_same(lora_weights(model), first)
+    assert any(not torch.equal(value, before[name]) for name, value in lora_weights(model, "second").items())
