@@ -37,6 +37,8 @@ class QuickstartArguments:
     question: str | None = field(default=None, metadata={"help": "The question about --image."})
     prompt: str | None = field(default=None, metadata={"help": "A prompt of yours to draw."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Torch device."})
+    temperature: float = field(default=0.7, metadata={"help": "Of drawing. Janus-Pro: 1."})
+    guidance_scale: float = field(default=2.0, metadata={"help": "Of drawing. Janus-Pro: 5."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the sampling."})
     output: str = field(default="quickstart.png", metadata={"help": "The picture to write."})
 
@@ -60,24 +62,22 @@ class Drawn:
     right: dict[str, int] = field(default_factory=dict)
 
 
-SAMPLING = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}
-
-
 def read_all(pair: list[Contender], readings: list[Reading]) -> None:
     for contender in pair:
         for reading in tqdm(readings, desc=f"{contender.name} reads", leave=False):
             reading.told[contender.name] = answer(contender, [reading.image], [reading.question], max_new_tokens=64)[0]
 
 
-def draw_all(pair: list[Contender], drawings: list[Drawn], seed: int) -> dict[str, float]:
+def draw_all(pair: list[Contender], drawings: list[Drawn], args: QuickstartArguments) -> dict[str, float]:
     """Draws every prompt by both in turn, one at a time; mean seconds an image, after one warm-up each."""
+    sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
     seconds = {contender.name: 0.0 for contender in pair}
     for contender in pair:
-        draw(contender, [drawings[0].prompt], **SAMPLING)
+        draw(contender, [drawings[0].prompt], **sampling)
     for index, drawn in enumerate(tqdm(drawings, desc="draw, in turn", leave=False)):
         for contender in pair:
-            torch.manual_seed(seed + index)
-            images, took = draw(contender, [drawn.prompt], **SAMPLING)
+            torch.manual_seed(args.seed + index)
+            images, took = draw(contender, [drawn.prompt], **sampling)
             drawn.images[contender.name] = images[0]
             seconds[contender.name] += took / len(drawings)
     return seconds
@@ -161,7 +161,7 @@ def main(args: QuickstartArguments) -> None:
     if not readings and not drawings:
         readings, drawings, asked = tiny_world(args.seed)
     read_all(pair, readings)
-    seconds = draw_all(pair, drawings, args.seed) if drawings else {}
+    seconds = draw_all(pair, drawings, args) if drawings else {}
     for drawn, scene in zip(drawings, asked, strict=False):
         for name, image in drawn.images.items():
             drawn.right[name] = right_cells(scene, judge(np.asarray(image)[None])[0])
