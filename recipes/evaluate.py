@@ -234,6 +234,8 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
 
 
 def main(args: EvaluateArguments) -> dict:
+    # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+    transformers.logging.set_verbosity_error()
     rng = np.random.default_rng(args.seed)
     scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
     pair = contenders(args.base, args.adapter)

@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
+import transformers
 from digits import QUESTION_KINDS, judge, random_scene, right_cells
 from evaluate import SPLIT, Contender, answer, contenders, draw
 from PIL import Image
@@ -126,12 +127,12 @@ def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn
     drawings, readings = drawings[:6], readings[:6]
     columns = max(len(drawings), len(readings), 2)
     rows = (2 if drawings else 0) + (1 if readings else 0)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 3.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 4 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
 
     def wrap(text: str) -> str:
-        return textwrap.fill(text, 26)
+        return textwrap.fill(text, 30)
 
     for column, drawn in enumerate(drawings):
         for row, contender in enumerate(pair):
@@ -143,7 +144,6 @@ def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn
         axis.imshow(reading.image)
         lines = [reading.question, *(f"{contender.name}: {reading.told[contender.name]}" for contender in pair)]
         axis.set_title("\n".join(wrap(line) for line in lines), fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"\nwrote {Path(path).resolve()}")
 
@@ -151,6 +151,8 @@ def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn
 def main(args: QuickstartArguments) -> None:
     if (args.image is None) != (args.question is None):
         raise SystemExit(f"--image {args.image} and --question {args.question}: expected both, or neither.")
+    # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+    transformers.logging.set_verbosity_error()
     torch.manual_seed(args.seed)
     pair = contenders(args.base, args.adapter, args.device)
     readings, drawings, asked = [], [], []

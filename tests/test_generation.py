@@ -117,8 +117,8 @@ def test_guidance_doubles_the_batch_and_no_guidance_does_not(base, prompts):
 
 def test_guidance_defaults_to_the_bases_generation_config(base, prompts):
     model = attach(base)
-    assert base.generation_config.guidance_scale == 3.0
-    assert torch.equal(draw(model, prompts), draw(model, prompts, guidance_scale=3.0))
+    base.generation_config.guidance_scale = 4.0
+    assert torch.equal(draw(model, prompts), draw(model, prompts, guidance_scale=4.0))
     assert not torch.equal(draw(model, prompts), draw(model, prompts, guidance_scale=9.0))
 
 

@@ -108,7 +108,7 @@ class UniCompressTuner(LoraModel):
         _check_name(adapter_name, model, config, family.geometry)
         config.uc_adapters_version = config.uc_adapters_version or __version__
         if config.target_modules is None:
-            config.target_modules = family.target_modules
+            config.target_modules = set(family.target_modules)
         self._family = family
         self._check_targets(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -37,7 +37,7 @@ class Janus:
         "language model": "model.language_model",
         "codes to pixels": "model.vqmodel",
     }
-    target_modules = r".*\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    target_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, base: nn.Module):
         self.base = base
