@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from .config import UniCompressConfig
 from .drawing import Drawing, Scores
-from .errors import BaseModelError, InputError, UnsupportedError
+from .errors import BaseModelError, InputError
 from .families import Janus, family_of
 from .generation import draw, left_pad
 from .hub import read_adapter
@@ -342,6 +342,3 @@ def _load_base(adapter: str, source: str | None, revision: str | None, dtype, de
             f"Adapter {adapter!r} needs base {source!r}, which could not be loaded: {error} "
             "Pass base_model= with its folder, its id or the loaded model."
         ) from error
-
-
-__all__ = ["JointOutput", "UniCompressModel", "UnsupportedError", "get_uc_model"]

@@ -1,0 +1,56 @@
+"""The checkpoints in model_cards/ are whole, small, and read and draw as their cards say."""
+
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from safetensors import safe_open
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+BASE, ADAPTER = str(CARDS / "tiny-janus"), str(CARDS / "tiny-janus-uc4x")
+LIMIT = 12 * 2**20
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return evaluate.contenders(BASE, ADAPTER)
+
+
+@pytest.mark.parametrize("folder", [BASE, ADAPTER])
+def test_a_repo_folder_is_complete_and_small(folder):
+    names = {path.name for path in Path(folder).iterdir()}
+    assert {"README.md", "processor_config.json", "tokenizer.json"} <= names
+    assert sum(path.stat().st_size for path in Path(folder).iterdir()) <= LIMIT
+
+
+def test_the_adapters_file_holds_no_base_weight():
+    with safe_open(Path(ADAPTER, "adapter_model.safetensors"), framework="pt") as file:
+        assert all(".lora_" in name for name in file.keys())  # noqa: SIM118  (safe_open is no dict)
+
+
+def test_base_and_adapter_read_and_draw_held_out_digits():
+    # 60 scenes: wide enough bounds for any seed; the figures of the README come from 500
+    scores = evaluate.main(evaluate.EvaluateArguments(base=BASE, adapter=ADAPTER, scenes=60, seed=77))
+    assert scores["reading"]["base"] >= 0.95
+    assert scores["drawing"]["base"] >= 0.85
+    assert scores["reading"]["adapter"] >= scores["reading"]["base"] - 0.03
+    assert scores["drawing"]["adapter"] >= scores["drawing"]["base"] - 0.04
+    assert scores["tokens"] == {"read": {"base": 64, "adapter": 21}, "drawn": {"base": 64, "adapter": 20}}
+
+
+def test_a_prompt_draws_the_same_alone_and_in_a_batch(pair):
+    adapter = pair[1]
+    prompts = [
+        "a red 3 at the top left",
+        "a blue 7 at the top right and a cyan 0 at the bottom left",
+        "a green 1 at the top left",
+    ]
+
+    def tokens(prompts: list[str]) -> torch.Tensor:
+        inputs = evaluate.drawing_inputs(adapter.processor, prompts)
+        return adapter.model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=2.0)
+
+    together = tokens(prompts)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(tokens([prompt])[0], row)
