@@ -10,6 +10,6 @@ from uc_adapters import UniCompressConfig, get_uc_model
 base = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 model = get_uc_model(base, UniCompressConfig(decompressor_width=32)).eval()
 begin = base.generation_config.generation_kwargs["boi_token_id"]
-tokens = model.generate(torch.tensor([[base.generation_config.bos_token_id, begin]]), generation_mode="image")
+tokens = model.generate(torch.tensor([[base.generation_config.bos_token_id, 20, begin]]), generation_mode="image")
 assert tokens.shape == (1, model.family.geometry.draw_side**2), tokens.shape
 print(f"the wheel draws: {tuple(tokens.shape)}")

@@ -82,7 +82,7 @@ class DrawCompressor(nn.Module):
         """Global tokens before quantisation, unit-norm: (B, T, C) -> (B, N_g, C)."""
         if self.extractor is None:
             return latents[:, :0]
-        return unit(self.extractor(latents))
+        return unit(self.extractor(latents.to(self.separator.dtype)).float())
 
     def compress(self, latents: torch.Tensor, codebook: torch.Tensor) -> CompactCodes:
         """Unit-norm latents (B, T, C) -> compact codes, with the base's codebook (K, C)."""

@@ -54,7 +54,10 @@ class UniCompressConfig(LoraConfig):
     uc_adapters_version: str | None = field(default=None, metadata={"help": "Library version, written on attaching."})
 
     def __post_init__(self):
-        self._require("target_modules", self.target_modules != "", "a pattern, a list of module names, [] or None")
+        targets = self.target_modules
+        names = isinstance(targets, (list, set, tuple)) and all(isinstance(name, str) for name in targets)
+        pattern = isinstance(targets, str) and targets
+        self._require("target_modules", targets is None or names or pattern, "a pattern, a list of names, [] or None")
         super().__post_init__()
         self.peft_type = UCPeftType.UNICOMPRESS
         self._require_int("stride", 1)
@@ -62,9 +65,13 @@ class UniCompressConfig(LoraConfig):
         self._require("decompressor", self.decompressor in DECOMPRESSORS, f"one of {', '.join(DECOMPRESSORS)}")
         self._require_int("decompressor_layers", 1)
         self._require_int("decompressor_width", 1)
-        number = isinstance(self.codebook_weight, (int, float)) and not isinstance(self.codebook_weight, bool)
-        self._require("codebook_weight", number and 0 <= self.codebook_weight < float("inf"), "a finite number >= 0")
+        self._require("codebook_weight", self._within("codebook_weight", 0), "a finite number >= 0")
         self._require_int("r", 1)
+        self._require("lora_alpha", self._within("lora_alpha", 0) and self.lora_alpha > 0, "a finite number > 0")
+        self._require("lora_dropout", self._within("lora_dropout", 0, 1), "a number from 0 up to, not including, 1")
+        geometry = self.base_geometry
+        self._require("base_geometry", geometry is None or isinstance(geometry, dict), "None, or what attaching wrote")
+        self._require("trainable_token_indices", not self.trainable_token_indices, "None: the base's words stay as they are")
         self._require("task_type", self.task_type is None, "None: a task type would force another model class")
         self._require("bias", self.bias == "none", "'none': a trained bias would change the disabled model")
         self._require("modules_to_save", not self.modules_to_save, "None: an adapter holds no weight of its base")
@@ -92,6 +99,10 @@ class UniCompressConfig(LoraConfig):
         value = getattr(self, name)
         good = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
         self._require(name, good, f"an integer >= {minimum}")
+
+    def _within(self, name: str, low: float, high: float = float("inf")) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:

@@ -69,8 +69,12 @@ class UniCompressCollator:
                 f"{len(images)} image(s) for {len(roles)} image part(s) in the messages; expected as many of both."
             )
         for image in images:
-            if image.mode != "RGB":
-                raise InputError(f"An image of mode {image.mode!r}; expected 'RGB'. Convert it: image.convert('RGB').")
+            mode = getattr(image, "mode", None)
+            if mode != "RGB":
+                raise InputError(
+                    f"An image of mode {mode!r} ({type(image).__name__}); expected a PIL image of mode 'RGB'. "
+                    "Convert it: image.convert('RGB')."
+                )
         tokenizer = self.processor.tokenizer
         encoding = tokenizer(text, return_offsets_mapping=True)
         ids = encoding["input_ids"]

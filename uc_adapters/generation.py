@@ -50,7 +50,7 @@ def draw(
         Dense codes (B * num_return_sequences, T) for the base's `decode_image_tokens`.
 
     Raises:
-        InputError: A prompt that does not end in the image's begin, or an unknown argument.
+        InputError: A prompt that is empty or does not end in the image's begin, or an unknown argument.
         UnsupportedError: Beam search, or structured outputs.
     """
     family, base = drawing.family, drawing.family.base
@@ -71,7 +71,7 @@ def draw(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     input_ids, attention_mask = left_pad(input_ids, attention_mask)
-    _check_prompts(input_ids, config)
+    _check_prompts(input_ids, attention_mask, config)
     base._prepare_special_tokens(config, True, device=input_ids.device)
 
     # Prompts: (B, L) -> (B * n, L), doubled where guidance needs the unconditional model too
@@ -159,8 +159,12 @@ def _draw_compact(
     return globals_, torch.stack(cells, 1)
 
 
-def _check_prompts(input_ids: torch.Tensor, config) -> None:
+def _check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, config) -> None:
     begin = config.generation_kwargs["boi_token_id"]
+    words = attention_mask.bool() & (input_ids != begin) & (input_ids != config.bos_token_id)
+    empty = (~words.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"Row(s) {empty} hold an empty prompt; expected at least one word before the image's begin.")
     if not bool((input_ids[:, -1] == begin).all()):
         raise InputError(
             f"A drawing prompt ends in token {input_ids[:, -1].tolist()}; expected the image's begin, {begin}. "

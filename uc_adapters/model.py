@@ -9,17 +9,18 @@ from os import PathLike
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.utils import ModelOutput
 
 from .config import UniCompressConfig
 from .drawing import Drawing, Scores
-from .errors import BaseModelError, InputError
+from .errors import BaseModelError, InputError, UnsupportedError
 from .families import Janus, family_of
 from .generation import draw, left_pad
 from .hub import read_adapter
-from .tuner import DrawLayer, UniCompressLayer
+from .tuner import DrawLayer, UniCompressLayer, detach
 
 
 @dataclass
@@ -92,10 +93,16 @@ class UniCompressModel(PeftModel):
             raise InputError("The base is given twice, by position and as base_model=; expected one of the two.")
         adapter = str(adapter)
         stored = read_adapter(adapter, **kwargs)
-        if not isinstance(base, nn.Module):
+        if isinstance(base, nn.Module):
+            _refuse_carrier(base)
+        else:
             source = str(base) if base is not None else stored.base_model_name_or_path
             base = _load_base(adapter, source, stored.revision if base is None else None, dtype, device_map)
-        return super().from_pretrained(base, adapter, adapter_name, is_trainable, config or stored, **kwargs)
+        try:
+            return super().from_pretrained(base, adapter, adapter_name, is_trainable, config or stored, **kwargs)
+        except Exception:
+            detach(base)  # the caller's base is as it was
+            raise
 
     def load_adapter(self, model_id: str | PathLike, adapter_name: str, *args, **kwargs):
         """PEFT's `load_adapter`, with the file checked first; an adapter that fails to load leaves nothing behind."""
@@ -158,8 +165,10 @@ class UniCompressModel(PeftModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        *,
         labels: torch.Tensor | None = None,
         drawn_pixel_values: torch.Tensor | None = None,
         drawn_mask: torch.Tensor | None = None,
@@ -171,8 +180,9 @@ class UniCompressModel(PeftModel):
 
         Args:
             input_ids: (B, L), with `num_image_tokens` placeholders an image, to read or to draw.
-            attention_mask: (B, L).
             pixel_values: Images to read, (N, 3, S, S), in the order of their placeholders.
+            attention_mask: (B, L).
+            position_ids: (B, L).
             labels: (B, L), -100 where nothing is to learn. At a drawn image, any other value marks its places.
             drawn_pixel_values: Images to draw, (M, 3, S, S), in the order of their placeholders.
             drawn_mask: (B, L), True at the places of drawn images.
@@ -187,6 +197,7 @@ class UniCompressModel(PeftModel):
             InputError: Placeholders and images disagree, pixels are of the wrong shape, or images are to be drawn by a
                 disabled adapter.
         """
+        _refuse_mixed_batch(kwargs)
         self._check_inputs(input_ids, pixel_values, drawn_pixel_values, drawn_mask)
         drawing = self.drawing
         if drawn_pixel_values is None and (not fused_lm_head or drawing is None):
@@ -195,7 +206,12 @@ class UniCompressModel(PeftModel):
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, labels=labels, **kwargs
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                labels=labels,
+                **kwargs,
             )
         if drawing is None:
             raise InputError("drawn_pixel_values with the adapter disabled; expected an enabled one: only it draws compactly.")
@@ -204,11 +220,28 @@ class UniCompressModel(PeftModel):
                 "labels=None with images to draw; expected labels: this forward scores them. See UniCompressCollator."
             )
         return self._joint_forward(
-            drawing, input_ids, attention_mask, pixel_values, labels, drawn_pixel_values, drawn_mask, num_items_in_batch
+            drawing,
+            input_ids,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            labels,
+            drawn_pixel_values,
+            drawn_mask,
+            num_items_in_batch,
         )
 
     def _joint_forward(
-        self, drawing, input_ids, attention_mask, pixel_values, labels, drawn_pixel_values, drawn_mask, num_items_in_batch
+        self,
+        drawing: Drawing,
+        input_ids,
+        pixel_values,
+        attention_mask,
+        position_ids,
+        labels,
+        drawn_pixel_values,
+        drawn_mask,
+        num_items_in_batch,
     ) -> JointOutput:
         family = drawing.family
         if drawn_mask is None:
@@ -221,7 +254,7 @@ class UniCompressModel(PeftModel):
             places = drawing.embed(codes).to(embeddings.dtype)  # (M, N_g + 1 + T', D)
             embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), places)
         hidden = family.language_model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state[:, :-1]  # (B, L - 1, D): position t predicts t + 1
         targets, drawn = labels[:, 1:], drawn_mask[:, 1:]
         label_mask = targets != -100
@@ -253,8 +286,12 @@ class UniCompressModel(PeftModel):
             InputError: An empty batch or prompt, or placeholders that do not fit the images.
             UnsupportedError: Beam search for drawing, or two active adapters.
         """
+        _refuse_mixed_batch(kwargs)
         drawing = self.drawing
         if drawing is None:
+            self._check_inputs(args[0] if args else kwargs.get("input_ids"), kwargs.get("pixel_values"), None, None)
+            return super().generate(*args, **kwargs)
+        if kwargs.get("inputs_embeds") is not None and kwargs.get("generation_mode") != "image":
             return super().generate(*args, **kwargs)
         input_ids = args[0] if args else kwargs.pop("input_ids", kwargs.pop("inputs", None))
         if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -313,14 +350,26 @@ def get_uc_model(
         ConfigError: `target_modules` matches nothing in the language model.
         AdapterNameError: PEFT cannot hold the name.
     """
-    if any(isinstance(module, UniCompressLayer) for module in base.modules()):
-        raise BaseModelError(
-            "The base carries a UniCompress adapter already; expected a plain base. Add a second adapter with "
-            "model.add_adapter(name, config), or take the first off with model.unload()."
-        )
+    _refuse_carrier(base)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     return UniCompressModel(base, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def _refuse_carrier(base: nn.Module) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise BaseModelError(
+            "The base carries an adapter already; expected a plain base. Add a second adapter with model.add_adapter(name, "
+            "config) or model.load_adapter(folder, name), or take the first off with model.unload()."
+        )
+
+
+def _refuse_mixed_batch(kwargs: dict) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise UnsupportedError(
+            f"adapter_names={kwargs['adapter_names']!r} asks for several adapters in one batch; expected one, since images "
+            "have one compact form a batch. Choose with model.set_adapter(name) and run a batch for each."
+        )
 
 
 def _score_text(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

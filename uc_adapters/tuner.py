@@ -105,7 +105,7 @@ class UniCompressTuner(LoraModel):
         family = family_of(model)
         config = self.peft_config[adapter_name]
         _check_geometry(config, family)
-        _check_name(adapter_name, model, config, family.geometry)
+        _check_names(adapter_name, list(self.peft_config), model, config, family.geometry)
         config.uc_adapters_version = config.uc_adapters_version or __version__
         if config.target_modules is None:
             config.target_modules = set(family.target_modules)
@@ -153,6 +153,13 @@ class UniCompressTuner(LoraModel):
         raise UnsupportedError(
             "A UniCompress adapter changes the length of the sequence, so it cannot be merged into the base's weights. "
             "Keep it attached, or take it off with model.unload()."
+        )
+
+    def add_weighted_adapter(self, *args, **kwargs):
+        """Raises UnsupportedError: LoRA could be combined, compression modules of different geometry could not."""
+        raise UnsupportedError(
+            "Compression modules cannot be averaged, so UniCompress adapters cannot be combined. Train one adapter on both "
+            "kinds of data, or switch between two with model.set_adapter(name)."
         )
 
     def merge_and_unload(self, *args, **kwargs):
@@ -204,18 +211,35 @@ def _listed(what: str, entries: list[str]) -> list[str]:
     return [f"{len(entries)} {what} ({', '.join(entries[:3])}{more})"]
 
 
-def _check_name(adapter_name: str, model: nn.Module, config: UniCompressConfig, geometry: Geometry) -> None:
-    """PEFT finds an adapter's keys by its name as a path segment, so a module of that name would be mistaken for it."""
+def detach(base: nn.Module) -> None:
+    """Takes every tuner layer off a base, as `unload` does, where no tuner is left to ask."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompressConfig, geometry: Geometry) -> None:
+    """PEFT finds an adapter's keys by its name as a path segment, so a module of that name would be mistaken for it.
+
+    The older adapters' names are checked too: the new adapter may bring modules that one of them is named after.
+    """
     with torch.device("meta"):
-        ours = [host.module_class(config, geometry) for host in UniCompressTuner.host_classes.values()]
-    paths = [name for module in (model, *ours) for name, _ in module.named_parameters()]
-    segments = {segment for path in paths for segment in path.split(".")}
-    segments |= {"base_layer", "base_model", CONTAINER, "lora_A", "lora_B"}
-    if not adapter_name or "." in adapter_name or adapter_name in "lora_" or adapter_name in segments:
+        modules = [host.module_class(config, geometry) for host in UniCompressTuner.host_classes.values()]
+    taken = _path_segments(model) - (set(names) - {new})  # less the older adapters' own containers
+    taken = taken.union(*map(_path_segments, modules), {"base_layer", "base_model", CONTAINER, "lora_A", "lora_B"})
+    bad = [name for name in names if not name or "." in name or name in "lora_" or name in taken]
+    if bad:
         raise AdapterNameError(
-            f"adapter_name={adapter_name!r} cannot be held by PEFT: expected a non-empty name without dots that is no "
+            f"adapter_name={bad[0]!r} cannot be held by PEFT: expected a non-empty name without dots that is no "
             "part of 'lora_' and no module's name on the path to a weight. Choose another, such as 'default' or 'uc4x'."
         )
+
+
+def _path_segments(module: nn.Module) -> set[str]:
+    return {segment for path, _ in module.named_parameters() for segment in path.split(".")}
 
 
 def _check_geometry(config: UniCompressConfig, family: Janus) -> None:
