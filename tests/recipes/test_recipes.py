@@ -2,6 +2,7 @@
 
 import json
 
+import benchmark
 import evaluate
 import finetune
 import fit_tokenizer
@@ -127,3 +128,9 @@ def test_a_recipe_takes_its_arguments_from_a_yaml_file_and_the_command_line(tmp_
     parser = TrlParser(fit_tokenizer.FitArguments)
     (arguments,) = parser.parse_args_and_config(["--config", str(tmp_path / "fit.yaml"), "--steps", "9"])
     assert (arguments.steps, arguments.stride) == (9, 4)
+
+
+def test_benchmark_times_base_and_adapter():
+    scores = benchmark.main(benchmark.BenchmarkArguments(hidden_size=128, layers=1, decompressor="phase", repeats=1))
+    assert scores["seconds_per_image"].keys() == {"base", "adapter"}
+    assert all(value > 0 for value in scores["seconds_per_image"].values())
