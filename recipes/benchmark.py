@@ -1,6 +1,6 @@
 """Seconds to draw at a realistic size, with random weights: a dense Janus and an adapter on it, in turn.
 
-    python recipes/benchmark.py --hidden_size 1024 --layers 12          # about two minutes on two CPU cores
+    python recipes/benchmark.py --hidden_size 1024 --layers 12          # about four minutes on two CPU cores
     python recipes/benchmark.py --hidden_size 2048 --layers 24 --vq_channels 128 --dtype bfloat16 --device cuda
 
 Needs: pip install -c constraints.txt -e ".[recipes]". The second line has the shapes of Janus-Pro-1B and needs a GPU.
