@@ -264,7 +264,7 @@ def drawing_loss(model, batch: dict[str, torch.Tensor], head: CellHead, labels) 
 
 
 def train_joint(model, processor, pool: ScenePool, steps: int, read_rows: int = 24, draw_rows: int = 32) -> dict:
-    """Reading and drawing together; the VQ tokenizer is frozen, and so is the vision tower: at this rate it would forget."""
+    """Reading and drawing together; the VQ tokenizer and the vision tower are frozen (CHANGELOG: what went wrong)."""
     with torch.no_grad():  # the drawing side starts from the codes' own geometry
         model.model.generation_embeddings.weight.copy_(F.normalize(model.model.vqmodel.quantize.embedding.weight, dim=-1))
     batches = JointBatches(processor, pool)
