@@ -7,6 +7,8 @@ from peft import mapping as _peft_mapping
 
 from .config import UCPeftType, UniCompressConfig
 from .data import UniCompressCollator
+from .hub.card import CardFacts
+from .hub.push import push_folder
 from .model import UniCompressModel, get_uc_model
 from .tuner import UniCompressTuner
 from .version import __version__
@@ -16,4 +18,12 @@ _peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressC
 _peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressTuner
 _peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressTuner.prefix
 
-__all__ = ["UniCompressCollator", "UniCompressConfig", "UniCompressModel", "__version__", "get_uc_model"]
+__all__ = [
+    "CardFacts",
+    "UniCompressCollator",
+    "UniCompressConfig",
+    "UniCompressModel",
+    "__version__",
+    "get_uc_model",
+    "push_folder",
+]

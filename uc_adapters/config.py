@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from os import PathLike
 
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .errors import ConfigError
+from .hub.folder import PEFT_TYPE, check_weights, read_config
+from .hub.pull import PULL_OPTIONS, pull
+from .identity import is_fingerprint
+from .version import __version__
 
+FORMAT_VERSION = 1  # of what is saved; raised when the same fields and weights come to mean other mathematics
 DECOMPRESSORS = ("cell", "phase", "raster")
 
 
 class UCPeftType(str, Enum):
     """The method's name for PEFT. An enum, since transformers' `load_adapter` reads `peft_type.value`."""
 
-    UNICOMPRESS = "UNICOMPRESS"
+    UNICOMPRESS = PEFT_TYPE
 
 
 @dataclass
@@ -38,7 +45,11 @@ class UniCompressConfig(LoraConfig):
             Default 1.0.
         base_geometry: Written when the adapter is attached: the shapes of the base that it was made for. A base
             with others is refused. Leave it None.
-        uc_adapters_version: Written when the adapter is attached: the version of this library.
+        base_fingerprint: Written when the adapter is attached: the base's codebook and weights in a few numbers. Another
+            codebook is refused, other weights are warned of. Leave it None.
+        format_version: Of the saved form. A newer one than this library knows is refused. Leave it alone.
+        uc_adapters_version: Written on saving: the version of this library.
+        seal: Written on saving: checksums of the weights file and of these fields. Never held in memory.
 
     Raises:
         ConfigError: A value is out of range; the message names the legal ones.
@@ -51,9 +62,22 @@ class UniCompressConfig(LoraConfig):
     decompressor_width: int = field(default=512, metadata={"help": "Width of the decompressor."})
     codebook_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook term in stage 1."})
     base_geometry: dict | None = field(default=None, metadata={"help": "Shapes of the base, written on attaching."})
-    uc_adapters_version: str | None = field(default=None, metadata={"help": "Library version, written on attaching."})
+    base_fingerprint: dict | None = field(default=None, metadata={"help": "The base's weights, written on attaching."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the saved form."})
+    uc_adapters_version: str | None = field(default=None, metadata={"help": "Library version, written on saving."})
+    seal: dict | None = field(default=None, metadata={"help": "Checksums, written on saving."})
 
     def __post_init__(self):
+        self.seal = None  # it is of a file, and what is in memory may change
+        self._require_int("format_version", 0)
+        if self.format_version > FORMAT_VERSION:
+            raise ConfigError(
+                f"The adapter was saved in format {self.format_version} by uc-adapters {self.uc_adapters_version}; expected "
+                f"format {FORMAT_VERSION} or older, which uc-adapters {__version__} reads. Upgrade: {_upgrade(vars(self))}"
+            )
+        for name in ("base_model_name_or_path", "revision", "uc_adapters_version"):
+            value = getattr(self, name)
+            self._require(name, value is None or isinstance(value, str), "a string or None")
         targets = self.target_modules
         names = isinstance(targets, (list, set, tuple)) and all(isinstance(name, str) for name in targets)
         pattern = isinstance(targets, str) and targets
@@ -71,6 +95,7 @@ class UniCompressConfig(LoraConfig):
         self._require("lora_dropout", self._within("lora_dropout", 0, 1), "a number from 0 up to, not including, 1")
         geometry = self.base_geometry
         self._require("base_geometry", geometry is None or isinstance(geometry, dict), "None, or what attaching wrote")
+        self._require("base_fingerprint", is_fingerprint(self.base_fingerprint), "None, or what attaching wrote")
         self._require("trainable_token_indices", not self.trainable_token_indices, "None: the base's words stay as they are")
         self._require("task_type", self.task_type is None, "None: a task type would force another model class")
         self._require("bias", self.bias == "none", "'none': a trained bias would change the disabled model")
@@ -84,16 +109,55 @@ class UniCompressConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs):
-        """PEFT's loader, except that an unknown field is an error: ignoring it could change the mathematics."""
-        known = {f.name for f in fields(cls)} | {"peft_version"}
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
-            raise ConfigError(
-                f"Unknown field(s) {', '.join(map(repr, unknown))} in the adapter's config (written by uc-adapters "
-                f"{kwargs.get('uc_adapters_version')}); expected only fields of UniCompressConfig. Upgrade uc-adapters, "
-                "or remove the field if it was added by hand."
-            )
-        return super().from_peft_type(**kwargs)
+        """PEFT's loader, except that an unknown field that is set is an error: ignoring it could change the mathematics.
+
+        A newer PEFT's fields are ignored while they are unset.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = {name for name in kwargs if name not in known}
+        if isinstance(kwargs.get("format_version", 0), int) and kwargs.get("format_version", 0) <= FORMAT_VERSION:
+            surplus = sorted(name for name in unknown if kwargs[name] not in (None, False, "", [], {}))
+            if surplus:
+                raise ConfigError(
+                    f"Unknown field(s) {', '.join(map(repr, surplus))} in the adapter's config (written by uc-adapters "
+                    f"{kwargs.get('uc_adapters_version')}); expected only fields of UniCompressConfig of uc-adapters "
+                    f"{__version__}. Upgrade: {_upgrade(kwargs)} Or remove the field if it was added by hand."
+                )
+        written = {name: value for name, value in kwargs.items() if name not in unknown}
+        return super().from_peft_type(**{"format_version": 1, **written})  # uc-adapters 0.1 did not write it down
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, subfolder: str | None = None, **kwargs
+    ) -> UniCompressConfig:
+        """The config of an adapter's folder or Hub repo; where its weights lie beside it, both are checked first.
+
+        PEFT comes by here before it loads any weights, so what is refused here is refused by `PeftModel` too.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a Hub id.
+            subfolder: Of the folder or repo.
+            **kwargs: Of `uc_adapters.hub.pull.pull`: `revision`, `token`, `cache_dir`, ...; others are left alone.
+
+        Raises:
+            HubError, AdapterFileError: As `pull`; or a file is damaged, or not the one that was saved.
+            ConfigError: A field is unknown or out of range, or the format is newer than this library.
+        """
+        folder = pull(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            **{name: kwargs[name] for name in PULL_OPTIONS if name in kwargs},
+        )
+        written = read_config(folder)
+        try:
+            config = cls.from_peft_type(**written)
+        except ConfigError:
+            raise
+        except Exception as error:  # LoRA's own fields are checked by PEFT, each in its way
+            raise ConfigError(f"{folder} holds a config that cannot be: {error}. Fetch or save the adapter again.") from error
+        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            check_weights(folder, written)
+        return config
 
     def _require_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -107,3 +171,7 @@ class UniCompressConfig(LoraConfig):
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise ConfigError(f"{name}={getattr(self, name)!r} is not valid; expected {expected}.")
+
+
+def _upgrade(written: dict) -> str:
+    return f"pip install -U 'uc-adapters>={written.get('uc_adapters_version')}'."

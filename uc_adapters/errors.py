@@ -25,3 +25,7 @@ class InputError(ValueError):
 
 class UnsupportedError(ValueError):
     """Something that this method cannot do, such as merging or beam search for drawing."""
+
+
+class HubError(ValueError):
+    """A repo that cannot be read from the Hub or written to it: missing, not permitted, unreachable, offline, rate-limited."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import asdict
 
 import torch
 from peft import LoraConfig
@@ -14,8 +13,8 @@ from torch import nn
 from .compression import DrawCompressor, ReadCompressor
 from .config import UniCompressConfig
 from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError, UnsupportedError
-from .families import Geometry, Janus, family_of
-from .version import __version__
+from .families import Geometry, family_of
+from .identity import identify
 
 CONTAINER = "lora_uc"  # transformers' load_adapter inserts adapter names behind one prefix a method: "lora_"
 
@@ -98,15 +97,15 @@ class UniCompressTuner(LoraModel):
         """Checks that the base can carry the adapter and records what it is made for, then lets PEFT inject.
 
         Raises:
-            BaseModelError: Unknown family, missing host, stride that does not divide the grid, or a base of another
-                geometry than the adapter was made for.
+            BaseModelError: Unknown family, missing host, stride that does not divide the grid, or another base than
+                the adapter was made for (`uc_adapters.identity`).
             AdapterNameError: A name that PEFT cannot hold.
         """
         family = family_of(model)
         config = self.peft_config[adapter_name]
-        _check_geometry(config, family)
+        _check_grid(config, family.geometry)
         _check_names(adapter_name, list(self.peft_config), model, config, family.geometry)
-        config.uc_adapters_version = config.uc_adapters_version or __version__
+        identify(config, family)
         if config.target_modules is None:
             config.target_modules = set(family.target_modules)
         self._family = family
@@ -242,20 +241,10 @@ def _path_segments(module: nn.Module) -> set[str]:
     return {segment for path, _ in module.named_parameters() for segment in path.split(".")}
 
 
-def _check_geometry(config: UniCompressConfig, family: Janus) -> None:
-    geometry = family.geometry
+def _check_grid(config: UniCompressConfig, geometry: Geometry) -> None:
     for side in {geometry.read_side, geometry.draw_side}:
         if side % config.stride:
             legal = [s for s in range(1, side + 1) if side % s == 0]
             raise BaseModelError(
                 f"stride={config.stride} does not divide the base's {side} x {side} grid; expected one of {legal}."
             )
-    ours = asdict(geometry)
-    if config.base_geometry is None:
-        config.base_geometry = ours
-    differing = {key for key in ours | config.base_geometry if ours.get(key) != config.base_geometry.get(key)}
-    if differing:
-        told = ", ".join(f"{k} was {config.base_geometry.get(k)}, is {ours.get(k)}" for k in sorted(differing))
-        raise BaseModelError(
-            f"The adapter was trained on another base ({config.base_model_name_or_path}): {told}. Load it on the base it names."
-        )

@@ -18,8 +18,10 @@ class Geometry:
     model_type: str
     hidden_size: int  # D, width of the language model
     num_layers: int
+    num_heads: int
     intermediate_size: int
     image_size: int  # pixels, square
+    read_layers: int  # of the vision tower
     read_width: int  # width of the features that are read
     read_side: int  # side of their grid
     draw_side: int  # side of the grid of codes
@@ -47,8 +49,10 @@ class Janus:
             model_type=config.model_type,
             hidden_size=config.text_config.hidden_size,
             num_layers=config.text_config.num_hidden_layers,
+            num_heads=config.text_config.num_attention_heads,
             intermediate_size=config.text_config.intermediate_size,
             image_size=config.vision_config.image_size,
+            read_layers=config.vision_config.num_hidden_layers,
             read_width=config.vision_config.hidden_size,
             read_side=config.vision_config.image_size // config.vision_config.patch_size,
             draw_side=config.vq_config.num_patches,

@@ -1,0 +1,57 @@
+"""Loading the base that an adapter names, at the commit that it names."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from ..errors import BaseModelError
+from ..identity import at, remember_commit
+from .faults import reason
+
+if TYPE_CHECKING:
+    from ..config import UniCompressConfig
+
+
+def load_base(
+    adapter: str,
+    base: str | PathLike | None,
+    stored: UniCompressConfig,
+    *,
+    dtype: torch.dtype | str | None,
+    device_map: str | dict | None,
+    token: str | bool | None,
+    cache_dir: str | PathLike | None,
+    local_files_only: bool,
+) -> nn.Module:
+    """The base of `adapter`: the one given, or the one that its config names at the commit recorded there.
+
+    Raises:
+        BaseModelError: No base is named, or it cannot be loaded: not found, gated, offline, ...
+    """
+    source = str(base or stored.base_model_name_or_path or "")
+    revision = None if base else stored.revision
+    if not source:
+        raise BaseModelError(f"Adapter {adapter!r} names no base; expected one: pass base_model=, a path, an id or a model.")
+    options = {name: value for name, value in {"dtype": dtype, "device_map": device_map}.items() if value is not None}
+    access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    commit = None
+    try:
+        if not Path(source).is_dir():
+            revision = HfApi().resolve_revision(source, revision=revision, **access)
+            commit = revision.resolved
+        model = AutoModelForImageTextToText.from_pretrained(source, revision=revision, **access, **options)
+    except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
+        raise BaseModelError(
+            f"Adapter {adapter!r} needs base {at(source, revision)}, which could not be loaded. "
+            f"{reason(error, source, revision, token)} Or pass base_model= with its folder, its id or the loaded model."
+        ) from error
+    if commit is not None:
+        remember_commit(model, commit)
+    return model

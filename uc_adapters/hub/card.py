@@ -1,0 +1,184 @@
+"""The card of an adapter's repo: its generated block is written anew on every save; what a person wrote is kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import AdapterFileError, InputError
+from ..version import __version__
+from .folder import CARD_NAME
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+RECORD = "unicompress"  # the metadata field with what the generated block was made of
+_BEGIN = "<!-- uc-adapters: generated from here; what stands outside is yours and is kept -->"
+_END = "<!-- uc-adapters: generated until here -->"
+_BLOCK = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card shall say that an adapter does not know of itself. What is left out is taken from the card that is there.
+
+    Args:
+        license: As the Hub names it, such as "apache-2.0".
+        datasets: Hub ids of what it was trained on.
+        training: Settings of the training, by name. Forgotten when the weights change.
+        evaluation: The JSON that `recipes/evaluate.py` writes, as a file or a mapping: every top-level entry of the form
+            {"base": number, "adapter": number} is a metric, and "dataset" says of what. Forgotten when the weights change.
+    """
+
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    training: Mapping[str, object] | None = None
+    evaluation: str | PathLike | Mapping[str, object] | None = None
+
+
+def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[str] = ()) -> str:
+    """The card of an adapter.
+
+    Args:
+        config: The fields of its sealed `adapter_config.json`.
+        name: The repo's id, or the folder that the adapter lies in: what the snippet loads.
+        facts: What else is known.
+        existing: Cards that are there, the one to be followed most last: their metadata is kept, and the text that a person
+            wrote into the last of them.
+
+    Raises:
+        AdapterFileError: An existing card's metadata cannot be read.
+        InputError: The evaluation holds no metric.
+    """
+    old = [_parse(text, name) for text in existing]
+    fields: dict = {}
+    for card in old:
+        fields |= card.data.to_dict()
+    record = _record(config, name, facts, fields.get(RECORD))
+    data = _metadata(config, facts, fields, record)
+    geometry, base = config["base_geometry"], config["base_model_name_or_path"]
+    rows = [(metric, f"{base:.4g}", f"{adapter:.4g}") for metric, (base, adapter) in record["metrics"].items()]
+    new = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        begin=_BEGIN,
+        end=_END,
+        name=record["name"],
+        source=name,
+        config=config,
+        base=base,
+        on_hub=hub_id(base),
+        version=__version__,
+        read=geometry["read_side"] ** 2,
+        drawn=geometry["draw_side"] ** 2,
+        training=_table(("setting", "value"), record["training"].items()),
+        dataset=record["dataset"],
+        metrics=_table(("", "base", "with this adapter"), rows),
+    )
+    own = next((card for card in reversed(old) if _has_own_text(card)), None)
+    if own is not None:
+        block = _BLOCK.search(new.text)[0]
+        new.text = _BLOCK.sub(lambda _: block, own.text) if _BLOCK.search(own.text) else f"{own.text.rstrip()}\n\n{block}\n"
+    return str(new)
+
+
+def hub_id(base: str | None) -> str | None:
+    """The name of a base where it is a Hub id; None where it is a local path, or nothing."""
+    try:
+        validate_repo_id(base or "")
+    except HFValidationError:
+        return None
+    return None if Path(base).exists() else base
+
+
+def _parse(text: str, name: str) -> ModelCard:
+    try:
+        return ModelCard(text)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise AdapterFileError(
+            f"The {CARD_NAME} of {name} has metadata that cannot be read: {error}. Correct the part between the '---' lines."
+        ) from error
+
+
+def _has_own_text(card: ModelCard) -> bool:
+    """Whether a person wrote more into a card than the heading that it was given."""
+    record = card.data.to_dict().get(RECORD)
+    heading = f"# {record.get('name')}" if isinstance(record, dict) else None
+    return _BLOCK.sub("", card.text).strip() not in ("", heading)
+
+
+def _record(config: dict, name: str, facts: CardFacts, old: dict | None) -> dict:
+    """What the generated block is made of: kept in the metadata, so that a later save of the same weights still knows it."""
+    weights = config["seal"]["weights_sha256"]
+    record = {"name": Path(name).name, "weights_sha256": weights, "training": {}, "dataset": None, "metrics": {}}
+    if isinstance(old, dict) and old.get("weights_sha256") == weights:
+        record |= {key: old[key] for key in ("training", "dataset", "metrics") if key in old}
+    if facts.training is not None:
+        record["training"] = {str(setting): str(value) for setting, value in facts.training.items()}
+    if facts.evaluation is not None:
+        record["dataset"], record["metrics"] = _read_evaluation(facts.evaluation)
+    return record
+
+
+def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> ModelCardData:
+    """The Hub's metadata: the old cards', with what is known set over it."""
+    base = hub_id(config["base_model_name_or_path"])
+    known = {
+        "base_model": base,
+        "base_model_relation": "adapter" if base else None,
+        "library_name": "uc-adapters",
+        "pipeline_tag": "any-to-any",
+        "license": facts.license,
+        "datasets": list(facts.datasets) or None,
+        RECORD: record,
+    }
+    old_weights = (fields.get(RECORD) or record).get("weights_sha256")
+    fields |= {key: value for key, value in known.items() if value is not None}
+    tags = [tag for tag in fields.get("tags") or [] if not str(tag).startswith("base_model:adapter:")]
+    base_tag = [f"base_model:adapter:{fields['base_model']}"] if "base_model" in fields else []
+    fields["tags"] = [*tags, *({"unicompress"} - set(tags)), *base_tag]
+    results = [
+        EvalResult(
+            task_type="any-to-any",
+            dataset_type="custom",
+            dataset_name=record["dataset"],
+            metric_type=metric,
+            metric_value=adapter,
+        )
+        for metric, (_, adapter) in record["metrics"].items()
+    ]
+    if old_weights != record["weights_sha256"] or results:
+        fields.pop("model-index", None)  # of other weights, or said anew
+    if not results:
+        return ModelCardData(**fields)
+    return ModelCardData(**fields, model_name=record["name"], eval_results=results)
+
+
+def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[str, list[float]]]:
+    """Of what, and base's and adapter's value of every metric."""
+    content = evaluation if isinstance(evaluation, Mapping) else json.loads(Path(evaluation).read_text())
+    metrics = {
+        str(name).replace("_", " "): [pair["base"], pair["adapter"]]
+        for name, pair in content.items()
+        if isinstance(pair, Mapping)
+        and pair.keys() == {"base", "adapter"}
+        and all(isinstance(value, (int, float)) for value in pair.values())
+    }
+    if not metrics:
+        raise InputError(
+            f"The evaluation holds no metric: its entries are {', '.join(map(repr, content))}; expected some of the form "
+            "name: {'base': number, 'adapter': number}, as recipes/evaluate.py --json writes."
+        )
+    return str(content.get("dataset", "a dataset without a name")), metrics
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""

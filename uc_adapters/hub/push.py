@@ -1,0 +1,122 @@
+"""Pushing an adapter's folder: complete, checked, and in one commit, or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..config import UniCompressConfig
+from ..errors import AdapterFileError, BaseModelError, HubError, InputError
+from .card import CardFacts, hub_id, render_card
+from .faults import reason
+from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, check_weights, locked, read_config
+
+PUSHED = (*ADAPTER_NAMES, CARD_NAME, "LICENSE", "*.png", "*.jpg")
+
+
+def push_folder(
+    folder: str | PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload UniCompress adapter",
+    token: str | bool | None = None,
+    card: CardFacts | None = None,
+) -> str:
+    """Pushes the folder that `save_pretrained` wrote to the Hub, in one commit; makes the repo where there is none.
+
+    Pushed are the adapter, its processor, the card, LICENSE and pictures; checkpoints and optimizer states are left. The
+    card is written anew for the repo: what a person wrote into the one on the Hub is kept.
+
+    Args:
+        folder: With `adapter_config.json`, `adapter_model.safetensors` and the processor's files.
+        repo_id: "org/name".
+        private: Whether a new repo is private. Default: as the organisation has it.
+        revision: The branch to push to; made where there is none. Default: main.
+        create_pr: Opens a pull request instead. Default False.
+        commit_message: Of the one commit.
+        token: Default: the one logged in with.
+        card: What the card shall say that the folder does not know. Default: nothing more.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        AdapterFileError: The folder is not complete, is damaged, or holds a link.
+        BaseModelError: Its base is no Hub id but a local folder, which no one else could load.
+        HubError: The Hub refused: no permission, a bad token, changed meanwhile, unavailable, ...
+    """
+    folder = Path(folder)
+    api = HfApi(token=token, library_name="uc-adapters")
+    with locked(folder):
+        config = _check(folder)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name in front
+            if revision is not None and not revision.startswith("refs/pr/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            parent = api.repo_info(repo_id, revision=revision).sha
+            text = render_card(config, repo_id, card or CardFacts(), _existing_cards(folder, api, repo_id, parent))
+            files = [CommitOperationAdd(path.name, path) for path in _pushed(folder) if path.name != CARD_NAME]
+            commit = api.create_commit(
+                repo_id,
+                [*files, CommitOperationAdd(CARD_NAME, text.encode())],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+        except (AdapterFileError, InputError):  # of the card
+            raise
+        except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
+            raise HubError(
+                f"{folder} was not pushed to {repo_id!r}; nothing of it is there. {reason(error, repo_id, revision, token)}"
+            ) from error
+    return commit.pr_url or commit.commit_url
+
+
+def _pushed(folder: Path) -> list[Path]:
+    return sorted({path for pattern in PUSHED for path in folder.glob(pattern)})
+
+
+def _check(folder: Path) -> dict:
+    """The config of a folder that is fit to be pushed."""
+    if not folder.is_dir():
+        raise AdapterFileError(f"{folder} is no folder; expected the one that save_pretrained wrote.")
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise AdapterFileError(
+                f"{path} is a link (to {os.readlink(path)}); expected files only, since what it points to would be published. "
+                "Replace it by the file, or take it out."
+            )
+    UniCompressConfig.from_pretrained(folder)  # raises where a field is bad
+    config = read_config(folder)
+    check_weights(folder, config)
+    if config.get("seal") is None:
+        raise AdapterFileError(f"{folder} has no seal; expected the folder that UniCompressModel.save_pretrained wrote.")
+    if not any((folder / name).is_file() for name in PROCESSOR_NAMES):
+        raise AdapterFileError(
+            f"{folder} holds no processor; expected the adapter's own, with its short placeholder count. Save again with "
+            "model.save_pretrained(folder, processor=processor)."
+        )
+    if hub_id(config["base_model_name_or_path"]) is None:
+        raise BaseModelError(
+            f"The base of {folder} is {config['base_model_name_or_path']!r}, expected a Hub id that others can load, such as "
+            "'deepseek-community/Janus-Pro-1B'. Pass base_model= with the id that it is a copy of, or push the base first."
+        )
+    return config
+
+
+def _existing_cards(folder: Path, api: HfApi, repo_id: str, parent: str) -> list[str]:
+    """The card on the Hub and the one in the folder, where there are such."""
+    cards = []
+    with suppress(EntryNotFoundError):
+        cards.append(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=parent)).read_text())
+    local = folder / CARD_NAME
+    return [*cards, local.read_text()] if local.is_file() else cards

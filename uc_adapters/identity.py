@@ -1,0 +1,128 @@
+"""Which base an adapter belongs to: its id and commit, its shapes, and its weights in a few numbers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+from torch import nn
+
+from .errors import BaseModelError
+
+if TYPE_CHECKING:
+    from .config import UniCompressConfig
+    from .families import Janus
+
+SIZE = 16  # numbers a sketch
+SAMPLE = 32  # values of a weight that enter one
+TOLERANCE = 0.01  # rounding to bfloat16 or float16 moves them by less than 0.004, other weights by some tenths
+
+
+def identify(config: UniCompressConfig, family: Janus) -> None:
+    """Writes into a new adapter's config which base it is for; checks one that was trained against the base it meets.
+
+    Raises:
+        BaseModelError: The base has other shapes or another codebook: the adapter would compute something else.
+
+    Warns:
+        UserWarning: Only the weights or their commit differ.
+    """
+    name, commit = name_and_commit(family.base)
+    shapes, fingerprint = asdict(family.geometry), _fingerprint(family)
+    if config.base_geometry is None:
+        config.base_geometry, config.base_fingerprint = shapes, fingerprint
+        config.base_model_name_or_path, config.revision = name, commit
+        return
+    trained_on = f"The adapter was trained on {at(config.base_model_name_or_path, config.revision)}, got {at(name, commit)}"
+    recorded = config.base_geometry
+    differing = [key for key in sorted(recorded) if shapes.get(key) != recorded[key]]
+    if differing:
+        told = ", ".join(f"{key} was {recorded[key]}, is {shapes.get(key)}" for key in differing)
+        raise BaseModelError(f"{trained_on}, which is another base: {told}. Load it on the base it names.")
+    if _differ(config.base_fingerprint, fingerprint, "codebook"):
+        raise BaseModelError(
+            f"{trained_on}, which has another codebook: its codes mean other pictures. Load it on the base it names."
+        )
+    other_commit = None not in (commit, config.revision) and commit != config.revision
+    if other_commit or _differ(config.base_fingerprint, fingerprint, "weights"):
+        warnings.warn(
+            f"{trained_on}: shapes and codebook agree, {'the commit differs' if other_commit else 'the weights differ'}. It "
+            "may read and draw worse than it was measured to.",
+            stacklevel=2,
+        )
+
+
+def name_and_commit(base: nn.Module) -> tuple[str | None, str | None]:
+    """The id (or folder) that a base was loaded from, and its commit where that was a Hub repo.
+
+    transformers keeps no record of the commit. We do of the bases that we load (`remember_commit`); of others we take the
+    commit of the main branch in the cache, and the fingerprint tells if it was another.
+    """
+    name = getattr(base, "name_or_path", None) or None
+    if name is not None and Path(name).exists():
+        return str(Path(name).resolve()), None  # absolute: never to be mistaken for a Hub id
+    commit = getattr(base.config, "_commit_hash", None)
+    if commit is None and name is not None:
+        with suppress(HFValidationError, RevisionResolutionError):
+            commit = HfApi().resolve_revision(name, local_files_only=True).resolved
+    return name, commit
+
+
+def remember_commit(base: nn.Module, commit: str | None) -> None:
+    """Notes the commit that a base was loaded at, where transformers itself once did: it is not saved with its config."""
+    base.config._commit_hash = commit
+
+
+def at(name: str | None, commit: str | None) -> str:
+    """`name@commit`, for messages."""
+    return f"{name or 'a base without a name'}@{commit[:8] if commit else 'unknown'}"
+
+
+def is_fingerprint(value: object) -> bool:
+    """Whether a value from a config file can be compared with a base."""
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(
+        part is None
+        or (isinstance(part, list) and len(part) == SIZE and all(isinstance(x, float) and math.isfinite(x) for x in part))
+        for part in value.values()
+    )
+
+
+def _fingerprint(family: Janus) -> dict[str, list[float] | None]:
+    """Sketches of the codebook and of the first values of every weight; None where they are quantised or not loaded."""
+    weights = {
+        name.replace(".base_layer", ""): parameter for name, parameter in family.base.named_parameters() if "lora_" not in name
+    }
+    known = all(weight.is_floating_point() and not weight.is_meta and weight.numel() for weight in weights.values())
+    if not known:
+        return {"codebook": None if family.codebook.is_meta else _sketch(family.codebook.cpu()), "weights": None}
+    samples = torch.zeros(len(weights), SAMPLE)
+    for row, name in enumerate(sorted(weights)):
+        sample = weights[name].detach().flatten()[:SAMPLE]
+        samples[row, : len(sample)] = sample.float().cpu()
+    return {"codebook": _sketch(family.codebook.cpu()), "weights": _sketch(samples)}
+
+
+def _sketch(rows: torch.Tensor) -> list[float]:
+    """(N, d) -> SIZE sums over the rows, each scaled to one and weighted by a fixed pattern of mean square one half."""
+    rows = nn.functional.normalize(rows.double(), dim=1)
+    row, column = torch.arange(rows.shape[0])[:, None], torch.arange(rows.shape[1])
+    weighted = (rows * torch.sin(12.9898 * row + 78.233 * column)).sum(1)  # (N,)
+    sums = torch.zeros(SIZE, dtype=torch.float64).index_add_(0, row.flatten() % SIZE, weighted)
+    return [round(value, 4) for value in (sums / math.sqrt(len(rows) / SIZE)).tolist()]
+
+
+def _differ(recorded: dict | None, here: dict, part: str) -> bool:
+    """Whether both are known and not the same up to rounding."""
+    ours, theirs = (recorded or {}).get(part), here[part]
+    if ours is None or theirs is None:
+        return False
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > TOLERANCE
