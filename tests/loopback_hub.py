@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -134,7 +134,7 @@ class Repo:
         message: str = "",
         branch: str = "main",
         parent: str | None = None,
-        delete: Iterable[str] = (),
+        delete: Collection[str] = (),
     ) -> str:
         """Adds files to those of `parent` (the branch's head, if None), and moves the branch."""
         parent = parent or self.branches.get(branch)
@@ -202,7 +202,6 @@ class RefusalError(Exception):
 
 @dataclass
 class Request:
-    path: str
     query: dict[str, list[str]]
     body: bytes
     user: str | None
@@ -227,13 +226,13 @@ def route(method: str, path: str) -> Callable:
 
 
 class LoopbackHub:
-    """The server, what it holds, and the faults that it shows; with `xet_dir`, a client may push through Xet into that folder."""
+    """The server, what it holds, and the faults that it shows; with `xet_dir`, a Xet client may push into that folder."""
 
     def __init__(self, xet_dir: str | Path | None = None):
         self.xet_dir = xet_dir and Path(xet_dir)
         self.xet_hashes: dict[str, str] = {}  # of the objects that came through Xet
         self.tokens: dict[str, str] = {}  # token -> user
-        self.orgs: dict[str, set[str]] = {}  # user -> the names that they may write under
+        self.orgs: dict[str, set[str]] = {}  # user -> the names, beside their own, that they may write under
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # large files by sha256, whether committed or only uploaded
         self.requests: list[tuple[str, str]] = []  # (method, path with query), in order
@@ -248,7 +247,7 @@ class LoopbackHub:
         self._servers = [_Server(self, port) for port in ports]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
         for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
         return self
 
     def stop(self) -> None:
@@ -263,7 +262,7 @@ class LoopbackHub:
 
     def add_user(self, name: str, token: str, *orgs: str) -> None:
         self.tokens[token] = name
-        self.orgs[name] = {name, *orgs}
+        self.orgs.setdefault(name, set()).update(orgs)
 
     def create(self, repo_id: str, files: dict | None = None, *, private: bool = False, gated: bool = False) -> Repo:
         """A repo with one commit, past all checks: the files may have any path."""
@@ -302,7 +301,7 @@ class LoopbackHub:
             try:
                 if token is not None and token not in self.tokens:
                     raise RefusalError(401, BAD_TOKEN)
-                request = Request(unquote(url.path), parse_qs(url.query), body, self.tokens.get(token))
+                request = Request(parse_qs(url.query), body, self.tokens.get(token))
                 for verb, pattern, function in ROUTES:
                     if verb == method and (match := pattern.fullmatch(url.path)):
                         return function(self, request, **{name: unquote(value) for name, value in match.groupdict().items()})
@@ -311,7 +310,7 @@ class LoopbackHub:
                 return refusal.answer
 
     def _owns(self, user: str | None, repo_id: str) -> bool:
-        return repo_id.split("/")[0] in self.orgs.get(user, ())
+        return repo_id.split("/")[0] in {user, *self.orgs.get(user, ())}
 
     def _repo(self, request: Request, repo_id: str, need: str = "see") -> Repo:
         """The repo, where the user may "see" it, "read" its files, open a "pull" request, or "write"."""
@@ -338,15 +337,15 @@ class LoopbackHub:
     def _whoami(self, request: Request) -> Answer:
         if request.user is None:
             raise RefusalError(401, ANONYMOUS)
-        orgs = [{"type": "org", "name": org} for org in sorted(self.orgs[request.user] - {request.user})]
+        orgs = [{"type": "org", "name": org} for org in sorted(self.orgs.get(request.user, ()))]
         token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
         return as_json({"type": "user", "id": "1", "name": request.user, "orgs": orgs, "auth": token})
 
     @route("POST", "/api/repos/create")
     def _create(self, request: Request) -> Answer:
-        wanted = request.json()
         if request.user is None:
             raise RefusalError(401, ANONYMOUS)
+        wanted = request.json()
         repo_id = f"{wanted.get('organization') or request.user}/{wanted['name']}"
         if not self._owns(request.user, repo_id):
             raise RefusalError(403, "You don't have the rights to create a model under this namespace")
@@ -381,7 +380,7 @@ class LoopbackHub:
     @route("POST", "/api/models/{repo}/preupload/{revision}")
     def _preupload(self, request: Request, repo_id: str, revision: str) -> Answer:
         repo = self._repo(request, repo_id, "pull" if "create_pr" in request.query else "write")
-        held = self.repos[repo_id].files(self._sha(repo, revision))
+        held = repo.files(self._sha(repo, revision))
         files = []
         for file in request.json()["files"]:
             large, data = is_large(file["path"], file["size"]), held.get(file["path"])
@@ -489,12 +488,11 @@ class LoopbackHub:
         data = repo.files(sha).get(path)
         if data is None:
             raise RefusalError(404, "Entry not found", "EntryNotFound", sha)
-        headers = {"X-Repo-Commit": sha}
         if not is_large(path, len(data)):
-            return Answer(data, headers=headers | {"ETag": f'"{blob_oid(data)}"'})
+            return Answer(data, headers={"X-Repo-Commit": sha, "ETag": f'"{blob_oid(data)}"'})
         oid = sha256(data)
-        headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-        headers |= {"Location": f"{self.storage_url}/lfs-storage/{oid}?filename={quote(path)}"}
+        headers = {"X-Repo-Commit": sha, "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
+        headers["Location"] = f"{self.storage_url}/lfs-storage/{oid}?filename={quote(path)}"
         if oid in self.xet_hashes:
             token = f"{self.url}/api/models/{repo_id}/xet-read-token/{sha}"
             headers |= {"X-Xet-Hash": self.xet_hashes[oid], "Link": f'<{token}>; rel="xet-auth"'}

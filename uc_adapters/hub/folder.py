@@ -46,6 +46,7 @@ _UNSEALED = {
     "revision",
     "uc_adapters_version",
 }
+_ON_PURPOSE = f'If you changed it on purpose, break the seal: "seal": null in {CONFIG_NAME}.'
 _SAVED = ".uc-adapters-saved"  # a complete save on its way into place
 _SAVING = ".uc-adapters-saving-"  # one that is still being written
 
@@ -197,12 +198,13 @@ def _check_seal(seal: dict, config: dict, weights: Path) -> None:
     if (actual := sha256(weights)) != seal["weights_sha256"]:
         raise AdapterFileError(
             f"{weights} is not the file that was saved with its config: expected sha256 {seal['weights_sha256']}, got "
-            f"{actual}. It was damaged or swapped: fetch it again with force_download=True, or save the adapter again."
+            f"{actual}. It was damaged or swapped: fetch it again with force_download=True, or save the adapter again. "
+            f"{_ON_PURPOSE}"
         )
     if (actual := _config_sha256(config)) != seal["config_sha256"]:
         raise AdapterFileError(
             f"{weights.parent / CONFIG_NAME} was changed after it was saved: its fields have sha256 {actual}, expected "
-            f"{seal['config_sha256']}. Fetch it again; to try other values, pass config= to from_pretrained."
+            f"{seal['config_sha256']}. Fetch it again, or save the adapter again. {_ON_PURPOSE}"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import RepoFile, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.utils import sha
-from peft.utils import CONFIG_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 
 from ..errors import AdapterFileError, HubError
 from .faults import reason
@@ -66,13 +66,13 @@ def pull(
     commit = Path(snapshot).name
     try:
         tree = get_cached_repo_tree(repo_id, revision=commit, cache_dir=cache_dir)
-    except CachedRepoTreeNotFoundError:  # cached file by file, by another tool, and offline: no checksums are known
-        return Path(snapshot, prefix)
+    except CachedRepoTreeNotFoundError:  # cached file by file, by another tool, and offline now
+        tree = []
     _refuse_unsafe_paths(repo_id, tree)
-    _check_presence(repo_id, revision, commit, prefix, {file.path for file in tree})
-    for file in tree:
-        if file.path.startswith(prefix) and file.path.removeprefix(prefix) in ADAPTER_NAMES:
-            _check_bytes(Path(snapshot, file.path), file, f"{repo_id}@{commit[:8]}")
+    if not Path(snapshot, prefix, CONFIG_NAME).exists():
+        raise _absent(repo_id, revision, commit, prefix, {file.path for file in tree})
+    for name in ADAPTER_NAMES:
+        _check_bytes(Path(snapshot, prefix, name), f"{repo_id}@{commit[:8]}")
     return Path(snapshot, prefix)
 
 
@@ -86,30 +86,30 @@ def _refuse_unsafe_paths(repo_id: str, tree: list[RepoFile]) -> None:
             )
 
 
-def _check_presence(repo_id: str, revision: str | None, commit: str, prefix: str, paths: set[str]) -> None:
-    if prefix + CONFIG_NAME in paths:
-        return
+def _absent(repo_id: str, revision: str | None, commit: str, prefix: str, paths: set[str]) -> HubError:
     folders = sorted(path.removesuffix(CONFIG_NAME).rstrip("/") or "." for path in paths if path.endswith(CONFIG_NAME))
-    pickled = f" It holds {WEIGHTS_NAME}, a pickle, which is not read." if prefix + WEIGHTS_NAME in paths else ""
-    raise HubError(
+    return HubError(
         f"{CONFIG_NAME} is missing in {f'subfolder {prefix[:-1]!r}' if prefix else 'the top folder'} of repo {repo_id!r} at "
-        f"{revision or 'its main branch'} ({commit[:8]}); folders with an adapter: {', '.join(folders) or 'none'}.{pickled} "
+        f"{revision or 'its main branch'} ({commit[:8]}); folders with an adapter: {', '.join(folders) or 'none'}. "
         "Choose one with subfolder=, or another repo or revision=."
     )
 
 
-def _check_bytes(path: Path, file: RepoFile, source: str) -> None:
-    """Raises AdapterFileError, and takes the copy out of the cache, unless it has the checksum in the repo's tree."""
-    expected, actual = (
-        (f"sha256 {file.lfs.sha256}", f"sha256 {sha256(path)}")
-        if file.lfs
-        else (f"git sha1 {file.blob_id}", f"git sha1 {sha.git_hash(path.read_bytes())}")
-    )
-    if actual == expected:
+def _check_bytes(path: Path, source: str) -> None:
+    """Raises AdapterFileError, and takes the copy out of the cache, unless it has the checksum that the Hub told.
+
+    The cache names each blob by it: sha256 for LFS files, git's sha1 for others. Where links cannot be made, and so there
+    are no blobs, the adapter's seal remains.
+    """
+    if not path.is_symlink():
         return
-    path.resolve().unlink(missing_ok=True)  # the blob that the snapshot links to: a damaged one must not be found again
+    blob = path.resolve()
+    kind, actual = ("sha256", sha256(blob)) if len(blob.name) == 64 else ("git sha1", sha.git_hash(blob.read_bytes()))
+    if actual == blob.name:
+        return
+    blob.unlink(missing_ok=True)  # a damaged one must not be found again
     path.unlink(missing_ok=True)
     raise AdapterFileError(
-        f"{file.path} of {source} was damaged on its way or in the cache: expected {expected}, got {actual}. The damaged copy "
-        "is removed; load again, with force_download=True if it persists."
+        f"{path.name} of {source} was damaged on its way or in the cache: expected {kind} {blob.name}, got {actual}. The "
+        "damaged copy is removed; load again, with force_download=True if it persists."
     )
