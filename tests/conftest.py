@@ -3,19 +3,29 @@
 import copy
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may reach the network
+from loopback_hub import start_for_session
+
+HUB = start_for_session()  # before any Hugging Face import: no test may reach another Hub, the user's cache or their token
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 from digits import random_scene
-from helpers import SHORT, question_inputs, rng
+from helpers import ANN, SHORT, question_inputs, rng
 from hypothesis import settings
 from PIL import Image
 from tiny_janus import make_model, make_processor
 
 settings.register_profile("no deadline", deadline=None)  # CI machines stall now and then
 settings.load_profile("no deadline")
+
+
+@pytest.fixture
+def hub():
+    """The Hub that all tests speak to, empty; ann may write to org."""
+    HUB.reset()
+    HUB.add_user("ann", ANN, "org")
+    return HUB
 
 
 @pytest.fixture(scope="session")
