@@ -1,5 +1,6 @@
 """Fixtures: a tiny real Janus with random weights, built once, copied for every test that attaches to it."""
 
+# ruff: noqa: E402  (the Hub must be up before anything of Hugging Face is imported)
 import copy
 import os
 

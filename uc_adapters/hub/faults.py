@@ -71,9 +71,7 @@ def reason(error: Exception, repo_id: str, revision: str | None = None, token: s
     if any(_is_a(one, "TransportError") for one in chain):
         return f"The Hub at {constants.ENDPOINT} did not answer ({_last(chain)}). Check the connection and retry."
     if any(_is_a(one, "JSONDecodeError") for one in chain):
-        return (
-            f"What answers at {constants.ENDPOINT} is not the Hub: it sent no JSON. Is there a proxy or a login page between?"
-        )
+        return f"What answers at {constants.ENDPOINT} is not the Hub: it sent no JSON. Is a proxy or a login page between?"
     if found(LocalEntryNotFoundError, RevisionResolutionError):
         return f"local_files_only=True, and {repo_id!r} is not whole in the cache. {_download(repo_id, revision)}"
     return f"{type(error).__name__}: {error}"
