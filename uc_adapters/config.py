@@ -107,6 +107,10 @@ class UniCompressConfig(LoraConfig):
             "True, False, 'gaussian' or 'orthogonal': other schemes change the base's weights",
         )
 
+    def num_image_tokens(self, side: int) -> int:
+        """Placeholders of one image to read, whose grid has `side` x `side` features: N_g + 1 + T / s^2."""
+        return self.num_global_tokens + 1 + side**2 // self.stride**2
+
     @classmethod
     def from_peft_type(cls, **kwargs):
         """PEFT's loader, except that an unknown field that is set is an error: ignoring it could change the mathematics.

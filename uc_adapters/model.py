@@ -3,278 +3,26 @@
 from __future__ import annotations
 
 import copy
-import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoProcessor, ProcessorMixin
-from transformers.utils import ModelOutput
 
 from .config import UniCompressConfig
-from .drawing import Drawing, Scores
-from .errors import AdapterFileError, BaseModelError, InputError, UnsupportedError
+from .drawing import Drawing
+from .errors import InputError, UnsupportedError
 from .families import Janus, family_of
 from .generation import draw, left_pad
-from .hub.base import load_base
-from .hub.card import CardFacts, render_card
-from .hub.folder import CARD_NAME, check_weights, locked, read_config, saving, seal_folder
-from .hub.pull import pull
-from .hub.push import push_folder
-from .identity import name_and_commit
-from .tuner import DrawLayer, UniCompressLayer, detach
+from .hub.model import SharedModel, refuse_carrier
+from .joint_loss import joint_loss
+from .tuner import DrawLayer, UniCompressLayer
 
 
-@dataclass
-class JointOutput(ModelOutput):
-    """Per-token scores of text and drawn codes alike, under the names that TRL's trainers read.
-
-    Attributes:
-        loss: Mean negative log-probability over the labelled positions (sum, where divided by `num_items_in_batch`).
-        log_probs: (B, L - 1), of the label at the next position; zero where there is none.
-        entropy: (B, L - 1), in nats.
-        is_top1: (B, L - 1), 1 where the label is the most probable token; a cell counts the share of its codes.
-        label_mask: (B, L - 1), True where there is a label.
-    """
-
-    loss: torch.Tensor | None = None
-    log_probs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    is_top1: torch.Tensor | None = None
-    label_mask: torch.Tensor | None = None
-
-
-class UniCompressModel(PeftModel):
+class UniCompressModel(SharedModel):
     """A base model with UniCompress adapters, one of them active.
 
     Everything of `PeftModel` works; `generate` also draws compactly, and `forward` also takes images to draw. With
     the adapter disabled the model is its base, bit for bit, and needs inputs with the base's placeholder count.
     """
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module | str | PathLike,
-        model_id: str | PathLike | None = None,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: UniCompressConfig | None = None,
-        *,
-        base_model: nn.Module | str | PathLike | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        dtype: torch.dtype | str | None = None,
-        device_map: str | dict | None = None,
-        **kwargs,
-    ) -> UniCompressModel:
-        """Loads an adapter, and its base where none is given.
-
-        Three ways: `("org/janus-uc4x")` loads the base that the adapter names, at the commit that it was trained on;
-        `("org/janus-uc4x", base_model=...)` takes another path or id of it, or a loaded model; `(model, "org/janus-uc4x")` is
-        PEFT's own. An adapter from the Hub is one verified snapshot; then only the disk is read. Once cached, it loads offline.
-
-        Args:
-            model: The adapter's folder or Hub id; or, with `model_id`, a loaded base.
-            model_id: The adapter's folder or Hub id, where `model` is a base.
-            adapter_name: Name of the adapter in this model. Default "default".
-            is_trainable: Whether the adapter's weights shall train. Default False.
-            config: Overrides the adapter's stored config.
-            base_model: The base as a loaded model, a folder or a Hub id. Default: as the adapter's config says.
-            subfolder: Where in the folder or repo the adapter lies. Default: at its top.
-            revision: Branch, tag or commit of the adapter's repo. Default: main.
-            token: For both repos. Default: the one logged in with.
-            cache_dir: For both repos. Default: the Hub's own cache.
-            local_files_only: Sends no request, for neither repo. Default False.
-            force_download: Downloads the adapter again. Default False.
-            dtype: Of the base, where it is loaded here. Default: as the base's config says.
-            device_map: Of the base, where it is loaded here.
-            **kwargs: Passed to `PeftModel.from_pretrained`: `low_cpu_mem_usage`, `autocast_adapter_dtype`, ...
-
-        Raises:
-            HubError: The adapter cannot be read from the Hub; the message says which of repo, revision, folder, token and
-                connection is to blame.
-            AdapterFileError: A file is missing or damaged, or does not hold what the config promises.
-            ConfigError: The config holds a bad value, or comes from a newer format.
-            BaseModelError: The base cannot be loaded, or is not the one that the adapter was made for.
-        """
-        if model_id is None:
-            adapter, base = model, base_model
-            if isinstance(adapter, nn.Module):
-                raise InputError("A base model without an adapter; expected from_pretrained(base, 'adapter folder or id').")
-        elif base_model is None:
-            adapter, base = model_id, model
-        else:
-            raise InputError("The base is given twice, by position and as base_model=; expected one of the two.")
-        access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = pull(adapter, subfolder=subfolder, revision=revision, force_download=force_download, **access)
-        with locked(folder):
-            stored = _read_adapter(folder)
-            if isinstance(base, nn.Module):
-                _refuse_carrier(base)
-            else:
-                base = load_base(str(adapter), base, stored, dtype=dtype, device_map=device_map, **access)
-            with _explained(folder):
-                try:
-                    return super().from_pretrained(base, str(folder), adapter_name, is_trainable, config or stored, **kwargs)
-                except Exception:
-                    detach(base)  # the caller's base is as it was
-                    raise
-
-    def load_adapter(
-        self,
-        model_id: str | PathLike,
-        adapter_name: str,
-        is_trainable: bool = False,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        **kwargs,
-    ):
-        """PEFT's `load_adapter`, from one verified snapshot; an adapter that fails to load leaves nothing behind.
-
-        Args and errors as in `from_pretrained`; `kwargs` are passed to PEFT.
-        """
-        known = adapter_name in self.peft_config
-        access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = pull(model_id, subfolder=subfolder, revision=revision, force_download=force_download, **access)
-        with locked(folder):
-            _read_adapter(folder)
-            with _explained(folder):
-                try:
-                    return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
-                except Exception:
-                    if not known and adapter_name in self.peft_config:
-                        with suppress(Exception):  # the first error is the one to tell
-                            self.delete_adapter(adapter_name)
-                    raise
-
-    def save_pretrained(
-        self,
-        save_directory: str | PathLike,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        *,
-        is_main_process: bool = True,
-        processor: ProcessorMixin | None = None,
-        base_model: str | None = None,
-        card: CardFacts | None = None,
-        **kwargs,
-    ) -> None:
-        """Saves adapters as folders that are whole repos: config, weights, processor and card. All of it, or nothing.
-
-        An adapter named "default" is saved in the folder itself, others in subfolders of their names, as PEFT does. A card
-        that is there keeps what a person wrote into it.
-
-        Args:
-            save_directory: A folder, made where there is none.
-            safe_serialization: Only True: no pickles are written.
-            selected_adapters: Names. Default: all.
-            is_main_process: False writes nothing, for training on many processes.
-            processor: The base's or the adapter's; it is saved with the adapter's placeholder count. Default: the base's own,
-                where it lies on this machine; else none is saved.
-            base_model: The Hub id of the base, where it was loaded from a folder. Default: as it was loaded.
-            card: What the card shall say beyond what the adapter knows of itself.
-            **kwargs: Passed to `PeftModel.save_pretrained`: `state_dict`, ...
-
-        Raises:
-            AdapterFileError: The folder cannot be written; what was in it is as it was.
-            UnsupportedError: `safe_serialization=False`.
-        """
-        if not safe_serialization:
-            raise UnsupportedError("safe_serialization=False would write a pickle; expected True: only safetensors are loaded.")
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        with saving(folder) as stage:
-            super().save_pretrained(str(stage), selected_adapters=selected_adapters, **kwargs)
-            for name in selected_adapters or self.peft_config:
-                part = Path() if name == "default" else Path(name)
-                if saved := self._processor_of(name, processor):
-                    saved.save_pretrained(stage / part)
-                seal_folder(stage / part, base_model)
-                present = folder / part / CARD_NAME
-                existing = [present.read_text()] if present.is_file() else []
-                rendered = render_card(read_config(stage / part), str(folder / part), card or CardFacts(), existing)
-                (stage / part / CARD_NAME).write_text(rendered)
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """PEFT's card would name another library and lose the base; `save_pretrained` writes ours with the rest."""
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload UniCompress adapter",
-        token: str | bool | None = None,
-        processor: ProcessorMixin | None = None,
-        base_model: str | None = None,
-        card: CardFacts | None = None,
-    ) -> str:
-        """Pushes the active adapter as a repo of its own, in one commit. For a folder, see `push_folder`.
-
-        Args:
-            repo_id: "org/name"; made where there is none.
-            private: Whether a new repo is private. Default: as the organisation has it.
-            revision: The branch to push to; made where there is none. Default: main.
-            create_pr: Opens a pull request instead. Default False.
-            commit_message: Of the one commit.
-            token: Default: the one logged in with.
-            processor: As in `save_pretrained`.
-            base_model: As in `save_pretrained`: needed where the base was loaded from a folder.
-            card: As in `save_pretrained`.
-
-        Returns:
-            The address of the commit, or of the pull request.
-
-        Raises:
-            AdapterFileError, BaseModelError, HubError: As `uc_adapters.hub.push.push_folder`.
-        """
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(
-                directory, selected_adapters=[self.active_adapter], processor=processor, base_model=base_model, card=card
-            )
-            folder = Path(directory, "" if self.active_adapter == "default" else self.active_adapter)
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                token=token,
-                card=card,
-            )
-
-    def _processor_of(self, adapter_name: str, processor: ProcessorMixin | None) -> ProcessorMixin | None:
-        """A copy of the processor with the adapter's placeholder count."""
-        name, commit = name_and_commit(self.get_base_model())
-        if processor is None and name is not None:
-            with suppress(OSError, ValueError):  # the base has none here: nothing is fetched for it
-                processor = AutoProcessor.from_pretrained(name, revision=commit, local_files_only=True)
-        if processor is None:
-            return None
-        processor = copy.deepcopy(processor)
-        config = self.peft_config[adapter_name]
-        processor.num_image_tokens = config.num_global_tokens + 1 + self.family.geometry.read_side**2 // config.stride**2
-        return processor
 
     @property
     def family(self) -> Janus:
@@ -295,11 +43,8 @@ class UniCompressModel(PeftModel):
     @property
     def num_image_tokens(self) -> int:
         """Placeholders of one image to read: N_g + 1 + T / s^2, or the base's T while disabled."""
-        dense = self.family.geometry.read_side**2
-        drawing = self.drawing
-        if drawing is None:
-            return dense
-        return drawing.module.num_global_tokens + 1 + dense // drawing.module.stride**2
+        side = self.family.geometry.read_side
+        return side**2 if self.drawing is None else self.active_peft_config.num_image_tokens(side)
 
     def train_only(self, part: str) -> None:
         """Chooses what of the active adapter trains, as the paper's two stages do (section 3).
@@ -379,61 +124,16 @@ class UniCompressModel(PeftModel):
             raise InputError(
                 "labels=None with images to draw; expected labels: this forward scores them. See UniCompressCollator."
             )
-        return self._joint_forward(
+        return joint_loss(
             drawing,
             input_ids,
-            pixel_values,
-            attention_mask,
-            position_ids,
             labels,
-            drawn_pixel_values,
-            drawn_mask,
-            num_items_in_batch,
-        )
-
-    def _joint_forward(
-        self,
-        drawing: Drawing,
-        input_ids,
-        pixel_values,
-        attention_mask,
-        position_ids,
-        labels,
-        drawn_pixel_values,
-        drawn_mask,
-        num_items_in_batch,
-    ) -> JointOutput:
-        family = drawing.family
-        if drawn_mask is None:
-            drawn_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        read_mask = (input_ids == family.image_token_id) & ~drawn_mask
-        embeddings = family.embed_prompt(input_ids, pixel_values, read_mask)  # (B, L, D)
-        codes = None
-        if drawn_pixel_values is not None:
-            codes = drawing.compress(drawn_pixel_values)
-            places = drawing.embed(codes).to(embeddings.dtype)  # (M, N_g + 1 + T', D)
-            embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), places)
-        hidden = family.language_model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state[:, :-1]  # (B, L - 1, D): position t predicts t + 1
-        targets, drawn = labels[:, 1:], drawn_mask[:, 1:]
-        label_mask = targets != -100
-        text = label_mask & ~drawn
-        scores = _score_text(family.text_logits(hidden[text]), targets[text])
-        fields = [torch.zeros(targets.shape, device=hidden.device).masked_scatter(text, score) for score in scores]
-        if codes is not None:
-            before = hidden[drawn].unflatten(0, (len(codes.dense), -1))  # (M, N_g + 1 + T', D)
-            drawn_scores: Scores = drawing.score(before, codes)
-            parts = (drawn_scores.log_probs, drawn_scores.entropy, drawn_scores.accuracy)
-            fields = [field.masked_scatter(drawn, part) * label_mask for field, part in zip(fields, parts, strict=True)]
-        log_probs, entropy, is_top1 = fields
-        count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return JointOutput(
-            loss=-log_probs.sum() / count,
-            log_probs=log_probs,
-            entropy=entropy.detach(),
-            is_top1=is_top1.detach(),
-            label_mask=label_mask,
+            pixel_values=pixel_values,
+            drawn_pixel_values=drawn_pixel_values,
+            drawn_mask=drawn_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            num_items_in_batch=num_items_in_batch,
         )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
@@ -510,17 +210,9 @@ def get_uc_model(
         ConfigError: `target_modules` matches nothing in the language model.
         AdapterNameError: PEFT cannot hold the name.
     """
-    _refuse_carrier(base)
+    refuse_carrier(base)
     config = copy.deepcopy(config)
     return UniCompressModel(base, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-def _refuse_carrier(base: nn.Module) -> None:
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise BaseModelError(
-            "The base carries an adapter already; expected a plain base. Add a second adapter with model.add_adapter(name, "
-            "config) or model.load_adapter(folder, name), or take the first off with model.unload()."
-        )
 
 
 def _refuse_mixed_batch(kwargs: dict) -> None:
@@ -529,29 +221,3 @@ def _refuse_mixed_batch(kwargs: dict) -> None:
             f"adapter_names={kwargs['adapter_names']!r} asks for several adapters in one batch; expected one, since images "
             "have one compact form a batch. Choose with model.set_adapter(name) and run a batch for each."
         )
-
-
-def _score_text(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability, entropy and top-1 hit of targets (N,) under logits (N, vocabulary), each (N,)."""
-    log_probs = logits.float().log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    hits = (log_probs.argmax(-1) == targets).float()
-    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, hits
-
-
-def _read_adapter(folder: Path) -> UniCompressConfig:
-    config = UniCompressConfig.from_pretrained(folder)
-    check_weights(folder, read_config(folder))
-    return config
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """PEFT trusts a config's values: what it stumbles over is told as the file's fault."""
-    try:
-        yield
-    except (TypeError, KeyError, AttributeError, re.error) as error:
-        raise AdapterFileError(
-            f"The adapter in {folder} could not be attached: {type(error).__name__}: {error}. Its config holds a value that "
-            "PEFT cannot take: fetch or save it again."
-        ) from error

@@ -1,0 +1,277 @@
+"""A PeftModel whose adapters load and save as whole, verified repos."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import PathLike
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoProcessor, ProcessorMixin
+
+from ..config import UniCompressConfig
+from ..errors import AdapterFileError, BaseModelError, InputError, UnsupportedError
+from ..families import family_of
+from ..identity import name_and_commit
+from ..tuner import detach
+from .base import load_base
+from .card import CardFacts, render_card
+from .folder import CARD_NAME, check_weights, locked, read_config, saving, seal_folder
+from .pull import pull
+from .push import push_folder
+
+
+class SharedModel(PeftModel):
+    """Loading and saving, from a folder and from the Hub alike: all of an adapter, or an error that says why not."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module | str | PathLike,
+        model_id: str | PathLike | None = None,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: UniCompressConfig | None = None,
+        *,
+        base_model: nn.Module | str | PathLike | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | dict | None = None,
+        **kwargs,
+    ) -> SharedModel:
+        """Loads an adapter, and its base where none is given.
+
+        Three ways: `("org/janus-uc4x")` loads the base that the adapter names, at the commit that it was trained on;
+        `("org/janus-uc4x", base_model=...)` takes another path or id of it, or a loaded model; `(model, "org/janus-uc4x")` is
+        PEFT's own. An adapter from the Hub is one verified snapshot; then only the disk is read. Once cached, it loads offline.
+
+        Args:
+            model: The adapter's folder or Hub id; or, with `model_id`, a loaded base.
+            model_id: The adapter's folder or Hub id, where `model` is a base.
+            adapter_name: Name of the adapter in this model. Default "default".
+            is_trainable: Whether the adapter's weights shall train. Default False.
+            config: Overrides the adapter's stored config.
+            base_model: The base as a loaded model, a folder or a Hub id. Default: as the adapter's config says.
+            subfolder: Where in the folder or repo the adapter lies. Default: at its top.
+            revision: Branch, tag or commit of the adapter's repo. Default: main.
+            token: For both repos. Default: the one logged in with.
+            cache_dir: For both repos. Default: the Hub's own cache.
+            local_files_only: Sends no request, for neither repo. Default False.
+            force_download: Downloads the adapter again. Default False.
+            dtype: Of the base, where it is loaded here. Default: as the base's config says.
+            device_map: Of the base, where it is loaded here.
+            **kwargs: Passed to `PeftModel.from_pretrained`: `low_cpu_mem_usage`, `autocast_adapter_dtype`, ...
+
+        Raises:
+            HubError: The adapter cannot be read from the Hub; the message says which of repo, revision, folder, token and
+                connection is to blame.
+            AdapterFileError: A file is missing or damaged, or does not hold what the config promises.
+            ConfigError: The config holds a bad value, or comes from a newer format.
+            BaseModelError: The base cannot be loaded, or is not the one that the adapter was made for.
+        """
+        if model_id is None:
+            adapter, base = model, base_model
+            if isinstance(adapter, nn.Module):
+                raise InputError("A base model without an adapter; expected from_pretrained(base, 'adapter folder or id').")
+        elif base_model is None:
+            adapter, base = model_id, model
+        else:
+            raise InputError("The base is given twice, by position and as base_model=; expected one of the two.")
+        access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = pull(adapter, subfolder=subfolder, revision=revision, force_download=force_download, **access)
+        with locked(folder):
+            stored = _read_adapter(folder)
+            if isinstance(base, nn.Module):
+                refuse_carrier(base)
+            else:
+                base = load_base(str(adapter), base, stored, dtype=dtype, device_map=device_map, **access)
+            with _explained(folder):
+                try:
+                    return super().from_pretrained(base, str(folder), adapter_name, is_trainable, config or stored, **kwargs)
+                except Exception:
+                    detach(base)  # the caller's base is as it was
+                    raise
+
+    def load_adapter(
+        self,
+        model_id: str | PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **kwargs,
+    ):
+        """PEFT's `load_adapter`, from one verified snapshot; an adapter that fails to load leaves nothing behind.
+
+        Args and errors as in `from_pretrained`; `kwargs` are passed to PEFT.
+        """
+        known = adapter_name in self.peft_config
+        access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = pull(model_id, subfolder=subfolder, revision=revision, force_download=force_download, **access)
+        with locked(folder):
+            _read_adapter(folder)
+            with _explained(folder):
+                try:
+                    return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
+                except Exception:
+                    if not known and adapter_name in self.peft_config:
+                        with suppress(Exception):  # the first error is the one to tell
+                            self.delete_adapter(adapter_name)
+                    raise
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *,
+        is_main_process: bool = True,
+        processor: ProcessorMixin | None = None,
+        base_model: str | None = None,
+        card: CardFacts | None = None,
+        **kwargs,
+    ) -> None:
+        """Saves adapters as folders that are whole repos: config, weights, processor and card. All of it, or nothing.
+
+        An adapter named "default" is saved in the folder itself, others in subfolders of their names, as PEFT does. A card
+        that is there keeps what a person wrote into it.
+
+        Args:
+            save_directory: A folder, made where there is none.
+            safe_serialization: Only True: no pickles are written.
+            selected_adapters: Names. Default: all.
+            is_main_process: False writes nothing, for training on many processes.
+            processor: The base's or the adapter's; it is saved with the adapter's placeholder count. Default: the base's own,
+                where it lies on this machine; else none is saved.
+            base_model: The Hub id of the base, where it was loaded from a folder. Default: as it was loaded.
+            card: What the card shall say beyond what the adapter knows of itself.
+            **kwargs: Passed to `PeftModel.save_pretrained`: `state_dict`, ...
+
+        Raises:
+            AdapterFileError: The folder cannot be written; what was in it is as it was.
+            UnsupportedError: `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise UnsupportedError("safe_serialization=False would write a pickle; expected True: only safetensors are loaded.")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        with saving(folder) as stage:
+            super().save_pretrained(str(stage), selected_adapters=selected_adapters, **kwargs)
+            for name in selected_adapters or self.peft_config:
+                part = Path() if name == "default" else Path(name)
+                if saved := self._processor_of(name, processor):
+                    saved.save_pretrained(stage / part)
+                seal_folder(stage / part, base_model)
+                present = folder / part / CARD_NAME
+                existing = [present.read_text()] if present.is_file() else []
+                rendered = render_card(read_config(stage / part), str(folder / part), card or CardFacts(), existing)
+                (stage / part / CARD_NAME).write_text(rendered)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's card would name another library and lose the base; `save_pretrained` writes ours with the rest."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload UniCompress adapter",
+        token: str | bool | None = None,
+        processor: ProcessorMixin | None = None,
+        base_model: str | None = None,
+        card: CardFacts | None = None,
+    ) -> str:
+        """Pushes the active adapter as a repo of its own, in one commit. For a folder, see `push_folder`.
+
+        Args:
+            repo_id: "org/name"; made where there is none.
+            private: Whether a new repo is private. Default: as the organisation has it.
+            revision: The branch to push to; made where there is none. Default: main.
+            create_pr: Opens a pull request instead. Default False.
+            commit_message: Of the one commit.
+            token: Default: the one logged in with.
+            processor: As in `save_pretrained`.
+            base_model: As in `save_pretrained`: needed where the base was loaded from a folder.
+            card: As in `save_pretrained`.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            AdapterFileError, BaseModelError, HubError: As `uc_adapters.hub.push.push_folder`.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(
+                directory, selected_adapters=[self.active_adapter], processor=processor, base_model=base_model, card=card
+            )
+            folder = Path(directory, "" if self.active_adapter == "default" else self.active_adapter)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+                card=card,
+            )
+
+    def _processor_of(self, adapter_name: str, processor: ProcessorMixin | None) -> ProcessorMixin | None:
+        """A copy of the processor with the adapter's placeholder count."""
+        name, commit = name_and_commit(self.get_base_model())
+        if processor is None and name is not None:
+            with suppress(OSError, ValueError):  # the base has none here: nothing is fetched for it
+                processor = AutoProcessor.from_pretrained(name, revision=commit, local_files_only=True)
+        if processor is None:
+            return None
+        processor = copy.deepcopy(processor)
+        side = family_of(self.get_base_model()).geometry.read_side
+        processor.num_image_tokens = self.peft_config[adapter_name].num_image_tokens(side)
+        return processor
+
+
+def refuse_carrier(base: nn.Module) -> None:
+    """Raises BaseModelError where a base has an adapter already."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise BaseModelError(
+            "The base carries an adapter already; expected a plain base. Add a second adapter with model.add_adapter(name, "
+            "config) or model.load_adapter(folder, name), or take the first off with model.unload()."
+        )
+
+
+def _read_adapter(folder: Path) -> UniCompressConfig:
+    config = UniCompressConfig.from_pretrained(folder)
+    check_weights(folder, read_config(folder))
+    return config
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """PEFT trusts a config's values: what it stumbles over is told as the file's fault."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, re.error) as error:
+        raise AdapterFileError(
+            f"The adapter in {folder} could not be attached: {type(error).__name__}: {error}. Its config holds a value that "
+            "PEFT cannot take: fetch or save it again."
+        ) from error
