@@ -29,7 +29,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 from trl import TrlParser
 
 import uc_adapters
-from uc_adapters import UniCompressCollator, UniCompressModel
+from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel
+from uc_adapters.hub.card import update_card
 
 SPLIT = "held-out"
 
@@ -46,6 +47,7 @@ class EvaluateArguments:
     guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance, base and adapter alike."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature, base and adapter alike."})
     json: str | None = field(default=None, metadata={"help": "File to write the scores to."})
+    card: bool = field(default=False, metadata={"help": "Write them into the card of --adapter, which is a folder."})
 
 
 @dataclass
@@ -256,6 +258,7 @@ def main(args: EvaluateArguments) -> dict:
         module = pair[1].model.drawing.module
         drawn["adapter"] = module.num_global_tokens + drawn["base"] // module.stride**2
     scores = {
+        "dataset": f"digit scenes of held-out scans, n = {args.scenes}, seed {args.seed}",
         "reading": {name: score["mean"] for name, score in reading.items()},
         "drawing": {name: score["cells"] for name, score in drawing.items()},
         "tokens": {"read": tokens, "drawn": drawn},
@@ -276,6 +279,8 @@ def main(args: EvaluateArguments) -> dict:
     print(text)
     if args.json:
         Path(args.json).write_text(text + "\n")
+    if args.card:
+        update_card(Path(args.adapter), CardFacts(evaluation=scores))
     return scores
 
 

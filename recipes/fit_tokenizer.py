@@ -218,8 +218,7 @@ def main(args: FitArguments) -> None:
                 f"A global token collapsed: perplexity {use['perplexity']:.2f} over its codes, expected 2 or more. "
                 "Train longer, or with a lower --learning_rate."
             )
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    model.save_pretrained(args.output_dir, processor=processor)
 
 
 if __name__ == "__main__":

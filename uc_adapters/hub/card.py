@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import AdapterFileError, InputError
 from ..version import __version__
-from .folder import CARD_NAME
+from .folder import CARD_NAME, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 RECORD = "unicompress"  # the metadata field with what the generated block was made of
@@ -70,7 +70,7 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         template_path=str(TEMPLATE),
         begin=_BEGIN,
         end=_END,
-        name=record["name"],
+        name=Path(name).name,
         source=name,
         config=config,
         base=base,
@@ -87,6 +87,27 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         block = _BLOCK.search(new.text)[0]
         new.text = _BLOCK.sub(lambda _: block, own.text) if _BLOCK.search(own.text) else f"{own.text.rstrip()}\n\n{block}\n"
     return str(new)
+
+
+def update_card(folder: Path, facts: CardFacts, source: str | None = None) -> None:
+    """Writes the card in a saved adapter's folder anew: with what is there, and with these facts.
+
+    Args:
+        folder: As `save_pretrained` wrote it.
+        facts: What is newly known, such as an evaluation.
+        source: What the snippet loads. Default: the Hub id that the card has there, or else the folder.
+    """
+    path = folder / CARD_NAME
+    existing = [path.read_text("utf-8")] if path.is_file() else []
+    text = render_card(read_config(folder), source or published_as(folder) or str(folder), facts, existing)
+    path.write_text(text, "utf-8")
+
+
+def published_as(folder: Path) -> str | None:
+    """The Hub id that the card in a folder was written for; None where it was not, or there is none."""
+    path = folder / CARD_NAME
+    record = _parse(path.read_text("utf-8"), str(folder)).data.to_dict().get(RECORD) if path.is_file() else None
+    return hub_id(record.get("source")) if isinstance(record, dict) else None
 
 
 def hub_id(base: str | None) -> str | None:
@@ -110,14 +131,14 @@ def _parse(text: str, name: str) -> ModelCard:
 def _has_own_text(card: ModelCard) -> bool:
     """Whether a person wrote more into a card than the heading that it was given."""
     record = card.data.to_dict().get(RECORD)
-    heading = f"# {record.get('name')}" if isinstance(record, dict) else None
+    heading = f"# {Path(str(record.get('source'))).name}" if isinstance(record, dict) else None
     return _BLOCK.sub("", card.text).strip() not in ("", heading)
 
 
 def _record(config: dict, name: str, facts: CardFacts, old: dict | None) -> dict:
     """What the generated block is made of: kept in the metadata, so that a later save of the same weights still knows it."""
     weights = config["seal"]["weights_sha256"]
-    record = {"name": Path(name).name, "weights_sha256": weights, "training": {}, "dataset": None, "metrics": {}}
+    record = {"source": name, "weights_sha256": weights, "training": {}, "dataset": None, "metrics": {}}
     if isinstance(old, dict) and old.get("weights_sha256") == weights:
         record |= {key: old[key] for key in ("training", "dataset", "metrics") if key in old}
     if facts.training is not None:
@@ -158,12 +179,12 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
         fields.pop("model-index", None)  # of other weights, or said anew
     if not results:
         return ModelCardData(**fields)
-    return ModelCardData(**fields, model_name=record["name"], eval_results=results)
+    return ModelCardData(**fields, model_name=Path(record["source"]).name, eval_results=results)
 
 
 def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[str, list[float]]]:
     """Of what, and base's and adapter's value of every metric."""
-    content = evaluation if isinstance(evaluation, Mapping) else json.loads(Path(evaluation).read_text())
+    content = evaluation if isinstance(evaluation, Mapping) else json.loads(Path(evaluation).read_text("utf-8"))
     metrics = {
         str(name).replace("_", " "): [pair["base"], pair["adapter"]]
         for name, pair in content.items()

@@ -112,13 +112,13 @@ def seal_folder(folder: Path, base_model: str | None = None) -> None:
         base_model: The Hub id to name as base. Default: as it stands there.
     """
     path = folder / CONFIG_NAME
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()  # PEFT holds a set: the same adapter shall give the same file
     config["base_model_name_or_path"] = base_model or config["base_model_name_or_path"]
     config["uc_adapters_version"] = __version__
     config["seal"] = {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "config_sha256": _config_sha256(config)}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def sha256(path: Path) -> str:

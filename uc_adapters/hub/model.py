@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -22,10 +24,13 @@ from ..families import family_of
 from ..identity import name_and_commit
 from ..tuner import detach
 from .base import load_base
-from .card import CardFacts, render_card
+from .card import CardFacts, published_as, update_card
 from .folder import CARD_NAME, check_weights, locked, read_config, saving, seal_folder
 from .pull import pull
 from .push import push_folder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class SharedModel(PeftModel):
@@ -50,7 +55,7 @@ class SharedModel(PeftModel):
         dtype: torch.dtype | str | None = None,
         device_map: str | dict | None = None,
         **kwargs,
-    ) -> SharedModel:
+    ) -> Self:
         """Loads an adapter, and its base where none is given.
 
         Three ways: `("org/janus-uc4x")` loads the base that the adapter names, at the commit that it was trained on;
@@ -180,10 +185,10 @@ class SharedModel(PeftModel):
                 if saved := self._processor_of(name, processor):
                     saved.save_pretrained(stage / part)
                 seal_folder(stage / part, base_model)
-                present = folder / part / CARD_NAME
-                existing = [present.read_text()] if present.is_file() else []
-                rendered = render_card(read_config(stage / part), str(folder / part), card or CardFacts(), existing)
-                (stage / part / CARD_NAME).write_text(rendered)
+                if (card_there := folder / part / CARD_NAME).is_file():
+                    shutil.copy(card_there, stage / part)
+                source = published_as(stage / part) or str(folder / part)
+                update_card(stage / part, card or CardFacts(), source)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """PEFT's card would name another library and lose the base; `save_pretrained` writes ours with the rest."""

@@ -117,6 +117,6 @@ def _existing_cards(folder: Path, api: HfApi, repo_id: str, parent: str) -> list
     """The card on the Hub and the one in the folder, where there are such."""
     cards = []
     with suppress(EntryNotFoundError):
-        cards.append(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=parent)).read_text())
+        cards.append(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=parent)).read_text("utf-8"))
     local = folder / CARD_NAME
-    return [*cards, local.read_text()] if local.is_file() else cards
+    return [*cards, local.read_text("utf-8")] if local.is_file() else cards

@@ -1,0 +1,65 @@
+"""A base and an adapter of it as the Hub holds them: made once, put on its shelf for every test that asks."""
+
+import copy
+import shutil
+
+import pytest
+from helpers import attach
+from hub_helpers import ADAPTER, BASE, BOB, read_files
+from loopback_hub import Commit
+
+from uc_adapters.identity import remember_commit
+
+
+@pytest.fixture(scope="session")
+def base_files(base_folder) -> dict[str, bytes]:
+    return read_files(base_folder)
+
+
+@pytest.fixture(scope="session")
+def base_commit(base_files) -> str:
+    """The commit that `shelf` has of the base, in every test."""
+    return Commit(None, "initial commit", base_files).sha
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(pristine, processor, base_commit, tmp_path_factory):
+    """An adapter as `save_pretrained` writes it, of the base on the shelf."""
+    base = copy.deepcopy(pristine)
+    base.name_or_path = BASE
+    remember_commit(base, base_commit)
+    folder = tmp_path_factory.mktemp("adapter")
+    attach(base, seed=3).save_pretrained(folder, processor=processor)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_files(adapter_folder) -> dict[str, bytes]:
+    return read_files(adapter_folder)
+
+
+@pytest.fixture
+def folder(adapter_folder, tmp_path):
+    """A copy of the adapter's folder, to be changed."""
+    return shutil.copytree(adapter_folder, tmp_path / "folder")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Empty: commit ids repeat from test to test."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def shelf(hub, base_files, adapter_files):
+    """The Hub with base and adapter; bob may read."""
+    hub.add_user("bob", BOB)
+    hub.create(BASE, base_files)
+    hub.create(ADAPTER, adapter_files)
+    return hub
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client sleeps between its retries, up to half a minute in all; which requests it sends stays the same."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
