@@ -1,5 +1,6 @@
 """What the tests of sharing have in common: ids, a folder's files, and runs in a process of their own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -35,8 +36,6 @@ def sent(hub, method: str, part: str = "") -> list[str]:
 
 def patch_json(data: bytes, **fields) -> bytes:
     """A JSON file with other fields; the adapter's seal is kept, and so may be broken."""
-    import json
-
     return json.dumps(json.loads(data) | fields).encode()
 
 
