@@ -113,8 +113,9 @@ def seal_folder(folder: Path, base_model: str | None = None) -> None:
     """
     path = folder / CONFIG_NAME
     config = json.loads(path.read_text("utf-8"))
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # PEFT holds a set: the same adapter shall give the same file
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config[name], list):
+            config[name].sort()  # PEFT holds a set: the same adapter shall give the same file
     config["base_model_name_or_path"] = base_model or config["base_model_name_or_path"]
     config["uc_adapters_version"] = __version__
     config["seal"] = {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "config_sha256": _config_sha256(config)}
