@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from getpass import getuser
 from pathlib import Path
 
 from filelock import FileLock
@@ -80,16 +81,22 @@ def read_config(folder: Path) -> dict:
     )
 
 
+def find_weights(folder: Path) -> Path:
+    """The weights file in a folder; AdapterFileError where there is none, or only a pickle."""
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if weights.is_file():
+        return weights
+    if (folder / WEIGHTS_NAME).is_file():
+        raise AdapterFileError(
+            f"{SAFETENSORS_WEIGHTS_NAME} is missing in {folder}, which holds {WEIGHTS_NAME} instead: a pickle, which could run "
+            "code on loading. Convert it to safetensors, or ask its author to: save_pretrained writes nothing else."
+        )
+    raise _missing(weights)
+
+
 def check_weights(folder: Path, config: dict) -> None:
     """Raises AdapterFileError unless a folder's weights are whole, and it and `config` are as they were saved together."""
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        if (folder / WEIGHTS_NAME).is_file():
-            raise AdapterFileError(
-                f"{SAFETENSORS_WEIGHTS_NAME} is missing in {folder}, which holds {WEIGHTS_NAME} instead: a pickle, which could "
-                "run code on loading. Convert it to safetensors, or ask its author to: save_pretrained writes nothing else."
-            )
-        raise _missing(weights)
+    weights = find_weights(folder)
     seal = _seal_of(config, folder / CONFIG_NAME)
     try:
         with safe_open(weights, framework="pt"):
@@ -119,7 +126,12 @@ def seal_folder(folder: Path, base_model: str | None = None) -> None:
     config["base_model_name_or_path"] = base_model or config["base_model_name_or_path"]
     config["uc_adapters_version"] = __version__
     config["seal"] = {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "config_sha256": _config_sha256(config)}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    path.write_text(dump_config(config), "utf-8")
+
+
+def dump_config(config: dict) -> str:
+    """A config's fields as they stand in its file."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def sha256(path: Path) -> str:
@@ -130,10 +142,23 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time reads or writes a folder; a save that was killed on its way into place is finished first."""
+    """One process at a time reads or writes a folder; a save that was killed on its way into place is finished first.
+
+    Raises:
+        AdapterFileError: Such a save cannot be finished, since the folder cannot be written.
+    """
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    with FileLock(Path(tempfile.gettempdir(), f"uc-adapters-{key}.lock"), is_singleton=True):  # PEFT comes back to us
-        _move_into_place(folder)
+    path = Path(tempfile.gettempdir(), f"uc-adapters-{getuser()}-{key}.lock")
+    with ExitStack() as stack:
+        with suppress(OSError):  # no room for a lock: the seal still tells if two saves were mixed
+            stack.enter_context(FileLock(path, is_singleton=True))  # reentrant: PEFT's loading comes back to ours
+        try:
+            _move_into_place(folder)
+        except OSError as error:
+            raise AdapterFileError(
+                f"The last save into {folder} was interrupted, and cannot be finished: {error}. Expected a folder that can be "
+                "written: open it once where it can."
+            ) from error
         yield
 
 

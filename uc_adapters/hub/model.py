@@ -25,7 +25,7 @@ from ..identity import name_and_commit
 from ..tuner import detach
 from .base import load_base
 from .card import CardFacts, published_as, update_card
-from .folder import CARD_NAME, check_weights, locked, read_config, saving, seal_folder
+from .folder import CARD_NAME, find_weights, locked, read_config, saving, seal_folder
 from .pull import pull
 from .push import push_folder
 
@@ -102,9 +102,13 @@ class SharedModel(PeftModel):
                 refuse_carrier(base)
             else:
                 base = load_base(str(adapter), base, stored, dtype=dtype, device_map=device_map, **access)
+            if config is None:
+                config = stored
+            elif config.base_geometry is None:
+                config.base_geometry, config.base_fingerprint = stored.base_geometry, stored.base_fingerprint
             with _explained(folder):
                 try:
-                    return super().from_pretrained(base, str(folder), adapter_name, is_trainable, config or stored, **kwargs)
+                    return super().from_pretrained(base, str(folder), adapter_name, is_trainable, config, **kwargs)
                 except Exception:
                     detach(base)  # the caller's base is as it was
                     raise
@@ -265,9 +269,9 @@ def refuse_carrier(base: nn.Module) -> None:
 
 
 def _read_adapter(folder: Path) -> UniCompressConfig:
-    config = UniCompressConfig.from_pretrained(folder)
-    check_weights(folder, read_config(folder))
-    return config
+    read_config(folder)  # what is wrong with the config is told before what is wrong with the weights
+    find_weights(folder)
+    return UniCompressConfig.from_pretrained(folder)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import CONFIG_NAME
 
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, HubError, InputError
 from .card import CardFacts, hub_id, render_card
 from .faults import reason
-from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, check_weights, locked, read_config
+from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, check_weights, dump_config, locked, read_config
 
 PUSHED = (*ADAPTER_NAMES, CARD_NAME, "LICENSE", "*.png", "*.jpg")
 
@@ -28,6 +29,7 @@ def push_folder(
     create_pr: bool = False,
     commit_message: str = "Upload UniCompress adapter",
     token: str | bool | None = None,
+    base_model: str | None = None,
     card: CardFacts | None = None,
 ) -> str:
     """Pushes the folder that `save_pretrained` wrote to the Hub, in one commit; makes the repo where there is none.
@@ -43,6 +45,7 @@ def push_folder(
         create_pr: Opens a pull request instead. Default False.
         commit_message: Of the one commit.
         token: Default: the one logged in with.
+        base_model: The Hub id of the base, where the adapter was trained on a folder. Default: as its config says.
         card: What the card shall say that the folder does not know. Default: nothing more.
 
     Returns:
@@ -56,17 +59,19 @@ def push_folder(
     folder = Path(folder)
     api = HfApi(token=token, library_name="uc-adapters")
     with locked(folder):
-        config = _check(folder)
+        config = _check(folder, base_model)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name in front
             if revision is not None and not revision.startswith("refs/pr/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             parent = api.repo_info(repo_id, revision=revision).sha
             text = render_card(config, repo_id, card or CardFacts(), _existing_cards(folder, api, repo_id, parent))
-            files = [CommitOperationAdd(path.name, path) for path in _pushed(folder) if path.name != CARD_NAME]
+            written = {CARD_NAME: text, CONFIG_NAME: dump_config(config)}
+            files = [CommitOperationAdd(path.name, path) for path in _pushed(folder) if path.name not in written]
+            files += [CommitOperationAdd(name, content.encode()) for name, content in written.items()]
             commit = api.create_commit(
                 repo_id,
-                [*files, CommitOperationAdd(CARD_NAME, text.encode())],
+                files,
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
@@ -85,7 +90,7 @@ def _pushed(folder: Path) -> list[Path]:
     return sorted({path for pattern in PUSHED for path in folder.glob(pattern)})
 
 
-def _check(folder: Path) -> dict:
+def _check(folder: Path, base_model: str | None) -> dict:
     """The config of a folder that is fit to be pushed."""
     if not folder.is_dir():
         raise AdapterFileError(f"{folder} is no folder; expected the one that save_pretrained wrote.")
@@ -105,6 +110,7 @@ def _check(folder: Path) -> dict:
             f"{folder} holds no processor; expected the adapter's own, with its short placeholder count. Save again with "
             "model.save_pretrained(folder, processor=processor)."
         )
+    config["base_model_name_or_path"] = base_model or config["base_model_name_or_path"]
     if hub_id(config["base_model_name_or_path"]) is None:
         raise BaseModelError(
             f"The base of {folder} is {config['base_model_name_or_path']!r}, expected a Hub id that others can load, such as "
