@@ -112,10 +112,11 @@ def test_a_pull_request_is_pushed_to_again(shelf, folder):
     assert list(shelf.repos[ADAPTER].branches) == ["main", "refs/pr/1"]
 
 
-def test_a_pull_request_against_another_branch_is_refused_before_anything_is_sent(shelf, folder):
-    with pytest.raises(ValueError, match="create_pr"):
+def test_a_pull_request_against_a_branch_that_is_not_there_makes_none(shelf, folder):
+    shelf.create(ADAPTER, {CARD: "# There"})
+    with pytest.raises(HubError, match=r"no revision 'next'; branches: main"):
         push_folder(folder, ADAPTER, token=ANN, revision="next", create_pr=True)
-    assert shelf.requests == []
+    assert list(shelf.repos[ADAPTER].branches) == ["main"]
 
 
 def test_the_token_of_the_environment(shelf, folder, monkeypatch):

@@ -60,7 +60,8 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
     old = [_parse(text, name) for text in existing]
     fields: dict = {}
     for card in old:
-        fields |= card.data.to_dict()
+        tags = [*fields.get("tags", []), *(card.data.tags or [])]
+        fields |= {**card.data.to_dict(), "tags": list(dict.fromkeys(tags))}
     record = _record(config, name, facts, fields.get(RECORD))
     data = _metadata(config, facts, fields, record)
     geometry, base = config["base_geometry"], config["base_model_name_or_path"]

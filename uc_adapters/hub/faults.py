@@ -77,6 +77,11 @@ def reason(error: Exception, repo_id: str, revision: str | None = None, token: s
     return f"{type(error).__name__}: {error}"
 
 
+def answered(error: Exception) -> bool:
+    """Whether the Hub itself said no: if not, a request may have been carried out and its answer lost."""
+    return any(isinstance(one, HfHubHTTPError) for one in _causes(error))
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error

@@ -8,13 +8,13 @@ from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft.utils import CONFIG_NAME
 
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, HubError, InputError
 from .card import CardFacts, hub_id, render_card
-from .faults import reason
+from .faults import answered, reason
 from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, check_weights, dump_config, locked, read_config
 
 PUSHED = (*ADAPTER_NAMES, CARD_NAME, "LICENSE", "*.png", "*.jpg")
@@ -42,7 +42,7 @@ def push_folder(
         repo_id: "org/name".
         private: Whether a new repo is private. Default: as the organisation has it.
         revision: The branch to push to; made where there is none. Default: main.
-        create_pr: Opens a pull request instead. Default False.
+        create_pr: Opens a pull request against the branch instead. Default False.
         commit_message: Of the one commit.
         token: Default: the one logged in with.
         base_model: The Hub id of the base, where the adapter was trained on a folder. Default: as its config says.
@@ -62,7 +62,7 @@ def push_folder(
         config = _check(folder, base_model)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name in front
-            if revision is not None and not revision.startswith("refs/pr/"):
+            if revision is not None and not revision.startswith("refs/pr/") and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             parent = api.repo_info(repo_id, revision=revision).sha
             text = render_card(config, repo_id, card or CardFacts(), _existing_cards(folder, api, repo_id, parent))
@@ -80,8 +80,9 @@ def push_folder(
         except (AdapterFileError, InputError):  # of the card
             raise
         except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
+            outcome = "Nothing of it is there." if answered(error) else "To push again does no harm if it is there already."
             raise HubError(
-                f"{folder} was not pushed to {repo_id!r}; nothing of it is there. {reason(error, repo_id, revision, token)}"
+                f"{folder} could not be pushed to {repo_id!r}. {reason(error, repo_id, revision, token)} {outcome}"
             ) from error
     return commit.pr_url or commit.commit_url
 
@@ -122,7 +123,7 @@ def _check(folder: Path, base_model: str | None) -> dict:
 def _existing_cards(folder: Path, api: HfApi, repo_id: str, parent: str) -> list[str]:
     """The card on the Hub and the one in the folder, where there are such."""
     cards = []
-    with suppress(EntryNotFoundError):
+    with suppress(RemoteEntryNotFoundError):
         cards.append(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=parent)).read_text("utf-8"))
     local = folder / CARD_NAME
     return [*cards, local.read_text("utf-8")] if local.is_file() else cards
