@@ -323,7 +323,7 @@ def test_a_failed_push_changes_nothing_and_the_next_succeeds(outdated, folder, s
             push_folder(folder, ADAPTER, token=ANN)
     finally:
         (heal or type(outdated).heal)(outdated)
-    assert f"was not pushed to {ADAPTER!r}" in str(caught.value)
+    assert f"could not be pushed to {ADAPTER!r}" in str(caught.value)
     assert (repo.branches, len(repo.commits)) == before
     push_folder(folder, ADAPTER, token=ANN)
     assert commits(outdated, ADAPTER) == 1
