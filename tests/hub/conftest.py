@@ -2,9 +2,10 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
-from helpers import attach
+from helpers import ANN, attach
 from hub_helpers import ADAPTER, BASE, BOB, read_files
 from loopback_hub import Commit
 
@@ -45,21 +46,36 @@ def folder(adapter_folder, tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path):
-    """Empty: commit ids repeat from test to test."""
+def cache(tmp_path, monkeypatch):
+    """The Hub's cache, empty: commit ids repeat from test to test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def shelf(hub, base_files, adapter_files):
-    """The Hub with base and adapter; bob may read."""
-    hub.add_user("bob", BOB)
-    hub.create(BASE, base_files)
-    hub.create(ADAPTER, adapter_files)
+def stock(hub, base_files, adapter_files):
+    """Puts all on the shelf, and mends what was broken: base and adapter; bob may read."""
+
+    def put() -> None:
+        hub.heal()
+        hub.add_user("ann", ANN, "org")
+        hub.add_user("bob", BOB)
+        hub.create(BASE, base_files)
+        repo = hub.create(ADAPTER, adapter_files | {f"stage2/{path}": data for path, data in adapter_files.items()})
+        repo.branches["next"] = repo.tags["v1.0"] = repo.branches["main"]
+
+    return put
+
+
+@pytest.fixture
+def shelf(hub, stock):
+    """The Hub with base and adapter."""
+    stock()
     return hub
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     """The client sleeps between its retries, up to half a minute in all; which requests it sends stays the same."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))

@@ -45,7 +45,7 @@ LEFT_AT_HOME = (
 @pytest.fixture
 def loaded(shelf, cache):
     """The shelf's adapter on its base, both from the Hub."""
-    return UniCompressModel.from_pretrained(ADAPTER, cache_dir=cache)
+    return UniCompressModel.from_pretrained(ADAPTER)
 
 
 def commits(hub, repo_id: str = NEW) -> int:
@@ -85,7 +85,7 @@ def test_private(shelf, folder, private):
 def test_a_branch_is_made(shelf, folder):
     url = push_folder(folder, ADAPTER, token=ANN, revision="next/try", commit_message="Stride 4")
     repo = shelf.repos[ADAPTER]
-    assert list(repo.branches) == ["main", "next/try"]
+    assert repo.branches.keys() == {"main", "next", "next/try"}
     head = repo.commits[repo.branches["next/try"]]
     assert (head.message, head.parent) == ("Stride 4", repo.branches["main"])
     assert url.endswith(repo.branches["next/try"])
@@ -109,7 +109,7 @@ def test_a_pull_request_is_pushed_to_again(shelf, folder):
     push_folder(folder, ADAPTER, token=ANN, create_pr=True)
     push_folder(folder, ADAPTER, token=ANN, revision="refs/pr/1", card=CardFacts(license="mit"))
     assert card_of(shelf, ADAPTER, "refs/pr/1").data.license == "mit"
-    assert list(shelf.repos[ADAPTER].branches) == ["main", "refs/pr/1"]
+    assert list(shelf.repos[ADAPTER].branches) == ["main", "next", "refs/pr/1"]
 
 
 def test_a_pull_request_against_a_branch_that_is_not_there_makes_none(shelf, folder):
@@ -132,8 +132,8 @@ def test_the_users_own_name_is_put_in_front(shelf, folder):
 
 def test_a_pushed_processor_counts_short(shelf, folder, cache):
     push_folder(folder, NEW, token=ANN)
-    assert AutoProcessor.from_pretrained(NEW, cache_dir=cache).num_image_tokens == SHORT
-    assert AutoProcessor.from_pretrained(BASE, cache_dir=cache).num_image_tokens != SHORT
+    assert AutoProcessor.from_pretrained(NEW).num_image_tokens == SHORT
+    assert AutoProcessor.from_pretrained(BASE).num_image_tokens != SHORT
 
 
 def test_the_active_adapter_is_pushed_whatever_its_name(loaded, hub, processor, tmp_path, fresh, short_question):
@@ -146,7 +146,7 @@ def test_the_active_adapter_is_pushed_whatever_its_name(loaded, hub, processor, 
     assert repo.files().keys() == OURS | {".gitattributes"}
     assert repo.private
     assert repo.commits[repo.branches["main"]].message == "The second"
-    pulled = UniCompressModel.from_pretrained(fresh(), NEW, cache_dir=tmp_path / "cache", token=ANN)
+    pulled = UniCompressModel.from_pretrained(fresh(), NEW, token=ANN)
     assert torch.equal(logits(pulled, short_question), logits(second, short_question))
 
 
@@ -304,9 +304,8 @@ FAULTS = {
 
 
 @pytest.fixture
-def outdated(hub, cache, monkeypatch):
+def outdated(hub, cache):
     """The Hub, where the adapter's repo holds an older state, none of it in the client's cache."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     hub.add_user("bob", BOB)
     hub.create(ADAPTER, {CARD: "---\nlicense: mit\n---\n# By hand\n", WEIGHTS: b"old"})
     return hub
@@ -464,7 +463,7 @@ def test_other_weights_replace_those_on_the_hub(shelf, folder, base, processor, 
     base.name_or_path = BASE
     model = attach(base, seed=8, r=4)
     model.push_to_hub(NEW, token=ANN, processor=processor)
-    pulled = UniCompressModel.from_pretrained(fresh(), NEW, cache_dir=cache)
+    pulled = UniCompressModel.from_pretrained(fresh(), NEW)
     assert torch.equal(logits(pulled, short_question), logits(model, short_question))
     assert commits(shelf) == 2
 
