@@ -1,107 +1,351 @@
-"""Seconds to draw at a realistic size, with random weights: a dense Janus and an adapter on it, in turn.
+"""Seconds and bytes of a dense Janus and of an adapter on it, side by side in one run: drawing, reading, memory.
 
-    python recipes/benchmark.py --hidden_size 1024 --layers 12          # about four minutes on two CPU cores
-    python recipes/benchmark.py --hidden_size 2048 --layers 24 --vq_channels 128 --dtype bfloat16 --device cuda
+    python recipes/benchmark.py --shape tiny                                       # a minute: the shipped base and adapter
+    python recipes/benchmark.py --shape janus-pro-1b --repeats 1                   # 20 minutes on two CPU cores, 12 GiB
+    python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8
 
-Needs: pip install -c constraints.txt -e ".[recipes]". The second line has the shapes of Janus-Pro-1B and needs a GPU.
-576 image tokens, stride 2, N_g 4. Seconds are end to end (language model, decompressor, image decoder), guidance 5, one
-prompt, after a warm-up of each. Random weights say nothing of quality: that is `evaluate.py`'s.
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the last line needs a GPU.
+The base is transformers' own `generate`, bare, beside the adapter on the same weights; they take turns, after a warm-up of
+each, and medians count. Drawing is end to end, from prompt to pixels. Janus-Pro's shapes have random weights, which say
+nothing of quality: that is `evaluate.py`'s. Where the time goes is measured in a drawing of its own, since watching costs.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import platform
+import statistics
 import time
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
+import matplotlib as mpl
 import torch
+import transformers
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForImageTextToText,
     GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
     JanusVisionConfig,
     JanusVQVAEConfig,
     LlamaConfig,
-    logging,
     set_seed,
 )
 from trl import TrlParser
 
 from uc_adapters import UniCompressConfig, UniCompressModel, get_uc_model
 
-BOS, PAD, BOI, PROMPT_TOKENS = 1, 0, 2, 32
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed
+
+TEXT_TOKENS = 30  # of a question or a prompt
+NEW_TOKENS = 16  # of an answer
+CARDS = Path(__file__).parents[1] / "model_cards"
 
 
 @dataclass
 class BenchmarkArguments:
-    """The size of the model, and where it runs."""
+    """What to time, and where."""
 
-    hidden_size: int = field(default=1024, metadata={"help": "Of the language model. Janus-Pro-1B: 2048."})
-    layers: int = field(default=12, metadata={"help": "Of the language model. Janus-Pro-1B: 24."})
-    vq_channels: int = field(default=32, metadata={"help": "Base channels of the image decoder. Janus-Pro: 128."})
-    decompressor: str = field(default="cell", metadata={"help": "See UniCompressConfig."})
-    repeats: int = field(default=2, metadata={"help": "Timed drawings each; the least counts."})
+    shape: str = field(default="tiny", metadata={"help": "tiny, janus-pro-1b or janus-pro-7b."})
+    decompressor: str = field(default="cell", metadata={"help": "Of a random adapter. See UniCompressConfig."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once."})
+    repeats: int = field(default=3, metadata={"help": "Timed turns each."})
     dtype: str = field(default="float32", metadata={"help": "Of the base."})
     device: str = field(default="cpu", metadata={"help": "Torch device."})
+    json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+    chart: str | None = field(default=None, metadata={"help": "PNG to draw them in."})
 
 
-def random_janus(args: BenchmarkArguments) -> JanusForConditionalGeneration:
-    """A Janus of Janus-Pro's proportions with 24 x 24 codes; its words and its vision tower are cut short."""
-    width = args.hidden_size
-    text = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=width // 128,
-        num_key_value_heads=width // 128,
-        vocab_size=1024,
-        max_position_embeddings=2048,
+def text_config(hidden: int, layers: int, heads: int, intermediate: int) -> LlamaConfig:
+    """The language model of a Janus-Pro."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=intermediate,
+        vocab_size=102_400,
+        max_position_embeddings=16_384,
     )
+
+
+SHAPES = {
+    "janus-pro-1b": text_config(2048, 24, 16, 5632),
+    "janus-pro-7b": text_config(4096, 30, 32, 11_008),
+}
+
+
+def random_janus(text: LlamaConfig, dtype: torch.dtype, device: str) -> JanusForConditionalGeneration:
+    """A Janus-Pro with random weights: SigLIP-L at 384 pixels, 24 x 24 codes of 16 384."""
     config = JanusConfig(
         text_config=text,
-        vision_config=JanusVisionConfig(image_size=384, num_hidden_layers=1, projection_dim=width),
-        vq_config=JanusVQVAEConfig(base_channels=args.vq_channels, projection_dim=width, image_token_embed_dim=width),
+        vision_config=JanusVisionConfig(image_size=384, projection_dim=text.hidden_size),
+        vq_config=JanusVQVAEConfig(projection_dim=text.hidden_size, image_token_embed_dim=text.hidden_size),
         image_token_id=3,
     )
-    model = JanusForConditionalGeneration(config).to(args.device, getattr(torch, args.dtype)).eval()
-    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD, generation_kwargs={"boi_token_id": BOI})
-    return model
+    with torch.device(device):
+        model = JanusForConditionalGeneration._from_config(config, dtype=dtype)
+    model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0, generation_kwargs={"boi_token_id": 2})
+    return model.eval()
+
+
+def contenders(args: BenchmarkArguments) -> dict[str, nn.Module]:
+    """The bare base, and an adapter on the same weights."""
+    if args.shape == "tiny":
+        base = AutoModelForImageTextToText.from_pretrained(CARDS / "tiny-janus").to(args.device).eval()
+    elif args.shape in SHAPES:
+        base = random_janus(SHAPES[args.shape], getattr(torch, args.dtype), args.device)
+    else:
+        raise SystemExit(f"--shape {args.shape!r} is not known; expected tiny, {' or '.join(SHAPES)}.")
+    twin = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})  # shares weights
+    if args.shape == "tiny":
+        adapter = UniCompressModel.from_pretrained(twin, CARDS / "tiny-janus-uc4x")
+    else:
+        adapter = get_uc_model(twin, UniCompressConfig(decompressor=args.decompressor)).eval()
+    return {"base": base, "adapter": adapter}
+
+
+def prompts(model: nn.Module, batch: int, placeholders: int = 0) -> dict[str, torch.Tensor]:
+    """Random words behind the sequence's begin; to read, behind an image's placeholders; to draw, before an image's begin."""
+    config = model.generation_config
+    words = torch.randint(4, 50, (batch, TEXT_TOKENS), device=model.device)
+    words[:, 0] = config.bos_token_id
+    if placeholders:
+        image = torch.full((batch, placeholders), model.config.image_token_id, device=model.device)
+        words = torch.cat([words[:, :1], image, words[:, 1:]], 1)
+    else:
+        words[:, -1] = config.generation_kwargs["boi_token_id"]
+    return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+
+
+class Watch:
+    """Seconds spent inside parts of a model, by name: what a part calls counts for it alone."""
+
+    def __init__(self, parts: dict[str, list[nn.Module]]):
+        self.parts, self.seconds = parts, defaultdict(float)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handles, open_calls = [], []
+
+        def start(*_) -> None:
+            synchronize()
+            open_calls.append(time.perf_counter())
+
+        for name, modules in self.parts.items():
+
+            def stop(*_, name=name) -> None:
+                synchronize()
+                taken = time.perf_counter() - open_calls.pop()
+                self.seconds[name] += taken
+                if open_calls:
+                    open_calls[-1] += taken  # not of the part around it
+
+            for module in modules:
+                handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+        yield
+        for handle in handles:
+            handle.remove()
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock seconds."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(works: dict[str, Callable[[], object]], repeats: int, what: str) -> dict[str, float]:
+    """Median seconds of each, taking turns, after a warm-up."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for turn in tqdm(range(repeats + 1), desc=what):
+        for name, work in works.items():
+            seconds = seconds_of(work)
+            if turn:
+                taken[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def draw(model: nn.Module, batch: int) -> torch.Tensor:
+    """Pixels of as many drawings, guided."""
+    set_seed(0)
+    tokens = model.generate(**prompts(model, batch), generation_mode="image", do_sample=True, guidance_scale=5.0)
+    return model.decode_image_tokens(tokens)
+
+
+def answer(model: nn.Module, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
+    """So many tokens behind a prompt, greedily."""
+    return model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+
+def drawing_shares(adapter: UniCompressModel) -> dict[str, float]:
+    """Where the adapter's drawing time goes, as shares of it."""
+    base = adapter.get_base_model().model
+    decompressor = adapter.drawing.module.decompressor
+    leaves = [module for module in decompressor.modules() if not list(module.children())]
+    watch = Watch(
+        {
+            "language model": [base.language_model],
+            "decompressor": leaves,
+            "code head": [base.generation_head.get_base_layer()],
+            "image decoder": [base.vqmodel.post_quant_conv, base.vqmodel.decoder],
+        }
+    )
+    with watch.watching():
+        total = seconds_of(lambda: draw(adapter, 1))
+    shares = {name: seconds / total for name, seconds in watch.seconds.items()}
+    return shares | {"everything else": 1 - sum(shares.values())}
+
+
+def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """What is timed of reading: the language model's prefill alone, up to the first token, and whole answers."""
+    size = models["base"].config.vision_config.image_size
+    pixels = torch.randn(batch, 3, size, size, device=models["base"].device, dtype=models["base"].dtype)
+    dense = models["adapter"].family.geometry.read_side ** 2
+    works: dict[str, dict[str, Callable[[], object]]] = {"prefill": {}, "first token": {}, "answer": {}}
+    for name, model in models.items():
+        count = model.num_image_tokens if name == "adapter" else dense
+        inputs = prompts(model, batch, count) | {"pixel_values": pixels}
+        core = model.get_base_model().model if name == "adapter" else model.model
+        embedded = torch.randn(batch, count + TEXT_TOKENS, core.config.text_config.hidden_size, device=pixels.device)
+        embedded = embedded.to(pixels.dtype)
+
+        works["prefill"][name] = partial(core.language_model, inputs_embeds=embedded, use_cache=True)
+        works["first token"][name] = partial(answer, model, inputs, 1)
+        works["answer"][name] = partial(answer, model, inputs, NEW_TOKENS)
+    return works
+
+
+def cache_bytes(model: UniCompressModel) -> dict[str, int]:
+    """Keys and values that one image leaves in the cache."""
+    text = model.get_base_model().config.text_config
+    width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    a_token = 2 * text.num_hidden_layers * width * model.dtype.itemsize
+    return {"base": model.family.geometry.read_side**2 * a_token, "adapter": model.num_image_tokens * a_token}
+
+
+def peak_bytes(work: Callable[[], object]) -> int | None:
+    """The most GPU memory that was in use during `work`; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
+
+
+def disabled_over_bare(models: dict[str, nn.Module], repeats: int) -> float:
+    """Seconds of the base under a disabled adapter, over those of the bare base: the language model, one image's tokens."""
+    core = models["base"].model
+    count = models["adapter"].family.geometry.read_side ** 2
+    embedded = torch.randn(1, count, core.config.text_config.hidden_size, device=core.device, dtype=core.dtype)
+    works = {
+        "bare": lambda: core.language_model(inputs_embeds=embedded),
+        "disabled": lambda: models["adapter"].get_base_model().model.language_model(inputs_embeds=embedded),
+    }
+    with models["adapter"].disable_adapter():
+        seconds = in_turn(works, 4 * repeats, "disabled against bare")
+    return seconds["disabled"] / seconds["bare"]
+
+
+def hardware(device: str) -> str:
+    """The machine, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return f"{torch.get_num_threads()} CPU cores, {model.partition(': ')[2] or platform.processor() or platform.machine()}"
+
+
+def markdown(figures: dict) -> str:
+    """The figures as a table, the adapter's gain beside them."""
+    rows = []
+    for batch, seconds in figures["drawing"]["by_batch"].items():
+        rows.append((f"drawing, prompt to pixels, batch {batch} (s)", seconds))
+    for what, seconds in figures["reading"]["seconds"].items():
+        rows.append((f"reading, {what} (s)", seconds))
+    rows.append(("keys and values of an image (MB)", {k: v / 1e6 for k, v in figures["memory"]["cache_bytes"].items()}))
+    lines = ["| | base | adapter | base / adapter |", "|---|---|---|---|"]
+    lines += [f"| {what} | {p['base']:.3g} | {p['adapter']:.3g} | {p['base'] / p['adapter']:.2f} |" for what, p in rows]
+    return "\n".join(lines)
+
+
+def draw_chart(figures: dict, path: str) -> None:
+    """Bars of the seconds, base beside adapter."""
+    pairs = {f"drawing\nbatch {batch}": seconds for batch, seconds in figures["drawing"]["by_batch"].items()}
+    pairs |= {f"reading\n{what}": seconds for what, seconds in figures["reading"]["seconds"].items()}
+    figure, axes = plt.subplots(1, len(pairs), figsize=(2.2 * len(pairs), 3.2))
+    for axis, (what, pair) in zip(axes, pairs.items(), strict=True):
+        bars = axis.bar(list(pair), list(pair.values()), color=["#999999", "#2a7f62"])
+        axis.bar_label(bars, [f"{seconds:.3g} s" for seconds in pair.values()], fontsize=8)
+        axis.set_title(f"{what}: {pair['base'] / pair['adapter']:.1f} x", fontsize=9)
+        axis.set_yticks([])
+        axis.margins(y=0.15)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    settings = figures["settings"]
+    figure.suptitle(f"{settings['shape']}, {settings['dtype']}, {figures['hardware']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 @torch.no_grad()
-def seconds_to_draw(model: UniCompressModel, prompt: torch.Tensor, dense: bool) -> float:
-    """One drawing by the base (`dense`) or by the adapter on it, to pixels."""
-    with model.disable_adapter() if dense else nullcontext():
-        start = time.perf_counter()
-        mask = torch.ones_like(prompt)
-        tokens = model.generate(prompt, attention_mask=mask, generation_mode="image", do_sample=True, guidance_scale=5)
-        pixels = model.decode_image_tokens(tokens)
-        if pixels.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-
 def main(args: BenchmarkArguments) -> dict:
-    logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
+    transformers.logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
     set_seed(0)
-    model = get_uc_model(random_janus(args), UniCompressConfig(decompressor=args.decompressor)).eval()
-    prompt = torch.randint(4, 1024, (1, PROMPT_TOKENS), device=args.device)
-    prompt[0, 0], prompt[0, -1] = BOS, BOI
-    seconds: dict[str, list[float]] = {"base": [], "adapter": []}
-    for _ in tqdm(range(args.repeats + 1), desc="draw, in turn"):
-        for name, taken in seconds.items():
-            taken.append(seconds_to_draw(model, prompt, dense=name == "base"))
-    least = {name: min(taken[1:]) for name, taken in seconds.items()}  # the first is the warm-up
-    scores = {
-        "seconds_per_image": least,
-        "ratio": least["base"] / least["adapter"],
+    models = contenders(args)
+    by_batch, reading, peaks = {}, {}, {}
+    for batch in args.batch_sizes:
+        works = {name: partial(draw, model, batch) for name, model in models.items()}
+        by_batch[str(batch)] = in_turn(works, args.repeats, f"draw {batch} in turn")
+        peaks[str(batch)] = {name: peak_bytes(work) for name, work in works.items()}
+    for what, works in reading_works(models, args.batch_sizes[0]).items():
+        reading[what] = in_turn(works, args.repeats, f"reading, {what}, in turn")
+    first = by_batch[str(args.batch_sizes[0])]
+    tokens = {name: (NEW_TOKENS - 1) / (reading["answer"][name] - reading["first token"][name]) for name in models}
+    figures = {
+        "drawing": {
+            "seconds": first,
+            "ratio": first["base"] / first["adapter"],
+            "by_batch": by_batch,
+            "adapter_shares": drawing_shares(models["adapter"]),
+        },
+        "reading": {"seconds": reading, "tokens_per_second_after_the_first": tokens},
+        "memory": {"cache_bytes": cache_bytes(models["adapter"]), "peak_bytes_drawing": peaks},
+        "disabled_over_bare": disabled_over_bare(models, args.repeats),
+        "hardware": hardware(args.device),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "uc-adapters": uc_adapters.__version__,
+        },
+        "date": date.today().isoformat(),
         "settings": vars(args),
-        "torch": torch.__version__,
     }
-    print(json.dumps(scores, indent=2))
-    return scores
+    text = json.dumps(figures, indent=2)
+    print(f"{text}\n\n{markdown(figures)}")
+    if args.json:
+        Path(args.json).write_text(text + "\n")
+    if args.chart:
+        draw_chart(figures, args.chart)
+    return figures
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ LEFT_AT_HOME = (
 
 
 @pytest.fixture
-def loaded(shelf, cache):
+def loaded(cache, shelf):
     """The shelf's adapter on its base, both from the Hub."""
     return UniCompressModel.from_pretrained(ADAPTER)
 
@@ -130,7 +130,8 @@ def test_the_users_own_name_is_put_in_front(shelf, folder):
     assert 'from_pretrained("ann/new"' in card_of(shelf, "ann/new").text
 
 
-def test_a_pushed_processor_counts_short(shelf, folder, cache):
+@pytest.mark.usefixtures("cache")
+def test_a_pushed_processor_counts_short(shelf, folder):
     push_folder(folder, NEW, token=ANN)
     assert AutoProcessor.from_pretrained(NEW).num_image_tokens == SHORT
     assert AutoProcessor.from_pretrained(BASE).num_image_tokens != SHORT
@@ -458,7 +459,8 @@ def test_only_what_changed_is_sent(shelf, folder):
     assert card_of(shelf).data.license == "mit"
 
 
-def test_other_weights_replace_those_on_the_hub(shelf, folder, base, processor, tmp_path, fresh, short_question, cache):
+@pytest.mark.usefixtures("cache")
+def test_other_weights_replace_those_on_the_hub(shelf, folder, base, processor, fresh, short_question):
     push_folder(folder, NEW, token=ANN)
     base.name_or_path = BASE
     model = attach(base, seed=8, r=4)

@@ -130,7 +130,18 @@ def test_a_recipe_takes_its_arguments_from_a_yaml_file_and_the_command_line(tmp_
     assert (arguments.steps, arguments.stride) == (9, 4)
 
 
-def test_benchmark_times_base_and_adapter():
-    scores = benchmark.main(benchmark.BenchmarkArguments(hidden_size=128, layers=1, decompressor="phase", repeats=1))
-    assert scores["seconds_per_image"].keys() == {"base", "adapter"}
-    assert all(value > 0 for value in scores["seconds_per_image"].values())
+def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path):
+    files = {"json": str(tmp_path / "figures.json"), "chart": str(tmp_path / "figures.png")}
+    benchmark.main(benchmark.BenchmarkArguments(repeats=1, **files))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert all(figures["drawing"]["seconds"][name] > 0 for name in ("base", "adapter"))
+    assert sum(figures["drawing"]["adapter_shares"].values()) == pytest.approx(1)
+    assert min(figures["drawing"]["adapter_shares"].values()) > 0
+    assert figures["reading"]["seconds"].keys() == {"prefill", "first token", "answer"}
+    assert figures["memory"]["cache_bytes"]["adapter"] * 64 == figures["memory"]["cache_bytes"]["base"] * 21
+    assert min(Image.open(files["chart"]).size) > 200
+
+
+def test_benchmark_names_the_shapes_that_it_knows():
+    with pytest.raises(SystemExit, match=r"'huge'.*tiny.*janus-pro-1b"):
+        benchmark.main(benchmark.BenchmarkArguments(shape="huge"))
