@@ -331,11 +331,7 @@ def main(args: BenchmarkArguments) -> dict:
         "memory": {"cache_bytes": cache_bytes(models["adapter"]), "peak_bytes_drawing": peaks},
         "disabled_over_bare": disabled_over_bare(models, args.repeats),
         "hardware": hardware(args.device),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "uc-adapters": uc_adapters.__version__,
-        },
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "uc-adapters")},
         "date": date.today().isoformat(),
         "settings": vars(args),
     }
