@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,8 +39,12 @@ class Drawing:
 
     def __init__(self, family: Janus, module: DrawCompressor):
         self.family, self.module = family, module
-        self.codebook = family.codebook  # (K, C)
         self.dtype = module.separator.dtype
+
+    @cached_property
+    def codebook(self) -> torch.Tensor:
+        """The base's, (K, C); computed once, and only where it is needed."""
+        return self.family.codebook
 
     @torch.no_grad()
     def compress(self, pixel_values: torch.Tensor) -> CompactCodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ class UniCompressModel(SharedModel):
     the adapter disabled the model is its base, bit for bit, and needs inputs with the base's placeholder count.
     """
 
-    @property
+    @cached_property
     def family(self) -> Janus:
         """The base's family."""
         return family_of(self.get_base_model())
@@ -36,7 +37,7 @@ class UniCompressModel(SharedModel):
         Raises:
             UnsupportedError: Two adapters are active.
         """
-        host = next(module for module in self.modules() if isinstance(module, DrawLayer))
+        host: DrawLayer = self.get_base_model().get_submodule(self.family.roles["draw"])
         module = host.active_module()
         return None if module is None else Drawing(self.family, module)
 
