@@ -12,7 +12,6 @@ nothing of quality: that is `evaluate.py`'s. Where the time goes is measured in 
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 import statistics
@@ -29,6 +28,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 import transformers
+from evaluate import twin_of
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -108,11 +108,10 @@ def contenders(args: BenchmarkArguments) -> dict[str, nn.Module]:
         base = random_janus(SHAPES[args.shape], getattr(torch, args.dtype), args.device)
     else:
         raise SystemExit(f"--shape {args.shape!r} is not known; expected tiny, {' or '.join(SHAPES)}.")
-    twin = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})  # shares weights
     if args.shape == "tiny":
-        adapter = UniCompressModel.from_pretrained(twin, CARDS / "tiny-janus-uc4x")
+        adapter = UniCompressModel.from_pretrained(twin_of(base), CARDS / "tiny-janus-uc4x")
     else:
-        adapter = get_uc_model(twin, UniCompressConfig(decompressor=args.decompressor)).eval()
+        adapter = get_uc_model(twin_of(base), UniCompressConfig(decompressor=args.decompressor)).eval()
     return {"base": base, "adapter": adapter}
 
 

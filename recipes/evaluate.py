@@ -11,11 +11,11 @@ draw the same prompts in turn, batch by batch; the seconds are those of the draw
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import platform
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from trl import TrlParser
 
 import uc_adapters
 from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel
+from uc_adapters.families import family_of
 from uc_adapters.hub.card import update_card
 
 SPLIT = "held-out"
@@ -57,22 +58,21 @@ class Contender:
     name: str
     model: torch.nn.Module
     processor: ProcessorMixin
-    disabled: bool = False
 
-    def active(self):
-        """The adapter off, where this contender is the base under it."""
-        return self.model.disable_adapter() if self.disabled else nullcontext()
+
+def twin_of(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy that shares every weight: an adapter on it leaves the model itself bare."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Contender]:
-    """The base, and the adapter on the same weights."""
-    dense = AutoProcessor.from_pretrained(base)
+    """The bare base, as transformers loads it, and the adapter on the same weights."""
+    model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
+    dense = Contender("base", model, AutoProcessor.from_pretrained(base))
     if adapter is None:
-        model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
-        return [Contender("base", model, dense)]
-    model = UniCompressModel.from_pretrained(adapter, base_model=base).eval().to(device)
-    short = AutoProcessor.from_pretrained(adapter)
-    return [Contender("base", model, dense, disabled=True), Contender("adapter", model, short)]
+        return [dense]
+    compact = UniCompressModel.from_pretrained(twin_of(model), adapter).eval()
+    return [dense, Contender("adapter", compact, AutoProcessor.from_pretrained(adapter))]
 
 
 def reading_inputs(processor: ProcessorMixin, images: list[Image.Image], questions: list[str]) -> dict:
@@ -109,8 +109,7 @@ def to_images(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Ima
 def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
     """Answers, greedily."""
     inputs = reading_inputs(contender.processor, images, questions).to(contender.model.device)
-    with contender.active():
-        output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     texts = contender.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -120,13 +119,12 @@ def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Ima
     """Drawings, and the seconds of a prompt's way to pixels: language model, decompressor, image decoder."""
     model = contender.model
     inputs = drawing_inputs(contender.processor, prompts).to(model.device)
-    with contender.active():
-        start = time.perf_counter()
-        tokens = model.generate(**inputs, generation_mode="image", **sampling)
-        pixels = model.decode_image_tokens(tokens)
-        if pixels.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    tokens = model.generate(**inputs, generation_mode="image", **sampling)
+    pixels = model.decode_image_tokens(tokens)
+    if pixels.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
     return to_images(contender.processor, pixels), seconds
 
 
@@ -170,17 +168,15 @@ def score_drawing(pair: list[Contender], scenes: list[Scene], args: EvaluateArgu
 @torch.no_grad()
 def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> float:
     """Negative log-likelihood of the images' dense codes under the base, summed over the batch."""
-    model = contender.model
-    base = model.get_base_model() if isinstance(model, UniCompressModel) else model
-    inputs = drawing_inputs(contender.processor, prompts).to(model.device)
-    pixels = contender.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-    codes = uc_adapters.families.family_of(base).dense_codes(pixels)  # (B, T)
-    with contender.active():
-        prompt = base.get_input_embeddings()(inputs["input_ids"])
-        drawn = base.prepare_embeddings_for_image_generation(codes[:, :-1])
-        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, drawn.shape[1]), value=1)
-        hidden = base.model.language_model(inputs_embeds=torch.cat([prompt, drawn], 1), attention_mask=mask)
-        logits = base.model.generation_head(hidden.last_hidden_state[:, prompt.shape[1] - 1 :])  # (B, T, K)
+    base = contender.model
+    inputs = drawing_inputs(contender.processor, prompts).to(base.device)
+    pixels = contender.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(base.device)
+    codes = family_of(base).dense_codes(pixels)  # (B, T)
+    prompt = base.get_input_embeddings()(inputs["input_ids"])
+    drawn = base.prepare_embeddings_for_image_generation(codes[:, :-1])
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, drawn.shape[1]), value=1)
+    hidden = base.model.language_model(inputs_embeds=torch.cat([prompt, drawn], 1), attention_mask=mask)
+    logits = base.model.generation_head(hidden.last_hidden_state[:, prompt.shape[1] - 1 :])  # (B, T, K)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="sum").item()
 
 
@@ -214,20 +210,19 @@ def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[
 def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str, float]:
     """Real scenes through the tokenizer alone: to codes (the adapter: to compact codes and back), then to pixels."""
     model = contender.model
-    base = model.get_base_model() if isinstance(model, UniCompressModel) else model
-    family = uc_adapters.families.family_of(base)
+    drawing = model.drawing if isinstance(model, UniCompressModel) else None
+    family = family_of(model) if drawing is None else model.family
     right, error, count = 0, 0.0, 0
     for first in range(0, len(scenes), 50):
         rows = scenes[first : first + 50]
         truth = np.stack([scene.render(SPLIT) for scene in rows])
         pixels = contender.processor.image_processor(list(truth), return_tensors="pt")["pixel_values"].to(model.device)
-        drawing = None if contender.name == "base" else model.drawing
         if drawing is None:
             tokens = family.dense_codes(pixels)
         else:
             codes = drawing.compress(pixels)
             tokens = drawing.expand(codes.globals, codes.cells, lambda logits: logits.argmax(-1))
-        images = to_images(contender.processor, base.decode_image_tokens(tokens))
+        images = to_images(contender.processor, model.decode_image_tokens(tokens))
         restored = np.stack([np.asarray(image) for image in images])
         right += sum(right_cells(a, b) for a, b in zip(rows, judge(restored), strict=True))
         error += float(np.square((restored.astype(np.float64) - truth) / 255).mean((1, 2, 3)).sum())

@@ -103,7 +103,7 @@ def print_table(pair: list[Contender], readings: list[Reading], drawings: list[D
     """One line a figure: base, adapter, ratio."""
     base, adapter = (contender.name for contender in pair)
     module = pair[1].model.drawing.module
-    dense = pair[0].model.family.geometry.draw_side ** 2
+    dense = pair[1].model.family.geometry.draw_side ** 2
     rows = [("tokens an image, read", pair[0].processor.num_image_tokens, pair[1].processor.num_image_tokens, "{:.0f}")]
     rows.append(("model steps an image, drawn", dense, module.num_global_tokens + dense // module.stride**2, "{:.0f}"))
     known = [reading for reading in readings if reading.truth is not None]
