@@ -242,7 +242,9 @@ class LoopbackHub:
         self._servers: list[_Server] = []
 
     def start(self) -> "LoopbackHub":
-        """Listens; after a `stop` on the same ports, since the client knows only one endpoint."""
+        """Listens, unless it does; after a `stop` on the same ports, since the client knows only one endpoint."""
+        if self._servers:
+            return self
         ports = [urlsplit(url).port or 0 for url in (self.url, self.storage_url)]
         self._servers = [_Server(self, port) for port in ports]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)

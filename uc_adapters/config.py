@@ -7,7 +7,7 @@ from enum import Enum
 from os import PathLike
 
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .errors import ConfigError
 from .hub.folder import PEFT_TYPE, check_weights, read_config
@@ -101,6 +101,8 @@ class UniCompressConfig(LoraConfig):
         self._require("bias", self.bias == "none", "'none': a trained bias would change the disabled model")
         self._require("modules_to_save", not self.modules_to_save, "None: an adapter holds no weight of its base")
         self._require("layer_replication", not self.layer_replication, "None: the base is never changed")
+        self._require("kasa_config", self.kasa_config is None, "None: it changes the weights of the base")
+        self._require("megatron_config", not self.megatron_config, "None: PEFT would import a module that the config names")
         self._require(
             "init_lora_weights",
             isinstance(self.init_lora_weights, bool) or self.init_lora_weights in ("gaussian", "orthogonal"),
@@ -159,7 +161,7 @@ class UniCompressConfig(LoraConfig):
             raise
         except Exception as error:  # LoRA's own fields are checked by PEFT, each in its way
             raise ConfigError(f"{folder} holds a config that cannot be: {error}. Fetch or save the adapter again.") from error
-        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        if any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             check_weights(folder, written)
         return config
 

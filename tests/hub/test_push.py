@@ -76,6 +76,13 @@ def test_licence_and_pictures_go_with_it(shelf, folder):
     assert more.items() <= shelf.repos[NEW].files().items()
 
 
+def test_what_shall_be_private_is_not_sent_to_a_public_repo(shelf, folder):
+    repo = shelf.create(NEW, {CARD: "# Public"})
+    with pytest.raises(HubError, match="there and public; expected a private repo. Nothing was sent"):
+        push_folder(folder, NEW, token=ANN, private=True)
+    assert len(repo.commits) == 1
+
+
 @pytest.mark.parametrize("private", [True, False, None])
 def test_private(shelf, folder, private):
     push_folder(folder, NEW, token=ANN, private=private)
@@ -215,7 +222,7 @@ UNFIT = {
     "damaged weights": (flip_a_byte, AdapterFileError, "is not the file that was saved with its config: expected sha256"),
     "no weights": (lambda folder, _: (folder / WEIGHTS).unlink(), AdapterFileError, "safetensors is missing in"),
     "no config": (lambda folder, _: (folder / CONFIG).unlink(), AdapterFileError, "adapter_config.json is missing in"),
-    "no processor": (no_processor, AdapterFileError, r"holds no processor.*save_pretrained\(folder, processor=processor\)"),
+    "no processor": (no_processor, AdapterFileError, "holds no processor.*Pass processor= to save_pretrained"),
     "no folder": (lambda folder, _: shutil.rmtree(folder), AdapterFileError, "is no folder; expected the one"),
     "a local base": (local_base, BaseModelError, r"expected a Hub id that others can load.*Pass base_model="),
     "a base without a name": (no_base, BaseModelError, "is None, expected a Hub id"),

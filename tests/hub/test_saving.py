@@ -202,11 +202,13 @@ def test_two_processes_save_into_one_folder_while_a_third_loads(tmp_path, pair, 
     pair[name][0].save_pretrained(tmp_path)
     savers = [start(save_until_enough, model) for model in pair[name]]
     found = []
-    while len(found) < 20 or (set(found) != {0, 1} and len(found) < 300):
-        found.append(loads_as(tmp_path, name))
-    enough.set()
-    for saver in savers:
-        saver.join()
+    try:
+        while len(found) < 20 or (set(found) != {0, 1} and len(found) < 300):
+            found.append(loads_as(tmp_path, name))
+    finally:
+        enough.set()
+        for saver in savers:
+            saver.join()
     assert [saver.exitcode for saver in savers] == [0, 0]
     assert set(found) == {0, 1}
     assert leftovers(tmp_path) == []

@@ -46,11 +46,13 @@ def load_base(
         if not Path(source).is_dir():
             revision = HfApi().resolve_revision(source, revision=revision, **access)
             commit = revision.resolved
+        options["adapter_kwargs"] = access  # else it asks online, and in another cache, whether the base is an adapter
         model = AutoModelForImageTextToText.from_pretrained(source, revision=revision, **access, **options)
     except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
         raise BaseModelError(
             f"Adapter {adapter!r} needs base {at(source, revision)}, which could not be loaded. "
-            f"{reason(error, source, revision, token)} Or pass base_model= with its folder, its id or the loaded model."
+            f"{reason(error, source, revision, token, cache_dir)} "
+            "Or pass base_model= with its folder, its id or the loaded model."
         ) from error
     if commit is not None:
         remember_commit(model, commit)

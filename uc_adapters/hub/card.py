@@ -62,7 +62,8 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
     for card in old:
         tags = [*fields.get("tags", []), *(card.data.tags or [])]
         fields |= {**card.data.to_dict(), "tags": list(dict.fromkeys(tags))}
-    record = _record(config, name, facts, fields.get(RECORD))
+    fields[RECORD] = _sound(fields.get(RECORD))
+    record = _record(config, name, facts, fields[RECORD])
     data = _metadata(config, facts, fields, record)
     geometry, base = config["base_geometry"], config["base_model_name_or_path"]
     rows = [(metric, f"{base:.4g}", f"{adapter:.4g}") for metric, (base, adapter) in record["metrics"].items()]
@@ -149,6 +150,19 @@ def _record(config: dict, name: str, facts: CardFacts, old: dict | None) -> dict
     return record
 
 
+def _sound(record: object) -> dict:
+    """What an earlier save remembered; nothing where it was changed by hand into something else."""
+    if not isinstance(record, dict):
+        return {}
+    metrics, training = record.get("metrics", {}), record.get("training", {})
+    whole = isinstance(training, dict) and isinstance(metrics, dict)
+    pairs = metrics.values() if whole else ()
+    numbers = all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, (int, float)) for value in pair) for pair in pairs
+    )
+    return record if whole and numbers else {}
+
+
 def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> ModelCardData:
     """The Hub's metadata: the old cards', with what is known set over it."""
     base = hub_id(config["base_model_name_or_path"])
@@ -185,7 +199,7 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
 
 def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[str, list[float]]]:
     """Of what, and base's and adapter's value of every metric."""
-    content = evaluation if isinstance(evaluation, Mapping) else json.loads(Path(evaluation).read_text("utf-8"))
+    content = evaluation if isinstance(evaluation, Mapping) else _read_json(Path(evaluation))
     metrics = {
         str(name).replace("_", " "): [pair["base"], pair["adapter"]]
         for name, pair in content.items()
@@ -201,6 +215,20 @@ def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[st
     return str(content.get("dataset", "a dataset without a name")), metrics
 
 
+def _read_json(path: Path) -> Mapping:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"The evaluation {path} is no JSON: {error}; expected what evaluate.py --json writes.") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"The evaluation {path} is a JSON {type(content).__name__}; expected an object of metrics.")
+    return content
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

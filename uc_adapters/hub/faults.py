@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
+from os import PathLike
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -19,7 +22,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_token, parse_ratelimit_headers
 
 
-def reason(error: Exception, repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str:
+def reason(
+    error: Exception,
+    repo_id: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike | None = None,
+) -> str:
     """One or two sentences on why the Hub did not do what was asked of `repo_id`.
 
     Args:
@@ -27,6 +36,7 @@ def reason(error: Exception, repo_id: str, revision: str | None = None, token: s
         repo_id: The repo that was asked for.
         revision: The revision that was asked for. Default: the repo's main branch.
         token: The token that was passed, to tell where a bad one came from.
+        cache_dir: The cache that was asked for, to tell how to fill it.
     """
     chain = list(_causes(error))
 
@@ -36,14 +46,15 @@ def reason(error: Exception, repo_id: str, revision: str | None = None, token: s
     if found(HFValidationError):
         return f"{repo_id!r} is no Hub id; expected the form 'org/name'."
     if found(OfflineModeIsEnabled) or (found(LocalEntryNotFoundError, RevisionResolutionError) and constants.HF_HUB_OFFLINE):
-        return f"Offline mode is on (HF_HUB_OFFLINE), and {repo_id!r} is not whole in the cache. {_download(repo_id, revision)}"
+        command = _download(repo_id, revision, cache_dir)
+        return f"Offline mode is on (HF_HUB_OFFLINE), and {repo_id!r} is not whole in the cache. {command}"
     if found(GatedRepoError):
         return (
             f"{repo_id!r} is gated: ask for access at {constants.ENDPOINT}/{repo_id}, then log in with `hf auth login` "
             f"({_token_source(token)})."
         )
     if found(RevisionNotFoundError):
-        return f"{repo_id!r} exists, but has no revision {revision!r}; {_revisions(repo_id, token)}."
+        return f"{repo_id!r} exists, but has no revision {str(revision)!r}; {_revisions(repo_id, token)}."
     answer = found(HfHubHTTPError)
     status = answer.response.status_code if answer is not None else None
     if status == 401 and _has_token(token) and not (found(RepositoryNotFoundError) and _accepted(token)):
@@ -70,10 +81,13 @@ def reason(error: Exception, repo_id: str, revision: str | None = None, token: s
         )
     if any(_is_a(one, "TransportError") for one in chain):
         return f"The Hub at {constants.ENDPOINT} did not answer ({_last(chain)}). Check the connection and retry."
-    if any(_is_a(one, "JSONDecodeError") for one in chain):
-        return f"What answers at {constants.ENDPOINT} is not the Hub: it sent no JSON. Is a proxy or a login page between?"
+    if any(_is_a(one, "JSONDecodeError") for one in chain) or found(FileMetadataError):
+        return (
+            f"What answers at {constants.ENDPOINT} is not the Hub: it sent no JSON, or not the Hub's headers. Is a proxy or a "
+            "login page between? If not, retry in a minute."
+        )
     if found(LocalEntryNotFoundError, RevisionResolutionError):
-        return f"local_files_only=True, and {repo_id!r} is not whole in the cache. {_download(repo_id, revision)}"
+        return f"local_files_only=True, and {repo_id!r} is not whole in the cache. {_download(repo_id, revision, cache_dir)}"
     return f"{type(error).__name__}: {error}"
 
 
@@ -100,9 +114,10 @@ def _last(chain: list[BaseException]) -> str:
     return f"{type(chain[-1]).__name__}: {chain[-1]}"
 
 
-def _download(repo_id: str, revision: str | None) -> str:
-    option = f" --revision {revision}" if revision else ""
-    return f"While online, run: hf download {repo_id}{option}"
+def _download(repo_id: str, revision: str | None, cache_dir: str | PathLike | None) -> str:
+    options = {"--revision": revision, "--cache-dir": cache_dir}
+    told = "".join(f" {name} {shlex.quote(str(value))}" for name, value in options.items() if value)
+    return f"While online, run: `hf download {repo_id}{told}`."
 
 
 def _revisions(repo_id: str, token: str | bool | None) -> str:
@@ -144,4 +159,5 @@ def _wait(answer: HfHubHTTPError) -> str:
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
         return f"in {limit.reset_in_seconds} s"
-    return f"in {headers['Retry-After']} s" if "Retry-After" in headers else "in a minute"
+    wait = headers.get("Retry-After", "")
+    return f"in {wait} s" if wait.isdigit() else f"after {wait}" if wait else "in a minute"

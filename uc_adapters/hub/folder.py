@@ -87,10 +87,7 @@ def find_weights(folder: Path) -> Path:
     if weights.is_file():
         return weights
     if (folder / WEIGHTS_NAME).is_file():
-        raise AdapterFileError(
-            f"{SAFETENSORS_WEIGHTS_NAME} is missing in {folder}, which holds {WEIGHTS_NAME} instead: a pickle, which could run "
-            "code on loading. Convert it to safetensors, or ask its author to: save_pretrained writes nothing else."
-        )
+        raise pickle_only(folder)
     raise _missing(weights)
 
 
@@ -200,6 +197,13 @@ def _move_into_place(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
     shutil.rmtree(saved)
+
+
+def pickle_only(place: str | Path) -> AdapterFileError:
+    return AdapterFileError(
+        f"{SAFETENSORS_WEIGHTS_NAME} is missing in {place}, which holds {WEIGHTS_NAME} instead: a pickle, which could run "
+        "code on loading. Convert it to safetensors, or ask its author to: save_pretrained writes nothing else."
+    )
 
 
 def _missing(path: Path) -> AdapterFileError:

@@ -140,10 +140,16 @@ class SharedModel(PeftModel):
                 try:
                     return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
                 except Exception:
-                    if not known and adapter_name in self.peft_config:
-                        with suppress(Exception):  # the first error is the one to tell
-                            self.delete_adapter(adapter_name)
+                    if not known:
+                        self._forget(adapter_name)
                     raise
+
+    def _forget(self, adapter_name: str) -> None:
+        """Takes off what there is of an adapter that failed to load: PEFT's own `delete_adapter` wants it whole."""
+        self.peft_config.pop(adapter_name, None)
+        for module in self.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.delete_adapter(adapter_name)
 
     def save_pretrained(
         self,
@@ -279,7 +285,9 @@ def _explained(folder: Path) -> Iterator[None]:
     """PEFT trusts a config's values: what it stumbles over is told as the file's fault."""
     try:
         yield
-    except (TypeError, KeyError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
+        if type(error).__module__ == AdapterFileError.__module__:  # one of ours says it better
+            raise
         raise AdapterFileError(
             f"The adapter in {folder} could not be attached: {type(error).__name__}: {error}. Its config holds a value that "
             "PEFT cannot take: fetch or save it again."

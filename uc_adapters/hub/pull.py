@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import RepoFile, get_cached_repo_tree, snapshot_download
+from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.utils import sha
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from ..errors import AdapterFileError, HubError
 from .faults import reason
-from .folder import ADAPTER_NAMES, sha256
+from .folder import ADAPTER_NAMES, pickle_only, sha256
 
 PULL_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -61,33 +64,47 @@ def pull(
         )
     except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
         raise HubError(
-            f"{repo_id!r} is no folder here, and could not be fetched from the Hub. {reason(error, repo_id, revision, token)}"
+            f"{repo_id!r} is no folder here, and could not be fetched from the Hub. "
+            f"{reason(error, repo_id, revision, token, cache_dir)}"
         ) from error
     commit = Path(snapshot).name
+    if not local_files_only:
+        _note_that_there_is_no_model(repo_id, commit, token, cache_dir)
     try:
         tree = get_cached_repo_tree(repo_id, revision=commit, cache_dir=cache_dir)
     except CachedRepoTreeNotFoundError:  # cached file by file, by another tool, and offline now
         tree = []
-    _refuse_unsafe_paths(repo_id, tree)
+    paths = {file.path for file in tree}
+    _refuse_unsafe_paths(repo_id, paths)
     if not Path(snapshot, prefix, CONFIG_NAME).exists():
-        raise _absent(repo_id, revision, commit, prefix, {file.path for file in tree})
+        raise _absent(repo_id, revision, commit, prefix, paths)
+    if prefix + WEIGHTS_NAME in paths and prefix + SAFETENSORS_WEIGHTS_NAME not in paths:
+        raise pickle_only(f"repo {repo_id!r}")
     for name in ADAPTER_NAMES:
         _check_bytes(Path(snapshot, prefix, name), f"{repo_id}@{commit[:8]}")
     return Path(snapshot, prefix)
 
 
-def _refuse_unsafe_paths(repo_id: str, tree: list[RepoFile]) -> None:
-    for file in tree:
-        parts = file.path.replace("\\", "/").split("/")
+def _note_that_there_is_no_model(repo_id: str, commit: str, token: str | bool | None, cache_dir: str | PathLike | None) -> None:
+    """transformers looks for a model's config before it loads a processor, and offline believes only what it saw missing."""
+    if try_to_load_from_cache(repo_id, MODEL_CONFIG_NAME, cache_dir=cache_dir, revision=commit) is None:
+        with suppress(Exception):  # the usual answer is that it is missing; no other one shall stop a load
+            hf_hub_download(repo_id, MODEL_CONFIG_NAME, revision=commit, token=token, cache_dir=cache_dir)
+
+
+def _refuse_unsafe_paths(repo_id: str, paths: set[str]) -> None:
+    for path in sorted(paths):
+        parts = path.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or parts[0].endswith(":"):
             raise AdapterFileError(
-                f"Repo {repo_id!r} contains an unsafe path, {file.path!r}, which points out of its folder; expected none. "
+                f"Repo {repo_id!r} contains an unsafe path, {path!r}, which points out of its folder; expected none. "
                 "Nothing was loaded: do not trust this repo, and tell its author."
             )
 
 
 def _absent(repo_id: str, revision: str | None, commit: str, prefix: str, paths: set[str]) -> HubError:
-    folders = sorted(path.removesuffix(CONFIG_NAME).rstrip("/") or "." for path in paths if path.endswith(CONFIG_NAME))
+    adapters = sorted(path.removesuffix(CONFIG_NAME).rstrip("/") for path in paths if path.split("/")[-1] == CONFIG_NAME)
+    folders = [folder or "the top folder" for folder in adapters]
     return HubError(
         f"{CONFIG_NAME} is missing in {f'subfolder {prefix[:-1]!r}' if prefix else 'the top folder'} of repo {repo_id!r} at "
         f"{revision or 'its main branch'} ({commit[:8]}); folders with an adapter: {', '.join(folders) or 'none'}. "
@@ -103,12 +120,12 @@ def _check_bytes(path: Path, source: str) -> None:
     """
     if not path.is_symlink():
         return
-    blob = path.resolve()
+    blob = path.parent / os.readlink(path)  # one step: with Xet it is itself a link, into a store that all repos share
     kind, actual = ("sha256", sha256(blob)) if len(blob.name) == 64 else ("git sha1", sha.git_hash(blob.read_bytes()))
     if actual == blob.name:
         return
-    blob.unlink(missing_ok=True)  # a damaged one must not be found again
-    path.unlink(missing_ok=True)
+    for damaged in (blob.resolve(), blob, path):  # must not be found again
+        damaged.unlink(missing_ok=True)
     raise AdapterFileError(
         f"{path.name} of {source} was damaged on its way or in the cache: expected {kind} {blob.name}, got {actual}. The "
         "damaged copy is removed; load again, with force_download=True if it persists."

@@ -40,7 +40,7 @@ def push_folder(
     Args:
         folder: With `adapter_config.json`, `adapter_model.safetensors` and the processor's files.
         repo_id: "org/name".
-        private: Whether a new repo is private. Default: as the organisation has it.
+        private: Whether a new repo is private; True is refused where there is a public one. Default: as the organisation has.
         revision: The branch to push to; made where there is none. Default: main.
         create_pr: Opens a pull request against the branch instead. Default False.
         commit_message: Of the one commit.
@@ -64,8 +64,13 @@ def push_folder(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name in front
             if revision is not None and not revision.startswith("refs/pr/") and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            parent = api.repo_info(repo_id, revision=revision).sha
-            text = render_card(config, repo_id, card or CardFacts(), _existing_cards(folder, api, repo_id, parent))
+            info = api.repo_info(repo_id, revision=revision)
+            if private and not info.private:
+                raise HubError(
+                    f"{repo_id!r} is there and public; expected a private repo. Nothing was sent: make it private in its "
+                    "settings, or push without private=True."
+                )
+            text = render_card(config, repo_id, card or CardFacts(), _existing_cards(folder, api, repo_id, info.sha))
             written = {CARD_NAME: text, CONFIG_NAME: dump_config(config)}
             files = [CommitOperationAdd(path.name, path) for path in _pushed(folder) if path.name not in written]
             files += [CommitOperationAdd(name, content.encode()) for name, content in written.items()]
@@ -75,14 +80,14 @@ def push_folder(
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
-                parent_commit=parent,
+                parent_commit=info.sha,
             )
-        except (AdapterFileError, InputError):  # of the card
+        except (AdapterFileError, HubError, InputError):  # ours, of card and privacy
             raise
         except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
             outcome = "Nothing of it is there." if answered(error) else "To push again does no harm if it is there already."
             raise HubError(
-                f"{folder} could not be pushed to {repo_id!r}. {reason(error, repo_id, revision, token)} {outcome}"
+                f"The adapter could not be pushed to {repo_id!r}. {reason(error, repo_id, revision, token)} {outcome}"
             ) from error
     return commit.pr_url or commit.commit_url
 
@@ -108,8 +113,8 @@ def _check(folder: Path, base_model: str | None) -> dict:
         raise AdapterFileError(f"{folder} has no seal; expected the folder that UniCompressModel.save_pretrained wrote.")
     if not any((folder / name).is_file() for name in PROCESSOR_NAMES):
         raise AdapterFileError(
-            f"{folder} holds no processor; expected the adapter's own, with its short placeholder count. Save again with "
-            "model.save_pretrained(folder, processor=processor)."
+            f"{folder} holds no processor; expected the adapter's own, with its short placeholder count. Pass processor= to "
+            "save_pretrained or push_to_hub."
         )
     config["base_model_name_or_path"] = base_model or config["base_model_name_or_path"]
     if hub_id(config["base_model_name_or_path"]) is None:
