@@ -78,7 +78,7 @@ def test_licence_and_pictures_go_with_it(shelf, folder):
 
 def test_what_shall_be_private_is_not_sent_to_a_public_repo(shelf, folder):
     repo = shelf.create(NEW, {CARD: "# Public"})
-    with pytest.raises(HubError, match="there and public; expected a private repo. Nothing was sent"):
+    with pytest.raises(HubError, match="there and public; expected a private repo"):
         push_folder(folder, NEW, token=ANN, private=True)
     assert len(repo.commits) == 1
 
