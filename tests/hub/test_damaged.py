@@ -119,6 +119,26 @@ BROKEN = {
     ),
     "the config has an unknown field": (lambda folder: change_config(folder, spiral=1), ConfigError, "'spiral'"),
     "the config has a bad value": (lambda folder: change_config(folder, stride=-2), ConfigError, "stride=-2"),
+    "the config would change the base's weights": (
+        lambda folder: change_config(folder, kasa_config={}),
+        ConfigError,
+        "kasa_config=",
+    ),
+    "the config names a module to import": (
+        lambda folder: change_config(folder, megatron_config={"a": 1}, megatron_core="antigravity"),
+        ConfigError,
+        "megatron_config=",
+    ),
+    "PEFT cannot take a value, and notices half way": (
+        lambda folder: change_config(folder, alpha_pattern={"up_proj": "x"}),
+        AdapterFileError,
+        r"could not be attached: TypeError.*fetch or save it again",
+    ),
+    "PEFT refuses a value half way": (
+        lambda folder: change_config(folder, rank_pattern={"up_proj": 0}),
+        AdapterFileError,
+        r"could not be attached: ValueError.*fetch or save it again",
+    ),
     "the base is deeper": (lambda folder: change_geometry(folder, num_layers=24), BaseModelError, "num_layers was 24, is 4"),
     "the base is wider": (lambda folder: change_geometry(folder, hidden_size=8), BaseModelError, "hidden_size was 8, is 192"),
     "the base has other codes": (

@@ -46,7 +46,12 @@ class Target:
         self.folder, self.plain, self.model = folder, copy.deepcopy(base), attach(base, r=1, decompressor_width=8, seed=1)
         self.model.save_pretrained(folder)
         self.config, self.weights = (folder / CONFIG_NAME).read_bytes(), (folder / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+        self.before = self.state()
         self.intact = self.load()
+
+    def state(self) -> dict[str, bool]:
+        """The names of all weights, and which of them train."""
+        return {name: weight.requires_grad for base in (self.model, self.plain) for name, weight in base.named_parameters()}
 
     def load(self, alone: bool = False) -> tuple[dict, dict]:
         """What the folder's files load as: fields and weights, on a plain base or beside another adapter.
@@ -62,9 +67,8 @@ class Target:
             loaded = vars(model.peft_config["loaded"]), lora_weights(model, "loaded")
             model.unload() if alone else model.delete_adapter("loaded")
         finally:
-            left = [name for name, _ in self.model.named_parameters() if ".loaded." in name]
-            left += [name for name, _ in self.plain.named_parameters() if "lora_" in name]
-            assert (list(self.model.peft_config), self.model.active_adapters, left) == (["default"], ["default"], [])
+            assert (list(self.model.peft_config), self.model.active_adapters) == (["default"], ["default"])
+            assert self.state() == self.before
         return loaded
 
     def check(self, config: bytes, weights: bytes, sealed: bool, alone: bool = False) -> None:

@@ -26,6 +26,7 @@ from uc_adapters.hub.folder import locked
 FORK = multiprocessing.get_context("fork")  # to import torch anew would cost seconds a process
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")  # of Python's audit hooks: a save and a recovery raise some dozens
 OTHER_USER = 65534  # "nobody"
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 under_both_names = pytest.mark.parametrize("name", ["default", "zap"])
 
 
@@ -309,7 +310,7 @@ def test_a_folder_that_may_not_be_written_is_told_and_loads(published, pair, loa
     assert leftovers(folder) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@as_root
 @pytest.mark.parametrize("name", [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
 def test_a_file_that_may_not_be_read_is_told(published, pair, loads_as, name):
     pair["default"][0].save_pretrained(published)
@@ -320,4 +321,19 @@ def test_a_file_that_may_not_be_read_is_told(published, pair, loads_as, name):
         become_another()
         return loads_as(published)
 
-    assert re.match(f"AdapterFileError: .*{name}.*Permission denied", outcome_of(load))
+    assert re.match(f"AdapterFileError: .*{name}.*(Permission denied|cannot be read)", outcome_of(load))
+
+
+@as_root
+def test_a_user_without_a_name_saves_and_loads(published, pair, loads_as, monkeypatch):
+    """As in a container that was given a number alone."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    published.parent.chmod(0o777)
+
+    def save_and_load():
+        os.setuid(54_321)
+        pair["default"][1].save_pretrained(published)
+        return loads_as(published)
+
+    assert outcome_of(save_and_load) == "1"

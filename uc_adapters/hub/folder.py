@@ -63,7 +63,7 @@ def read_config(folder: Path) -> dict:
         raise _missing(path)
     try:
         config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no UniCompress config: {error}. Save or fetch the adapter again.") from error
     if not isinstance(config, dict):
         raise AdapterFileError(
@@ -98,7 +98,9 @@ def check_weights(folder: Path, config: dict) -> None:
     try:
         with safe_open(weights, framework="pt"):
             pass
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise AdapterFileError(f"{weights} cannot be read: {error}. Expected a file that you may read.") from error
+    except SafetensorError as error:
         expected = f"sha256 {seal['weights_sha256']}" if seal else "the file that save_pretrained wrote"
         raise AdapterFileError(
             f"{weights} is not a safetensors file ({error}); expected {expected}, got sha256 {sha256(weights)}. "
@@ -145,7 +147,8 @@ def locked(folder: Path) -> Iterator[None]:
         AdapterFileError: Such a save cannot be finished, since the folder cannot be written.
     """
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    path = Path(tempfile.gettempdir(), f"uc-adapters-{getuser()}-{key}.lock")
+    user = os.getuid() if hasattr(os, "getuid") else getuser()  # in a container, a number may have no name
+    path = Path(tempfile.gettempdir(), f"uc-adapters-{user}-{key}.lock")
     with ExitStack() as stack:
         with suppress(OSError):  # no room for a lock: the seal still tells if two saves were mixed
             stack.enter_context(FileLock(path, is_singleton=True))  # reentrant: PEFT's loading comes back to ours

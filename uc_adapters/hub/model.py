@@ -131,7 +131,7 @@ class SharedModel(PeftModel):
 
         Args and errors as in `from_pretrained`; `kwargs` are passed to PEFT.
         """
-        known = adapter_name in self.peft_config
+        known, trainable = adapter_name in self.peft_config, [weight for weight in self.parameters() if weight.requires_grad]
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = pull(model_id, subfolder=subfolder, revision=revision, force_download=force_download, **access)
         with locked(folder):
@@ -141,15 +141,17 @@ class SharedModel(PeftModel):
                     return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
                 except Exception:
                     if not known:
-                        self._forget(adapter_name)
+                        self._forget(adapter_name, trainable)
                     raise
 
-    def _forget(self, adapter_name: str) -> None:
+    def _forget(self, adapter_name: str, trainable: list[nn.Parameter]) -> None:
         """Takes off what there is of an adapter that failed to load: PEFT's own `delete_adapter` wants it whole."""
         self.peft_config.pop(adapter_name, None)
         for module in self.modules():
             if isinstance(module, BaseTunerLayer):
                 module.delete_adapter(adapter_name)
+        for weight in trainable:
+            weight.requires_grad_(True)  # of the other adapters: PEFT freezes them on its way
 
     def save_pretrained(
         self,
