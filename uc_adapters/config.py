@@ -96,7 +96,9 @@ class UniCompressConfig(LoraConfig):
         geometry = self.base_geometry
         self._require("base_geometry", geometry is None or isinstance(geometry, dict), "None, or what attaching wrote")
         self._require("base_fingerprint", is_fingerprint(self.base_fingerprint), "None, or what attaching wrote")
-        self._require("trainable_token_indices", not self.trainable_token_indices, "None: the base's words stay as they are")
+        self._require(
+            "trainable_token_indices", self.trainable_token_indices is None, "None: the base's words stay as they are"
+        )
         self._require("task_type", self.task_type is None, "None: a task type would force another model class")
         self._require("bias", self.bias == "none", "'none': a trained bias would change the disabled model")
         self._require("modules_to_save", not self.modules_to_save, "None: an adapter holds no weight of its base")

@@ -134,6 +134,11 @@ BROKEN = {
         AdapterFileError,
         r"could not be attached: TypeError.*fetch or save it again",
     ),
+    "PEFT puts a layer where there was none, and then cannot go on": (
+        lambda folder: change_config(folder, target_modules=".*"),
+        AdapterFileError,
+        r"(?s)could not be attached: ValueError.*fetch or save it again",
+    ),
     "PEFT refuses a value half way": (
         lambda folder: change_config(folder, rank_pattern={"up_proj": 0}),
         AdapterFileError,

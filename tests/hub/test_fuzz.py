@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, attach, lora_weights
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load
@@ -194,7 +194,8 @@ def unseal(config: bytes) -> bytes:
 
 
 def cases(count: int):
-    return settings(max_examples=count, suppress_health_check=list(HealthCheck))
+    # A load that fails wrongly may spoil the model for all that follow, so the example is told as it was found
+    return settings(max_examples=count, phases=[Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck))
 
 
 @cases(700)

@@ -147,9 +147,13 @@ class SharedModel(PeftModel):
     def _forget(self, adapter_name: str, trainable: list[nn.Parameter]) -> None:
         """Takes off what there is of an adapter that failed to load: PEFT's own `delete_adapter` wants it whole."""
         self.peft_config.pop(adapter_name, None)
-        for module in self.modules():
+        base = self.get_base_model()
+        for name, module in list(base.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 module.delete_adapter(adapter_name)
+                if not module._all_available_adapter_names():  # it was put there for this one
+                    parent, _, child = name.rpartition(".")
+                    setattr(base.get_submodule(parent), child, module.get_base_layer())
         for weight in trainable:
             weight.requires_grad_(True)  # of the other adapters: PEFT freezes them on its way
 
