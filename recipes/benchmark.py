@@ -1,7 +1,7 @@
 """Seconds and bytes of a dense Janus and of an adapter on it, side by side in one run: drawing, reading, memory.
 
     python recipes/benchmark.py --shape tiny                                       # a minute: the shipped base and adapter
-    python recipes/benchmark.py --shape janus-pro-1b --repeats 1                   # 20 minutes on two CPU cores, 12 GiB
+    python recipes/benchmark.py --shape janus-pro-1b --repeats 1 --warm_up false   # ten minutes on two CPU cores, 12 GiB
     python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the last line needs a GPU.
@@ -61,6 +61,7 @@ class BenchmarkArguments:
     decompressor: str = field(default="cell", metadata={"help": "Of a random adapter. See UniCompressConfig."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once."})
     repeats: int = field(default=3, metadata={"help": "Timed turns each."})
+    warm_up: bool = field(default=True, metadata={"help": "Draw once untimed. False where one drawing takes minutes."})
     dtype: str = field(default="float32", metadata={"help": "Of the base."})
     device: str = field(default="cpu", metadata={"help": "Torch device."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
@@ -173,13 +174,13 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(works: dict[str, Callable[[], object]], repeats: int, what: str) -> dict[str, float]:
+def in_turn(works: dict[str, Callable[[], object]], repeats: int, what: str, warm_up: bool = True) -> dict[str, float]:
     """Median seconds of each, taking turns, after a warm-up."""
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for turn in tqdm(range(repeats + 1), desc=what):
+    for turn in tqdm(range(repeats + warm_up), desc=what):
         for name, work in works.items():
             seconds = seconds_of(work)
-            if turn:
+            if turn >= warm_up:
                 taken[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
@@ -311,12 +312,12 @@ def main(args: BenchmarkArguments) -> dict:
     set_seed(0)
     models = contenders(args)
     by_batch, reading, peaks = {}, {}, {}
-    for batch in args.batch_sizes:
-        works = {name: partial(draw, model, batch) for name, model in models.items()}
-        by_batch[str(batch)] = in_turn(works, args.repeats, f"draw {batch} in turn")
-        peaks[str(batch)] = {name: peak_bytes(work) for name, work in works.items()}
     for what, works in reading_works(models, args.batch_sizes[0]).items():
         reading[what] = in_turn(works, args.repeats, f"reading, {what}, in turn")
+    for batch in args.batch_sizes:
+        works = {name: partial(draw, model, batch) for name, model in models.items()}
+        by_batch[str(batch)] = in_turn(works, args.repeats, f"draw {batch} in turn", args.warm_up)
+        peaks[str(batch)] = {name: peak_bytes(work) for name, work in works.items()}
     first = by_batch[str(args.batch_sizes[0])]
     tokens = {name: (NEW_TOKENS - 1) / (reading["answer"][name] - reading["first token"][name]) for name in models}
     figures = {

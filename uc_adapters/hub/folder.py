@@ -96,8 +96,8 @@ def check_weights(folder: Path, config: dict) -> None:
     weights = find_weights(folder)
     seal = _seal_of(config, folder / CONFIG_NAME)
     try:
-        with safe_open(weights, framework="pt"):
-            pass
+        with safe_open(weights, framework="pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118  (safe_open is no dict)
     except OSError as error:
         raise AdapterFileError(f"{weights} cannot be read: {error}. Expected a file that you may read.") from error
     except SafetensorError as error:
@@ -108,6 +108,7 @@ def check_weights(folder: Path, config: dict) -> None:
         ) from error
     if seal:
         _check_seal(seal, config, weights)
+    _check_sizes(config, shapes, weights)
 
 
 def seal_folder(folder: Path, base_model: str | None = None) -> None:
@@ -179,11 +180,17 @@ def saving(folder: Path) -> Iterator[Path]:
             stage = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
             try:
                 yield stage
+                for path in stage.rglob("*"):
+                    target = folder / path.relative_to(stage)
+                    if target.exists() and target.is_dir() != path.is_dir():
+                        raise FileExistsError(f"{target} is {'a folder' if target.is_dir() else 'a file'}")
                 stage.rename(folder / _SAVED)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
             _move_into_place(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # a tokenizer's own OSError
+            raise
         raise AdapterFileError(
             f"The adapter could not be saved to {folder}: {error}. What was there before is as it was; expected a folder that "
             "can be written, with room for it."
@@ -239,6 +246,22 @@ def _check_seal(seal: dict, config: dict, weights: Path) -> None:
             f"{weights.parent / CONFIG_NAME} was changed after it was saved: its fields have sha256 {actual}, expected "
             f"{seal['config_sha256']}. Fetch it again, or save the adapter again. {_ON_PURPOSE}"
         )
+
+
+def _check_sizes(config: dict, shapes: list[list[int]], weights: Path) -> None:
+    """Refuses a size that no weight in the file has before it is built: it may be beyond any memory."""
+    widest = max((side for shape in shapes for side in shape), default=0)
+    ranks = config.get("rank_pattern")
+    sizes = {f"rank_pattern[{name!r}]": rank for name, rank in ranks.items()} if isinstance(ranks, dict) else {}
+    sizes |= {name: config.get(name) for name in ("r", "num_global_tokens", "decompressor_width")}
+    limits = {**dict.fromkeys(sizes, widest), "decompressor_layers": len(shapes)}
+    for name, limit in limits.items():
+        size = sizes.get(name, config.get(name))
+        if isinstance(size, (int, float)) and size > limit:
+            raise AdapterFileError(
+                f"The weights in {weights} do not fit its config: {name}={size}, and nothing in the file is larger than "
+                f"{limit}. The file was damaged or belongs to another config: fetch or save the adapter again."
+            )
 
 
 def _config_sha256(config: dict) -> str:

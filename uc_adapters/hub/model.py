@@ -193,18 +193,20 @@ class SharedModel(PeftModel):
             raise UnsupportedError("safe_serialization=False would write a pickle; expected True: only safetensors are loaded.")
         if not is_main_process:
             return
-        folder = Path(save_directory)
-        with saving(folder) as stage:
-            super().save_pretrained(str(stage), selected_adapters=selected_adapters, **kwargs)
-            for name in selected_adapters or self.peft_config:
-                part = Path() if name == "default" else Path(name)
+        for name in selected_adapters or list(self.peft_config):
+            folder = Path(save_directory, "" if name == "default" else name)
+            with saving(folder) as stage:
+                super().save_pretrained(str(stage), selected_adapters=[name], **kwargs)
+                if name != "default":  # PEFT has put it into a folder of its name
+                    for path in (stage / name).iterdir():
+                        path.rename(stage / path.name)
+                    (stage / name).rmdir()
                 if saved := self._processor_of(name, processor):
-                    saved.save_pretrained(stage / part)
-                seal_folder(stage / part, base_model)
-                if (card_there := folder / part / CARD_NAME).is_file():
-                    shutil.copy(card_there, stage / part)
-                source = published_as(stage / part) or str(folder / part)
-                update_card(stage / part, card or CardFacts(), source)
+                    saved.save_pretrained(stage)
+                seal_folder(stage, base_model)
+                if (folder / CARD_NAME).is_file():
+                    shutil.copy(folder / CARD_NAME, stage)
+                update_card(stage, card or CardFacts(), published_as(stage) or str(folder))
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """PEFT's card would name another library and lose the base; `save_pretrained` writes ours with the rest."""
