@@ -126,7 +126,7 @@ byte_edits = st.tuples(
     places,
     st.binary(min_size=1, max_size=9),
 )
-integers = st.integers(-2, 20)  # no large ones: a size is taken at its word, and only memory would be tested
+integers = st.integers(-2, 20) | st.integers(10**4, 10**20)
 words = st.sampled_from(
     ["q_proj", "cell", "raster", "all-linear", "gaussian", "none", "(", "*", ".*", "model", "lora_", "1", ""]
 )
