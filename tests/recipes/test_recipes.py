@@ -1,6 +1,7 @@
 """The scripts run from their arguments; what they reach is on the cards, not here."""
 
 import json
+from pathlib import Path
 
 import benchmark
 import evaluate
@@ -140,6 +141,14 @@ def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path):
     assert figures["reading"]["seconds"].keys() == {"prefill", "first token", "answer"}
     assert figures["memory"]["cache_bytes"]["adapter"] * 64 == figures["memory"]["cache_bytes"]["base"] * 21
     assert min(Image.open(files["chart"]).size) > 200
+
+
+def test_the_readme_quotes_the_committed_figures():
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text()
+    for file in (root / "docs").glob("benchmark-*.json"):
+        for row in benchmark.markdown(json.loads(file.read_text())).splitlines()[2:]:
+            assert row.split("|", 2)[2] in readme, row  # the figures; the README has its own words for what they are of
 
 
 def test_benchmark_names_the_shapes_that_it_knows():
