@@ -8,7 +8,7 @@ import pytest
 import yaml
 from helpers import ANN, attach
 from hub_helpers import BASE, CARD, CONFIG, run_python
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -148,6 +148,19 @@ def test_facts_of_other_weights_are_forgotten(config):
     assert "It was not evaluated" in text
     assert "Its settings were not recorded." in text
     assert (fields["license"], fields["datasets"]) == ("apache-2.0", ["org/scenes"])  # of the repo, not of the weights
+
+
+@pytest.mark.parametrize("change", [lambda config: config, of_other_weights])
+@pytest.mark.parametrize("facts", [NOTHING, FACTS])
+def test_results_that_a_person_added_are_kept(config, change, facts):
+    theirs = EvalResult(
+        task_type="any-to-any", dataset_type="geneval", dataset_name="GenEval", metric_type="overall", metric_value=0.5
+    )
+    card = ModelCard(render_card(config, NAME, FACTS))
+    card.data.eval_results.append(theirs)
+    results = ModelCard(render_card(change(config), NAME, facts, [str(card)])).data.eval_results
+    assert theirs in results
+    assert len(results) == len({(result.dataset_name, result.metric_type) for result in results})
 
 
 def test_a_second_evaluation_replaces_the_first(config):

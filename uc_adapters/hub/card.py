@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import AdapterFileError, InputError
@@ -175,7 +176,7 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
         "datasets": list(facts.datasets) or None,
         RECORD: record,
     }
-    old_weights = (fields.get(RECORD) or record).get("weights_sha256")
+    before = fields.get(RECORD) or {}
     fields |= {key: value for key, value in known.items() if value is not None}
     tags = [tag for tag in fields.get("tags") or [] if not str(tag).startswith("base_model:adapter:")]
     base_tag = [f"base_model:adapter:{fields['base_model']}"] if "base_model" in fields else []
@@ -190,8 +191,10 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
         )
         for metric, (_, adapter) in record["metrics"].items()
     ]
-    if old_weights != record["weights_sha256"] or results:
-        fields.pop("model-index", None)  # of other weights, or said anew
+    if "model-index" in fields:  # a person's own results stay; ours are of the weights that they were measured on
+        ours = {(before.get("dataset"), metric) for metric in before.get("metrics", {})}
+        _, there = model_index_to_eval_results(fields.pop("model-index"))
+        results += [result for result in there if (result.dataset_name, result.metric_type) not in ours]
     if not results:
         return ModelCardData(**fields)
     return ModelCardData(**fields, model_name=Path(record["source"]).name, eval_results=results)
