@@ -10,7 +10,8 @@ import fit_tokenizer
 import pytest
 import quickstart
 from digits import random_scene
-from helpers import DECOMPRESSORS, assert_same, attach, base_weights, rng
+from helpers import ANN, DECOMPRESSORS, assert_same, attach, base_weights, rng
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, TrlParser
@@ -90,6 +91,27 @@ def test_finetune_writes_an_adapter_that_loads(base_folder, adapter_folder, tmp_
     model = UniCompressModel.from_pretrained(tmp_path, base_model=base_folder)
     assert model.num_image_tokens == 21
     assert (tmp_path / "processor_config.json").is_file()
+
+
+def test_finetune_pushes_the_finished_adapter(hub, base_folder, adapter_folder, tmp_path):
+    training = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        push_to_hub=True,
+        hub_model_id="org/tuned",
+        hub_token=ANN,
+    )
+    arguments = finetune.FinetuneArguments(base=str(base_folder), base_id="org/tiny", adapter=str(adapter_folder))
+    finetune.main(arguments, training)
+    repo = hub.repos["org/tuned"]
+    card = ModelCard(repo.files()["README.md"].decode())
+    assert card.data.base_model == "org/tiny"
+    assert "| steps | 1 |" in card.text
+    assert "training_args.bin" not in repo.files()
 
 
 @pytest.fixture
