@@ -167,7 +167,6 @@ def main(args: FitArguments) -> None:
     )
     model: UniCompressModel = get_uc_model(base, config).to(args.device)
     processor = AutoProcessor.from_pretrained(args.base)
-    processor.num_image_tokens = model.num_image_tokens
     model.train_only("tokenizer")
 
     modules = [host.active_module() for host in model.modules() if isinstance(host, UniCompressLayer)]

@@ -214,10 +214,15 @@ def detach(base: nn.Module) -> None:
     """Takes every tuner layer off a base, as `unload` does, where no tuner is left to ask."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.get_base_layer())
+            uncover(base, name, module)
     if hasattr(base, "peft_config"):
         del base.peft_config
+
+
+def uncover(base: nn.Module, name: str, layer: BaseTunerLayer) -> None:
+    """Puts the base's own module back where a tuner layer stands around it."""
+    parent, _, child = name.rpartition(".")
+    setattr(base.get_submodule(parent), child, layer.get_base_layer())
 
 
 def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompressConfig, geometry: Geometry) -> None:

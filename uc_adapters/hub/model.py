@@ -22,7 +22,7 @@ from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, InputError, UnsupportedError
 from ..families import family_of
 from ..identity import name_and_commit
-from ..tuner import detach
+from ..tuner import detach, uncover
 from .base import load_base
 from .card import CardFacts, published_as, update_card
 from .folder import CARD_NAME, find_weights, locked, read_config, saving, seal_folder
@@ -152,8 +152,7 @@ class SharedModel(PeftModel):
             if isinstance(module, BaseTunerLayer):
                 module.delete_adapter(adapter_name)
                 if not module._all_available_adapter_names():  # it was put there for this one
-                    parent, _, child = name.rpartition(".")
-                    setattr(base.get_submodule(parent), child, module.get_base_layer())
+                    uncover(base, name, module)
         for weight in trainable:
             weight.requires_grad_(True)  # of the other adapters: PEFT freezes them on its way
 

@@ -15,7 +15,7 @@ from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, HubError, InputError
 from .card import CardFacts, hub_id, render_card
 from .faults import answered, reason
-from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, check_weights, dump_config, locked, read_config
+from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, dump_config, find_weights, locked, read_config
 
 PUSHED = (*ADAPTER_NAMES, CARD_NAME, "LICENSE", "*.png", "*.jpg")
 
@@ -106,9 +106,9 @@ def _check(folder: Path, base_model: str | None) -> dict:
                 f"{path} is a link (to {os.readlink(path)}); expected files only, since what it points to would be published. "
                 "Replace it by the file, or take it out."
             )
-    UniCompressConfig.from_pretrained(folder)  # raises where a field is bad
+    UniCompressConfig.from_pretrained(folder)  # raises where a field, or the weights beside it, are bad
+    find_weights(folder)
     config = read_config(folder)
-    check_weights(folder, config)
     if config.get("seal") is None:
         raise AdapterFileError(f"{folder} has no seal; expected the folder that UniCompressModel.save_pretrained wrote.")
     if not any((folder / name).is_file() for name in PROCESSOR_NAMES):
