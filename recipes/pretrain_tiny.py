@@ -1,6 +1,7 @@
-"""Pretrains the tiny dense Janus on scenes of real handwritten digits: VQ tokenizer, vision tower, then everything jointly.
+"""Pretrains a tiny dense base on scenes of real handwritten digits: VQ tokenizer, vision tower, then everything jointly.
 
     python recipes/pretrain_tiny.py --output_dir model_cards/tiny-janus
+    python recipes/pretrain_tiny.py --family emu3 --output_dir work/tiny-emu3
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the time is on the checkpoint's card.
 Each stage is saved in `work_dir`; `--resume` starts behind the last stage found there.
@@ -15,24 +16,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tiny_emu3
+import tiny_janus
 import torch
-import torch.nn.functional as F
-from digits import COLOURS, DESCRIBE, QUESTION_KINDS, Scene, random_scene
+from emu3_pretraining import Emu3Pretraining
+from janus_pretraining import JanusPretraining
 from safetensors.torch import load_file, save_file
+from scene_pool import CellHead, ScenePool, by_cell, nearest_codes, patch_labels
 from sklearn.cluster import MiniBatchKMeans
-from tiny_janus import make_model, make_processor
 from torch import nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import JanusForConditionalGeneration, JanusProcessor, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import TrlParser
 
-from uc_adapters.layers import raster_to_cells
+FAMILIES = {"janus": (tiny_janus, JanusPretraining), "emu3": (tiny_emu3, Emu3Pretraining)}
 
 
 @dataclass
 class PretrainArguments:
     """Arguments of the three stages."""
 
+    family: str = field(default="janus", metadata={"help": "janus or emu3."})
     output_dir: str = field(default="model_cards/tiny-janus", metadata={"help": "The repo folder to write."})
     work_dir: str = field(default="work/pretrain_tiny", metadata={"help": "Where finished stages are kept."})
     resume: bool = field(default=False, metadata={"help": "Reuse the stages found in work_dir."})
@@ -43,43 +48,6 @@ class PretrainArguments:
     joint_steps: int = field(default=1100, metadata={"help": "Steps of joint reading and drawing."})
 
 
-class ScenePool:
-    """Scenes rendered once, with the dense codes of each (set once the VQ tokenizer is trained)."""
-
-    def __init__(self, size: int, rng: np.random.Generator, split: str = "train"):
-        self.rng = rng
-        self.scenes = [random_scene(rng, split) for _ in range(size)]
-        self.pixels = torch.from_numpy(np.stack([scene.render(split) for scene in self.scenes]))  # (N, 64, 64, 3)
-        self.codes = torch.empty(0)
-
-    def draw(self, count: int) -> np.ndarray:
-        return self.rng.integers(len(self.scenes), size=count)
-
-    def pixel_values(self, rows: np.ndarray) -> torch.Tensor:
-        """(B, 3, 64, 64) in [-1, 1], as the processor gives them."""
-        return self.pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    @torch.no_grad()
-    def encode(self, vqmodel: nn.Module) -> None:
-        batches = np.array_split(np.arange(len(self.scenes)), math.ceil(len(self.scenes) / 64))
-        codes = [
-            nearest_codes(unit_latents(vqmodel, self.pixel_values(rows)), vqmodel.quantize.embedding.weight)
-            for rows in tqdm(batches, desc="encode the pool")
-        ]
-        self.codes = torch.cat(codes)  # (N, 64)
-
-
-def unit_latents(vqmodel: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The encoder's latents on the unit sphere, (B, T, 8)."""
-    latents = vqmodel.quant_conv(vqmodel.encoder(pixel_values))  # (B, 8, 8, 8)
-    return F.normalize(latents.flatten(2).transpose(1, 2), dim=-1)
-
-
-def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Indices of the nearest codes by cosine, (B, T)."""
-    return (latents @ F.normalize(codebook, dim=-1).T).argmax(-1)
-
-
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50):
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
@@ -87,9 +55,9 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train_vq(model: JanusForConditionalGeneration, pool: ScenePool, steps: int, batch_size: int = 24) -> dict:
+def train_vq(tiny: JanusPretraining | Emu3Pretraining, steps: int, batch_size: int = 24) -> dict:
     """Autoencoder first, then a codebook by spherical k-means, kept up by moving averages and restarts."""
-    vqmodel = model.model.vqmodel
+    vqmodel, pool = tiny.vqmodel, tiny.pool
     codebook = vqmodel.quantize.embedding.weight  # (K, 8)
     size = codebook.shape[0]
     warmup = steps // 6
@@ -100,12 +68,12 @@ def train_vq(model: JanusForConditionalGeneration, pool: ScenePool, steps: int, 
     progress = tqdm(range(steps), desc="VQ tokenizer")
     for step in progress:
         pixels = pool.pixel_values(pool.draw(batch_size))
-        latents = unit_latents(vqmodel, pixels)  # (B, T, 8)
+        latents = tiny.latents(pixels)  # (B, T, 8)
         flat = latents.detach().flatten(0, 1)  # (B * T, 8)
         commitment = torch.zeros(())
         if step == warmup:
             with torch.no_grad():
-                many = [unit_latents(vqmodel, pool.pixel_values(pool.draw(64))).flatten(0, 1) for _ in range(8)]
+                many = [tiny.latents(pool.pixel_values(pool.draw(64))).flatten(0, 1) for _ in range(8)]
                 kmeans = MiniBatchKMeans(size, n_init=1, random_state=0, batch_size=4096).fit(torch.cat(many).numpy())
                 codebook.copy_(F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1))
                 sums = codebook.clone()
@@ -115,8 +83,7 @@ def train_vq(model: JanusForConditionalGeneration, pool: ScenePool, steps: int, 
             commitment = (latents - chosen).square().sum(-1).mean()
             update_codebook(codebook, counts, sums, flat, codes.flatten(), restart=step < 0.8 * steps)
             latents = latents + (chosen - latents).detach()  # straight through
-        grid = latents.transpose(1, 2).unflatten(2, (8, 8))  # (B, 8, 8, 8)
-        restored = vqmodel.decoder(vqmodel.post_quant_conv(grid))
+        restored = tiny.restore(latents)
         error = (restored - pixels).square().mean()
         loss = error + 0.3 * (restored - pixels).abs().mean() + 0.1 * commitment
         loss.backward()
@@ -149,34 +116,9 @@ def update_codebook(codebook, counts, sums, latents, codes, restart: bool, decay
         codebook[dead], sums[dead], counts[dead] = fresh, fresh, 1.0
 
 
-def by_cell(x: torch.Tensor) -> torch.Tensor:
-    """Groups an 8 x 8 raster by the scene's four cells: (B, 64, ...) -> (B, 4, 16, ...)."""
-    return raster_to_cells(x, 4)
-
-
-def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands in the cell of each patch, (B, 4, 16): digits with 10 for empty, colours with 6 for empty."""
-    names = list(COLOURS)
-    digits = [[10 if cell is None else cell.digit for cell in scene.cells] for scene in scenes]
-    colours = [[len(names) if cell is None else names.index(cell.colour) for cell in scene.cells] for scene in scenes]
-    return tuple(torch.tensor(labels).unsqueeze(-1).expand(-1, -1, 16) for labels in (digits, colours))
-
-
-class CellHead(nn.Module):
-    """Names a cell's digit and colour from a hidden state; used in training, then dropped."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.digit, self.colour = nn.Linear(width, 11), nn.Linear(width, len(COLOURS) + 1)
-
-    def loss(self, hidden: torch.Tensor, digits: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-        digit_loss = F.cross_entropy(self.digit(hidden).flatten(0, -2), digits.flatten())
-        return digit_loss + F.cross_entropy(self.colour(hidden).flatten(0, -2), colours.flatten())
-
-
-def train_vision(model: JanusForConditionalGeneration, pool: ScenePool, steps: int, batch_size: int = 48) -> dict:
+def train_vision(tiny: JanusPretraining, steps: int, batch_size: int = 48) -> dict:
     """Teaches every patch of the vision tower to name its cell: from the default start it stays blind to digits."""
-    tower = model.model.vision_model
+    tower, pool = tiny.model.model.vision_model, tiny.pool
     with torch.no_grad():
         tower.embeddings.position_embedding.weight.normal_(std=0.3)
         tower.embeddings.patch_embedding.weight.mul_(3)
@@ -205,82 +147,17 @@ def train_vision(model: JanusForConditionalGeneration, pool: ScenePool, steps: i
     return {"loss_last_batch": round(loss.item(), 4), "held_out_digits": round(accuracy, 4)}
 
 
-class JointBatches:
-    """Reading and drawing batches for the joint stage, tokenized by the model's own processor."""
-
-    def __init__(self, processor: JanusProcessor, pool: ScenePool):
-        self.processor, self.pool, self.rng = processor, pool, pool.rng
-        self.tokenizer = processor.tokenizer
-        self.answer_start = self.tokenizer.convert_tokens_to_ids("<|Assistant|>")
-
-    def reading(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """Several questions a row; labels on the answers alone. input_ids (B, L), labels (B, L), pixel_values."""
-        image = self.processor.replace_image_token({}, 0)
-        texts = []
-        for row in rows:
-            scene = self.pool.scenes[row]
-            pairs = [scene.question(kind, self.rng) for kind in ("digit", *QUESTION_KINDS, "colour")]
-            pairs = [pair for pair in pairs if pair] + [(DESCRIBE, scene.caption())]
-            turns = [pairs[i] for i in self.rng.permutation(len(pairs))]
-            text = "".join(f"<|User|>: {question}\n\n<|Assistant|>: {answer}<eos>" for question, answer in turns)
-            texts.append("<bos>" + text.replace("<|User|>: ", f"<|User|>: {image}", 1))
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
-        ids = batch["input_ids"]
-        # an answer runs from behind "<|Assistant|> :" through its <eos>
-        started = (ids == self.answer_start).cumsum(1)
-        ended = F.pad((ids == self.tokenizer.eos_token_id).cumsum(1), (1, -1))  # the eos itself still belongs to it
-        prefix = (ids == self.answer_start) | F.pad(ids == self.answer_start, (1, -1))
-        labels = ids.masked_fill(~((started > ended) & ~prefix), -100)
-        return {**batch, "labels": labels, "pixel_values": self.pool.pixel_values(rows)}
-
-    def drawing(self, rows: np.ndarray, drop: float = 0.1) -> dict[str, torch.Tensor]:
-        """Prompts ending in the image's begin, left-padded; a share has every word replaced by padding, for guidance."""
-        captions = [self.pool.scenes[row].shuffled_caption(self.rng) for row in rows]
-        texts = [f"<bos><|User|>: {caption}\n\n<|Assistant|>:<begin_of_image>" for caption in captions]
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        ids = batch["input_ids"]
-        dropped = torch.from_numpy(self.rng.random(len(rows)) < drop)
-        kept = (ids == self.tokenizer.bos_token_id) | (torch.arange(ids.shape[1]) == ids.shape[1] - 1)
-        batch["input_ids"] = ids.masked_fill(dropped[:, None] & ~kept, self.tokenizer.pad_token_id)
-        return {**batch, "codes": self.pool.codes[rows], "dropped": dropped}
-
-
-def reading_loss(model: JanusForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**batch).loss
-
-
-def drawing_loss(model, batch: dict[str, torch.Tensor], head: CellHead, labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the dense codes, and the binding loss: each step's hidden state names its cell."""
-    codes, mask = batch["codes"], batch["attention_mask"]
-    prompt = model.get_input_embeddings()(batch["input_ids"])  # (B, P, D)
-    drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, 63, D)
-    mask = F.pad(mask, (0, drawn.shape[1]), value=1)
-    hidden = model.model.language_model(
-        inputs_embeds=torch.cat([prompt, drawn], 1), attention_mask=mask, use_cache=False
-    ).last_hidden_state[:, prompt.shape[1] - 1 :]  # (B, 64, D)
-    code_loss = F.cross_entropy(model.model.generation_head(hidden).flatten(0, 1), codes.flatten())
-    told = ~batch["dropped"]
-    return code_loss, head.loss(by_cell(hidden[told]), *(label[told] for label in labels))
-
-
-def train_joint(model, processor, pool: ScenePool, steps: int, read_rows: int = 24, draw_rows: int = 32) -> dict:
-    """Reading and drawing together; the VQ tokenizer and the vision tower are frozen (CHANGELOG: what went wrong)."""
-    with torch.no_grad():  # the drawing side starts from the codes' own geometry
-        model.model.generation_embeddings.weight.copy_(F.normalize(model.model.vqmodel.quantize.embedding.weight, dim=-1))
-    batches = JointBatches(processor, pool)
-    head = CellHead(model.config.text_config.hidden_size)
-    frozen = (".vqmodel.", ".vision_model.")
-    model.model.vision_model.requires_grad_(False)
-    trained = [p for name, p in model.named_parameters() if not any(part in name for part in frozen)]
-    trained += head.parameters()
+def train_joint(tiny: JanusPretraining | Emu3Pretraining, steps: int, read_rows: int = 24, draw_rows: int = 32) -> dict:
+    """Reading and drawing together."""
+    head = CellHead(tiny.model.config.text_config.hidden_size)
+    trained = [*tiny.joint_parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.02)
     schedule = cosine_schedule(optimizer, steps)
     progress = tqdm(range(steps), desc="joint")
     log = []
     for step in progress:
-        answers = reading_loss(model, batches.reading(pool.draw(read_rows)))
-        rows = pool.draw(draw_rows)
-        codes, binding = drawing_loss(model, batches.drawing(rows), head, patch_labels([pool.scenes[row] for row in rows]))
+        answers = tiny.reading_loss(tiny.pool.draw(read_rows), head)
+        codes, binding = tiny.drawing_losses(tiny.pool.draw(draw_rows), head)
         (answers + codes + binding).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -293,7 +170,7 @@ def train_joint(model, processor, pool: ScenePool, steps: int, read_rows: int = 
     return {"log": log}
 
 
-def save_repo(model: JanusForConditionalGeneration, processor: JanusProcessor, output_dir: str) -> None:
+def save_repo(model: PreTrainedModel, processor: ProcessorMixin, output_dir: str) -> None:
     """bfloat16 on disk to stay small; the config says float32, in which it loads and runs."""
     model.to(torch.bfloat16)
     model.save_pretrained(output_dir)
@@ -303,24 +180,28 @@ def save_repo(model: JanusForConditionalGeneration, processor: JanusProcessor, o
 
 
 def main(args: PretrainArguments) -> None:
+    if args.family not in FAMILIES:
+        raise SystemExit(f"--family {args.family!r} is not known; expected {' or '.join(FAMILIES)}.")
+    make, pretraining = FAMILIES[args.family]
     set_seed(args.seed)
-    work = Path(args.work_dir)
+    work = Path(args.work_dir, args.family)
     work.mkdir(parents=True, exist_ok=True)
-    processor = make_processor()
-    model = make_model(processor)
+    processor = make.make_processor()
+    model = make.make_model(processor)
     pool = ScenePool(args.pool, np.random.default_rng(args.seed))
-    stages = {
-        "vq": lambda: train_vq(model, pool, args.vq_steps),
-        "vision": lambda: train_vision(model, pool, args.vision_steps),
-        "joint": lambda: train_joint(model, processor, pool, args.joint_steps),
-    }
+    tiny = pretraining(model, processor, pool)
+    stages = {"vq": lambda: train_vq(tiny, args.vq_steps)}
+    if tiny.has_vision_tower:
+        stages["vision"] = lambda: train_vision(tiny, args.vision_steps)
+    stages["joint"] = lambda: train_joint(tiny, args.joint_steps)
     for index, (name, train) in enumerate(stages.items()):
         if index:  # a stage's own seed: resuming gives what one run gives
             set_seed(args.seed + index)
             pool.rng = np.random.default_rng([args.seed, index])
         checkpoint = work / f"{name}.safetensors"
         if name == "joint":
-            pool.encode(model.model.vqmodel)
+            tiny.vqmodel.eval()
+            pool.encode(tiny.latents, tiny.vqmodel.quantize.embedding.weight)
         if args.resume and checkpoint.exists():
             model.load_state_dict(load_file(checkpoint))
             continue

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
-from digits import COLOURS, DESCRIBE, IMAGE_SIZE, PLACES
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from digits import IMAGE_SIZE
+from tiny_words import DIGITS_AND_WORDS, chat_template, word_tokenizer
 from transformers import (
     GenerationConfig,
     JanusConfig,
@@ -14,61 +12,23 @@ from transformers import (
     JanusVisionConfig,
     JanusVQVAEConfig,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 WIDTH = 192
 PATCH = 8
 NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
-SPECIAL_TOKENS = {
-    "pad_token": "<pad>",
-    "bos_token": "<bos>",
-    "eos_token": "<eos>",
-    "unk_token": "<unk>",
-}
 IMAGE_TOKENS = {
     "image_token": "<image_placeholder>",
     "boi_token": "<begin_of_image>",
     "eoi_token": "<end_of_image>",
 }
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|User|>: ' if message['role'] == 'user' else '<|Assistant|>: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image_placeholder>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '\n\n' }}{% else %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
-)
+CHAT_TEMPLATE = chat_template(IMAGE_TOKENS["image_token"])
 
 
 def make_processor(num_image_tokens: int = NUM_IMAGE_TOKENS) -> JanusProcessor:
     """A real JanusProcessor whose tokenizer knows the tiny world's words."""
-    sentences = [*COLOURS, *PLACES, DESCRIBE, "a and at the ?.:!,"]
-    sentences += ["What digit is at the", "What colour is the", "How many digits are there", "Draw an image of"]
-    words = {word for sentence in sentences for word in re.findall(r"\w+|[^\w\s]", sentence.lower())}
-    special = [*SPECIAL_TOKENS.values(), *IMAGE_TOKENS.values(), "<|User|>", "<|Assistant|>"]
-    vocabulary = [*special, *(str(digit) for digit in range(10)), *sorted(words)]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **SPECIAL_TOKENS,
-        extra_special_tokens=IMAGE_TOKENS,
-        padding_side="left",
-        model_max_length=1024,
-    )
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|User|>", "<|Assistant|>"]}, replace_extra_special_tokens=False
-    )
+    tokenizer = word_tokenizer(IMAGE_TOKENS, DIGITS_AND_WORDS)
     image_processor = JanusImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
