@@ -12,12 +12,12 @@ from .families import Geometry
 from .layers import (
     CellDecompressor,
     GlobalExtractor,
+    Grid,
     PhaseDecompressor,
     RasterDecompressor,
     average_pool,
     nearest_codes,
     raster_to_cells,
-    unit,
 )
 
 
@@ -28,28 +28,56 @@ class ReadCompressor(nn.Module):
         super().__init__()
         width, count = geometry.read_width, config.num_global_tokens
         self.stride = config.stride
-        self.extractor = GlobalExtractor(width, width, count, geometry.read_side**2) if count else None
+        self.extractor = GlobalExtractor(width, width, count, geometry.read_side) if count else None
         self.separator = nn.Parameter(torch.randn(width) * 0.02)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, grid: Grid) -> torch.Tensor:
         """(B, T, read_width) -> (B, N_g + 1 + T', read_width)."""
-        parts = [self.separator.expand(len(features), 1, -1), average_pool(features, self.stride)]
+        parts = [self.separator.expand(len(features), 1, -1), average_pool(features, self.stride, grid)]
         if self.extractor is not None:
-            parts.insert(0, self.extractor(features))
+            parts.insert(0, self.extractor(features, grid))
+        return torch.cat(parts, 1)
+
+
+class CodeReadCompressor(nn.Module):
+    """The same where codes are read: embeddings of codes -> {G, separator, X_cont} as inputs of the language model.
+
+    The mean of a cell's embeddings forgets which code stood where, so a linear map of the codebook entries in their places
+    is added; at zero, it starts as AvgPool.
+    """
+
+    def __init__(self, config: UniCompressConfig, geometry: Geometry):
+        super().__init__()
+        width, count = geometry.read_width, config.num_global_tokens
+        self.stride = config.stride
+        self.extractor = GlobalExtractor(width, config.decompressor_width, count, geometry.read_side) if count else None
+        self.separator = nn.Parameter(torch.randn(width) * 0.02)
+        self.places_in = nn.Linear(config.stride**2 * geometry.code_width, width, bias=False)
+        nn.init.zeros_(self.places_in.weight)
+
+    def forward(self, embeddings: torch.Tensor, entries: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Embeddings (B, T, D) and entries (B, T, C) of the codes -> (B, N_g + 1 + T', D)."""
+        places = self.places_in(raster_to_cells(entries, self.stride, grid).flatten(2))  # (B, T', s^2, C) -> (B, T', D)
+        cells = average_pool(embeddings, self.stride, grid) + places
+        parts = [self.separator.expand(len(cells), 1, -1), cells]
+        if self.extractor is not None:
+            parts.insert(0, self.extractor(embeddings, grid))
         return torch.cat(parts, 1)
 
 
 @dataclass
 class CompactCodes:
-    """One batch of images as the language model draws them.
+    """One batch of images of one size, as the language model draws them.
 
     `globals` are codes Z_g (B, N_g). `cells` are, for the decompressors after the loop, the pooled codes Z_x
-    (B, T', 1); for "cell", the dense codes of each cell (B, T', s^2). `dense` are the base's codes, (B, T).
+    (B, T', 1); for "cell", the dense codes of each cell (B, T', s^2). `dense` are the base's codes,
+    (B, T), of a `grid` of H x W.
     """
 
     globals: torch.Tensor
     cells: torch.Tensor
     dense: torch.Tensor
+    grid: Grid
 
 
 class DrawCompressor(nn.Module):
@@ -58,8 +86,8 @@ class DrawCompressor(nn.Module):
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
         self.stride, self.num_global_tokens = config.stride, config.num_global_tokens
-        width, code_width, dense = config.decompressor_width, geometry.code_width, geometry.draw_side**2
-        self.extractor = GlobalExtractor(code_width, width, self.num_global_tokens, dense) if self.num_global_tokens else None
+        width, code_width, side = config.decompressor_width, geometry.code_width, geometry.draw_side
+        self.extractor = GlobalExtractor(code_width, width, self.num_global_tokens, side) if self.num_global_tokens else None
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
         shape = {
             "code_width": code_width,
@@ -71,24 +99,24 @@ class DrawCompressor(nn.Module):
             self.decompressor = CellDecompressor(config.stride, **shape)
         else:
             after_loop = {"phase": PhaseDecompressor, "raster": RasterDecompressor}[config.decompressor]
-            self.decompressor = after_loop(config.stride, dense, **shape)
+            self.decompressor = after_loop(config.stride, side, **shape)
 
     @property
     def in_loop(self) -> bool:
         """Whether dense codes come back inside the language model's loop."""
         return isinstance(self.decompressor, CellDecompressor)
 
-    def globals_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """Global tokens before quantisation, unit-norm: (B, T, C) -> (B, N_g, C)."""
+    def globals_of(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Global tokens before quantisation: (B, T, C) -> (B, N_g, C)."""
         if self.extractor is None:
             return latents[:, :0]
-        return unit(self.extractor(latents.to(self.separator.dtype)).float())
+        return self.extractor(latents.to(self.separator.dtype), grid).float()
 
-    def compress(self, latents: torch.Tensor, codebook: torch.Tensor) -> CompactCodes:
-        """Unit-norm latents (B, T, C) -> compact codes, with the base's codebook (K, C)."""
+    def compress(self, latents: torch.Tensor, codebook: torch.Tensor, grid: Grid) -> CompactCodes:
+        """Latents (B, T, C) -> compact codes, with the base's codebook (K, C)."""
         dense = nearest_codes(latents, codebook)  # (B, T)
         if self.in_loop:
-            cells = raster_to_cells(dense, self.stride)  # (B, T', s^2)
+            cells = raster_to_cells(dense, self.stride, grid)  # (B, T', s^2)
         else:
-            cells = nearest_codes(average_pool(latents, self.stride), codebook).unsqueeze(-1)  # (B, T', 1)
-        return CompactCodes(nearest_codes(self.globals_of(latents), codebook), cells, dense)
+            cells = nearest_codes(average_pool(latents, self.stride, grid), codebook).unsqueeze(-1)  # (B, T', 1)
+        return CompactCodes(nearest_codes(self.globals_of(latents, grid), codebook), cells, dense, grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from os import PathLike
@@ -13,6 +14,7 @@ from .errors import ConfigError
 from .hub.folder import PEFT_TYPE, check_weights, read_config
 from .hub.pull import PULL_OPTIONS, pull
 from .identity import is_fingerprint
+from .layers import Grid, cells_of
 from .version import __version__
 
 FORMAT_VERSION = 1  # of what is saved; raised when the same fields and weights come to mean other mathematics
@@ -34,7 +36,7 @@ class UniCompressConfig(LoraConfig):
     whatever is named, LoRA never leaves the language model.
 
     Args:
-        stride: Window of the average pooling on the image grid (eq. 3); it divides the grid's side. Default 2,
+        stride: Window of the average pooling on the image grid (eq. 3); it divides the grid's sides. Default 2,
             which turns T dense tokens into T / 4.
         num_global_tokens: Learned meta tokens N_g in front of the pooled ones (eq. 1 and 2), 0 or more. Default 4.
         decompressor: How dense codes come back (eq. 7). "cell" (default) expands each hidden state inside the
@@ -111,9 +113,13 @@ class UniCompressConfig(LoraConfig):
             "True, False, 'gaussian' or 'orthogonal': other schemes change the base's weights",
         )
 
-    def num_image_tokens(self, side: int) -> int:
-        """Placeholders of one image to read, whose grid has `side` x `side` features: N_g + 1 + T / s^2."""
-        return self.num_global_tokens + 1 + side**2 // self.stride**2
+    def num_image_tokens(self, grid: Grid) -> int:
+        """Placeholders of one image of H x W dense tokens: N_g + 1 + H * W / s^2.
+
+        Raises:
+            InputError: The stride does not divide H and W.
+        """
+        return self.num_global_tokens + 1 + math.prod(cells_of(grid, self.stride))
 
     @classmethod
     def from_peft_type(cls, **kwargs):

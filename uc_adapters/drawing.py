@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 
 from .compression import CompactCodes, DrawCompressor
-from .families import Janus
-from .layers import cells_to_raster
+from .families import Family
+from .layers import Grid, cells_to_raster
 
 # logits (B, K) -> codes (B,)
 Sampler = Callable[[torch.Tensor], torch.Tensor]
@@ -37,7 +37,7 @@ class Drawing:
         module: The active adapter's `DrawCompressor`.
     """
 
-    def __init__(self, family: Janus, module: DrawCompressor):
+    def __init__(self, family: Family, module: DrawCompressor):
         self.family, self.module = family, module
         self.dtype = module.separator.dtype
 
@@ -48,8 +48,13 @@ class Drawing:
 
     @torch.no_grad()
     def compress(self, pixel_values: torch.Tensor) -> CompactCodes:
-        """Pixels (B, 3, S, S) -> the codes to draw."""
-        return self.module.compress(self.family.latents(pixel_values), self.codebook)
+        """Pixels (B, 3, H, W) -> the codes to draw."""
+        grid = self.family.draw_grid(tuple(pixel_values.shape[2:]))
+        return self.module.compress(self.family.latents(pixel_values), self.codebook, grid)
+
+    def globals_of(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Global tokens before quantisation, in the codebook's space: (B, T, C) -> (B, N_g, C)."""
+        return self.family.code_space(self.module.globals_of(latents, grid))
 
     def embed(self, codes: CompactCodes) -> torch.Tensor:
         """Inputs of the language model for `G [IMG_SEP] X`, (B, N_g + 1 + T', D)."""
@@ -96,7 +101,7 @@ class Drawing:
 
     def reconstruction_logits(self, codes: CompactCodes, cells: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
         """Teacher-forced logits of the dense codes, (B, T, K), from compact entries (eq. 7); after the loop only."""
-        features = self.module.decompressor(self.entries(codes.dense), cells, globals_)
+        features = self.module.decompressor(self.entries(codes.dense), cells, globals_, codes.grid)
         return self.family.code_logits(features)
 
     def draw_cell(self, hidden: torch.Tensor, globals_: torch.Tensor, sample: Sampler) -> torch.Tensor:
@@ -110,14 +115,15 @@ class Drawing:
             lambda features: sample(self.family.code_logits(features)),
         )
 
-    def expand(self, globals_: torch.Tensor, cells: torch.Tensor, sample: Sampler) -> torch.Tensor:
-        """Dense codes (B, T) in raster order from drawn global codes (B, N_g) and cells (B, T', k)."""
+    def expand(self, globals_: torch.Tensor, cells: torch.Tensor, grid: Grid, sample: Sampler) -> torch.Tensor:
+        """Dense codes (B, T) of a grid, in raster order, from drawn global codes (B, N_g) and cells (B, T', k)."""
         if self.module.in_loop:
-            return cells_to_raster(cells, self.module.stride)
+            return cells_to_raster(cells, self.module.stride, grid)
         return self.module.decompressor.draw(
             self.codebook.to(self.dtype),
             self.entries(cells.squeeze(2)),
             self.entries(globals_),
+            grid,
             lambda features: sample(self.family.code_logits(features)),
         )
 

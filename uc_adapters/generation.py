@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation import ClassifierFreeGuidanceLogitsProcessor, GenerationMode
 
 from .drawing import Drawing, Sampler
 from .errors import InputError, UnsupportedError
-
-DEFAULT_GUIDANCE = 5.0  # as stock Janus, where neither the call nor the generation config sets one
+from .families import Family
+from .hosts import ReadHost
+from .layers import Grid, cells_of
 
 
 def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,34 +25,47 @@ def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[tor
 @torch.no_grad()
 def draw(
     drawing: Drawing,
+    reading: ReadHost,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     pixel_values: torch.Tensor | None = None,
-    generation_config=None,
+    image_sizes: torch.Tensor | None = None,
+    negative_prompt_ids: torch.Tensor | None = None,
+    negative_prompt_attention_mask: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     logits_processor: LogitsProcessorList | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     **kwargs,
 ) -> torch.Tensor:
-    """Draws one image a prompt, as `JanusForConditionalGeneration.generate(generation_mode="image")` does.
+    """Draws one image a prompt: what `UniCompressModel.generate(..., generation_mode="image")` does.
+
+    Only codes are ever sampled: the base's own constraint, where its codes are words among others.
 
     Args:
         drawing: The active adapter's drawing side.
-        input_ids: Prompts (B, L), each ending in the image's begin token (`processor(..., generation_mode="image")`).
+        reading: Its reading side.
+        input_ids: Prompts (B, L), each ending in the image's begin, as the processor prepares prompts to draw.
         attention_mask: (B, L); padding on either side.
-        pixel_values: Images that the prompts contain, to read.
+        pixel_values: Images that the prompts contain, to read. Not where images have any size: those prompts are words.
+        image_sizes: Where images have any size, the rows and columns of each in tokens, (B, 2), as the processor gives them.
+        negative_prompt_ids: What guidance leads away from, (1, L') or (B, L'). Default: the prompt without its words. Where
+            they do not end in an image's begin, the frame of the prompt's own image follows.
+        negative_prompt_attention_mask: (1, L') or (B, L').
         generation_config: Defaults to the base's. `guidance_scale` > 1 draws with classifier-free guidance.
-        logits_processor: Applied to every code's logits, after guidance.
+        logits_processor: Applied to every code's logits (B, K), after guidance.
         generator: Source of randomness for `do_sample=True`; default torch's global one.
         progress: Shows a bar over the steps.
         **kwargs: Fields of the generation config: `do_sample`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
             `num_return_sequences`.
 
     Returns:
-        Dense codes (B * num_return_sequences, T) for the base's `decode_image_tokens`.
+        Tokens of the dense images (B * num_return_sequences, T') for the base's `decode_image_tokens`, as the base itself
+        would have drawn them; images of fewer tokens than the largest are padded on the right.
 
     Raises:
-        InputError: A prompt that is empty or does not end in the image's begin, or an unknown argument.
+        InputError: A prompt that is empty or does not end in the image's begin, a size that the stride does not divide, or an
+            unknown argument.
         UnsupportedError: Beam search, or structured outputs.
     """
     family, base = drawing.family, drawing.family.base
@@ -58,7 +73,8 @@ def draw(
     if unknown:
         raise InputError(
             f"generate(generation_mode='image') got {', '.join(sorted(unknown))}; expected fields of the generation config, "
-            "input_ids, attention_mask, pixel_values, logits_processor, generator or progress. Leave the others out."
+            "input_ids, attention_mask, pixel_values, image_sizes, negative_prompt_ids, negative_prompt_attention_mask, "
+            "logits_processor, generator or progress. Leave the others out: only codes of images are drawn as it is."
         )
     if config.get_generation_mode() not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise UnsupportedError(
@@ -71,39 +87,39 @@ def draw(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     input_ids, attention_mask = left_pad(input_ids, attention_mask)
-    _check_prompts(input_ids, attention_mask, config)
+    _check_prompts(family, input_ids, attention_mask, config)
+    grids = family.prompt_grids(len(input_ids), image_sizes)
+    for grid in set(grids):
+        cells_of(grid, drawing.module.stride)  # raises where the stride does not divide it
     base._prepare_special_tokens(config, True, device=input_ids.device)
-
-    # Prompts: (B, L) -> (B * n, L), doubled where guidance needs the unconditional model too
-    prompts = family.embed_prompt(input_ids, pixel_values, input_ids == family.image_token_id)
-    guidance = DEFAULT_GUIDANCE if config.guidance_scale is None else config.guidance_scale
-    repeats = config.num_return_sequences
-    prompts = prompts.repeat_interleave(repeats, 0)
-    mask = attention_mask.repeat_interleave(repeats, 0)
-    count = len(prompts)
+    guidance = family.default_guidance if config.guidance_scale is None else config.guidance_scale
+    config.guidance_scale = None  # ours is the first processor; a second one must not be made of it
     guided = guidance > 1
-    if guided:
-        blank = family.unconditional(input_ids, config).repeat_interleave(repeats, 0)
-        prompts = torch.cat([prompts, base.get_input_embeddings()(blank)])
-        mask = mask.repeat(2, 1)
-    expanded_ids = input_ids.repeat_interleave(repeats, 0)
 
-    def sampler(guided: bool) -> Sampler:
+    prompts = reading.embed_prompt(input_ids, pixel_values, None, input_ids == family.image_token_id)  # (B, L, D)
+    if guided:
+        negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
+        blank, blank_mask = negative or (family.unconditional(input_ids, config), attention_mask)  # (B, L')
+        blank = base.get_input_embeddings()(blank)
+        length = max(prompts.shape[1], blank.shape[1])
+        prompts, blank = (F.pad(part, (0, 0, length - part.shape[1], 0)) for part in (prompts, blank))
+        attention_mask, blank_mask = (F.pad(part, (length - part.shape[1], 0)) for part in (attention_mask, blank_mask))
+
+    def sampler(ids: torch.Tensor, guided: bool) -> Sampler:
         processors = LogitsProcessorList()
         if guided:
             processors.append(ClassifierFreeGuidanceLogitsProcessor(guidance))
         processors.extend(logits_processor or [])
-        config.guidance_scale = None  # ours is the first processor; a second one must not be made of it
         processors = base._get_logits_processor(
             generation_config=config,
-            input_ids_seq_length=input_ids.shape[1],
-            encoder_input_ids=input_ids,
+            input_ids_seq_length=ids.shape[1],
+            encoder_input_ids=ids,
             logits_processor=processors,
-            device=input_ids.device,
+            device=ids.device,
         )
 
         def sample(logits: torch.Tensor) -> torch.Tensor:
-            scores = processors(expanded_ids, logits.float())  # guided: (2B, K) -> (B, K)
+            scores = processors(ids, logits.float())  # guided: (2B, K) -> (B, K)
             if config.do_sample:
                 codes = torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
             else:
@@ -112,19 +128,32 @@ def draw(
 
         return sample
 
-    globals_, cells = _draw_compact(drawing, prompts, mask, sampler(guided), progress)
-    return drawing.expand(globals_[:count], cells[:count], sampler(False))
+    repeats = config.num_return_sequences
+    tokens: dict[int, torch.Tensor] = {}
+    for grid in dict.fromkeys(grids):  # images of one size are drawn at once
+        rows = torch.tensor([row for row, of_row in enumerate(grids) if of_row == grid]).repeat_interleave(repeats)
+        inputs, mask, ids = prompts[rows], attention_mask[rows], input_ids[rows]
+        if guided:  # twice as many: with the prompt, and with the blank one
+            inputs, mask = torch.cat([inputs, blank[rows]]), torch.cat([mask, blank_mask[rows]])
+        globals_, cells = _draw_compact(drawing, inputs, mask, grid, sampler(ids, guided), progress)
+        codes = drawing.expand(globals_[: len(rows)], cells[: len(rows)], grid, sampler(ids, False))
+        places = [int(row) * repeats + index % repeats for index, row in enumerate(rows)]
+        tokens.update(zip(places, family.to_tokens(codes, grid), strict=True))
+    in_order = [tokens[place] for place in range(len(tokens))]
+    return pad_sequence(in_order, batch_first=True, padding_value=config.pad_token_id or 0)
 
 
 def _draw_compact(
-    drawing: Drawing, prompts: torch.Tensor, mask: torch.Tensor, sample: Sampler, progress: bool
+    drawing: Drawing, prompts: torch.Tensor, mask: torch.Tensor, grid: Grid, sample: Sampler, progress: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The language model's loop: global codes (B, N_g) and cells (B, T', k)."""
     family, module = drawing.family, drawing.module
     cache = DynamicCache(config=family.base.config.get_text_config())
-    cell_count = family.geometry.draw_side**2 // module.stride**2
-    # The whole sequence's mask and positions at once, (B, L + N_g + 1 + T'): padding takes no position
-    mask = F.pad(mask, (0, module.num_global_tokens + 1 + cell_count), value=1)
+    rows, columns = cells_of(grid, module.stride)
+    row_end = None if family.row_end is None else family.row_end.expand(len(prompts), 1, -1)
+    # The whole sequence's mask and positions at once: padding takes no position
+    places = module.num_global_tokens + 1 + rows * (columns if row_end is None else columns + 1)
+    mask = F.pad(mask, (0, places), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     def step(inputs: torch.Tensor) -> torch.Tensor:
@@ -139,7 +168,7 @@ def _draw_compact(
         )
         return output.last_hidden_state[:, -1]
 
-    bar = tqdm(total=module.num_global_tokens + cell_count, desc="draw", disable=not progress)
+    bar = tqdm(total=module.num_global_tokens + rows * columns, desc="draw", disable=not progress)
     inputs = prompts
     globals_ = torch.zeros(len(prompts), 0, dtype=torch.long, device=prompts.device)
     for _ in range(module.num_global_tokens):
@@ -147,26 +176,64 @@ def _draw_compact(
         globals_ = torch.cat([globals_, codes.unsqueeze(1)], 1)
         inputs = family.embed_codes(codes).unsqueeze(1)
         bar.update()
-    # The separator is known: it rides along with the last global token and costs no step.
+    # The separator is known, as a row's end is: it rides along with the token before it and costs no step.
     inputs = torch.cat([inputs, drawing.separator.expand(len(inputs), 1, -1)], 1)
-    cells = []
-    for index in range(cell_count):
+    cells: list[torch.Tensor] = []
+    for index in range(rows * columns):
         if index:
             inputs = drawing.embed_cells(cells[-1].unsqueeze(1))  # (B, 1, k) -> (B, 1, D)
+            if row_end is not None and index % columns == 0:
+                inputs = torch.cat([inputs, row_end], 1)
         cells.append(drawing.draw_cell(step(inputs), globals_, sample))
         bar.update()
     bar.close()
     return globals_, torch.stack(cells, 1)
 
 
-def _check_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, config) -> None:
-    begin = config.generation_kwargs["boi_token_id"]
-    words = attention_mask.bool() & (input_ids != begin) & (input_ids != config.bos_token_id)
+def _negative_prompts(
+    family: Family,
+    input_ids: torch.Tensor,
+    config: GenerationConfig,
+    negative_ids: torch.Tensor | None,
+    negative_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Negative prompts, each in front of its image's frame: ids and mask (B, L'); None where there are none."""
+    if negative_ids is None:
+        return None
+    count = len(input_ids)
+    if negative_ids.ndim != 2 or negative_ids.shape[0] not in (1, count) or negative_ids.shape[1] == 0:
+        raise InputError(
+            f"negative_prompt_ids of shape {tuple(negative_ids.shape)} for {count} prompt(s); expected ({count}, tokens), or "
+            "one row for all."
+        )
+    if negative_mask is None:
+        negative_mask = torch.ones_like(negative_ids)
+    if negative_mask.shape != negative_ids.shape:
+        raise InputError(
+            f"negative_prompt_attention_mask of shape {tuple(negative_mask.shape)}; expected that of negative_prompt_ids, "
+            f"{tuple(negative_ids.shape)}."
+        )
+    begin, framed = family.image_begin(config), family.frame(input_ids, config)
+    rows = []
+    for ids, frame, words, mask in zip(
+        input_ids, framed, negative_ids.expand(count, -1), negative_mask.expand(count, -1), strict=True
+    ):
+        words = words[mask.bool()]
+        behind = frame.flip(0).cumprod(0).flip(0).bool()  # the frame that the prompt ends in: all behind its last word
+        rows.append(words if len(words) and words[-1] == begin else torch.cat([words, ids[behind]]))
+    ids = pad_sequence(rows, batch_first=True, padding_value=config.pad_token_id, padding_side="left")
+    ones = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
+
+
+def _check_prompts(family: Family, input_ids: torch.Tensor, attention_mask: torch.Tensor, config: GenerationConfig) -> None:
+    words = attention_mask.bool() & ~family.frame(input_ids, config)
     empty = (~words.any(1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"Row(s) {empty} hold an empty prompt; expected at least one word before the image's begin.")
+    begin = family.image_begin(config)
     if not bool((input_ids[:, -1] == begin).all()):
         raise InputError(
-            f"A drawing prompt ends in token {input_ids[:, -1].tolist()}; expected the image's begin, {begin}. "
-            "Prepare prompts with processor(text=..., generation_mode='image')."
+            f"A drawing prompt ends in token {input_ids[:, -1].tolist()}; expected the image's begin, {begin}. Prepare prompts "
+            "as the base's own documentation does, with the adapter's processor."
         )

@@ -18,14 +18,14 @@ from .errors import BaseModelError
 
 if TYPE_CHECKING:
     from .config import UniCompressConfig
-    from .families import Janus
+    from .families import Family
 
 SIZE = 16  # numbers a sketch
 SAMPLE = 32  # values of a weight that enter one
 TOLERANCE = 0.01  # rounding to bfloat16 or float16 moves them by less than 0.004, other weights by some tenths
 
 
-def identify(config: UniCompressConfig, family: Janus) -> None:
+def identify(config: UniCompressConfig, family: Family) -> None:
     """Writes into a new adapter's config which base it is for; checks one that was trained against the base it meets.
 
     Raises:
@@ -96,7 +96,7 @@ def is_fingerprint(value: object) -> bool:
     )
 
 
-def _fingerprint(family: Janus) -> dict[str, list[float] | None]:
+def _fingerprint(family: Family) -> dict[str, list[float] | None]:
     """Sketches of the codebook and of the first values of every weight; None where they are quantised or not loaded."""
     weights = {
         name.replace(".base_layer", ""): parameter for name, parameter in family.base.named_parameters() if "lora_" not in name

@@ -8,6 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from .drawing import Drawing
+from .hosts import ReadHost
 
 
 @dataclass
@@ -30,12 +31,15 @@ class JointOutput(ModelOutput):
 
 
 def joint_loss(
-    drawing: Drawing,
+    reading: ReadHost,
+    drawing: Drawing | None,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     *,
     pixel_values: torch.Tensor | None,
+    image_sizes: torch.Tensor | None,
     drawn_pixel_values: torch.Tensor | None,
+    drawn_image_sizes: torch.Tensor | None,
     drawn_mask: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -45,16 +49,20 @@ def joint_loss(
 
     Args: as those of `UniCompressModel.forward`, checked there.
     """
-    family = drawing.family
+    family = reading.family
     if drawn_mask is None:
         drawn_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     read_mask = (input_ids == family.image_token_id) & ~drawn_mask
-    embeddings = family.embed_prompt(input_ids, pixel_values, read_mask)  # (B, L, D)
-    codes = None
+    embeddings = reading.embed_prompt(input_ids, pixel_values, image_sizes, read_mask)  # (B, L, D)
+    batches = []  # images of one size each, with their rows in drawn_pixel_values
     if drawn_pixel_values is not None:
-        codes = drawing.compress(drawn_pixel_values)
-        places = drawing.embed(codes).to(embeddings.dtype)  # (M, N_g + 1 + T', D)
-        embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), places)
+        by_size = family.by_size(drawn_pixel_values, drawn_image_sizes)
+        batches = [(rows, drawing.compress(pixels)) for rows, pixels, _ in by_size]
+        places = {}
+        for rows, codes in batches:
+            places.update(zip(rows, drawing.embed(codes), strict=True))  # (N_g + 1 + T', D) each
+        places = [places[row] for row in range(len(places))]
+        embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), torch.cat(places).to(embeddings.dtype))
     hidden = family.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state[:, :-1]  # (B, L - 1, D): position t predicts t + 1
@@ -63,10 +71,14 @@ def joint_loss(
     text = label_mask & ~drawn
     scores = _score_text(family.text_logits(hidden[text]), targets[text])
     fields = [torch.zeros(targets.shape, device=hidden.device).masked_scatter(text, score) for score in scores]
-    if codes is not None:
-        before = hidden[drawn].unflatten(0, (len(codes.dense), -1))  # (M, N_g + 1 + T', D)
-        drawn_scores = drawing.score(before, codes)
-        parts = (drawn_scores.log_probs, drawn_scores.entropy, drawn_scores.accuracy)
+    if batches:
+        before = hidden[drawn].split([len(place) for place in places])  # M times (N_g + 1 + T', D)
+        drawn_scores = {}
+        for rows, codes in batches:
+            scored = drawing.score(torch.stack([before[row] for row in rows]), codes)
+            parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy])  # (3, n, N_g + 1 + T')
+            drawn_scores.update(zip(rows, parts.unbind(1), strict=True))
+        parts = torch.cat([drawn_scores[row] for row in range(len(drawn_scores))], 1)  # (3, places of all images)
         fields = [field.masked_scatter(drawn, part) * label_mask for field, part in zip(fields, parts, strict=True)]
     log_probs, entropy, is_top1 = fields
     count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

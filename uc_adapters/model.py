@@ -7,15 +7,17 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from transformers import ProcessorMixin
 
 from .config import UniCompressConfig
 from .drawing import Drawing
 from .errors import InputError, UnsupportedError
-from .families import Janus, family_of
+from .families import Family, family_of
 from .generation import draw, left_pad
+from .hosts import ReadHost, UniCompressLayer
 from .hub.model import SharedModel, refuse_carrier
 from .joint_loss import joint_loss
-from .tuner import DrawLayer, UniCompressLayer
+from .layers import Grid
 
 
 class UniCompressModel(SharedModel):
@@ -26,26 +28,47 @@ class UniCompressModel(SharedModel):
     """
 
     @cached_property
-    def family(self) -> Janus:
+    def family(self) -> Family:
         """The base's family."""
         return family_of(self.get_base_model())
 
     @property
+    def reading(self) -> ReadHost:
+        """The host of the reading side."""
+        return self.get_base_model().get_submodule(self.family.module_names["read"])
+
+    @property
     def drawing(self) -> Drawing | None:
-        """The active adapter's drawing side; None while disabled.
+        """The active adapter's drawing side; None while disabled, or where the base cannot draw.
 
         Raises:
             UnsupportedError: Two adapters are active.
         """
-        host: DrawLayer = self.get_base_model().get_submodule(self.family.roles["draw"])
+        if self.family.why_no_drawing is not None:
+            return None
+        host: UniCompressLayer = self.get_base_model().get_submodule(self.family.module_names["draw"])
         module = host.active_module()
         return None if module is None else Drawing(self.family, module)
 
     @property
-    def num_image_tokens(self) -> int:
-        """Placeholders of one image to read: N_g + 1 + T / s^2, or the base's T while disabled."""
-        side = self.family.geometry.read_side
-        return side**2 if self.drawing is None else self.active_peft_config.num_image_tokens(side)
+    def num_image_tokens(self) -> int | None:
+        """Placeholders of one image to read: N_g + 1 + T / s^2, or the base's T while disabled.
+
+        None where images have any size: those of one of H x W dense tokens are `active_peft_config.num_image_tokens((H, W))`.
+        """
+        geometry = self.family.geometry
+        return None if geometry.image_size is None else self._placeholders((geometry.read_side, geometry.read_side))
+
+    def _placeholders(self, grid: Grid) -> int:
+        """Placeholders of one image, while enabled or disabled."""
+        if self.reading.active_module() is None:
+            return self.family.dense_placeholders(grid)
+        return self.active_peft_config.num_image_tokens(grid)
+
+    def compact_processor(self, processor: ProcessorMixin) -> ProcessorMixin:
+        """A copy of the base's processor that writes the active adapter's placeholders; `save_pretrained` saves such a one."""
+        config = self.active_peft_config
+        return self.family.compact_processor(processor, config.stride, config.num_global_tokens)
 
     def train_only(self, part: str) -> None:
         """Chooses what of the active adapter trains, as the paper's two stages do (section 3).
@@ -75,8 +98,10 @@ class UniCompressModel(SharedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         *,
+        image_sizes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         drawn_pixel_values: torch.Tensor | None = None,
+        drawn_image_sizes: torch.Tensor | None = None,
         drawn_mask: torch.Tensor | None = None,
         fused_lm_head: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -85,12 +110,14 @@ class UniCompressModel(SharedModel):
         """The base's forward; with images to draw, or from a TRL trainer, the joint loss over text and drawn codes.
 
         Args:
-            input_ids: (B, L), with `num_image_tokens` placeholders an image, to read or to draw.
-            pixel_values: Images to read, (N, 3, S, S), in the order of their placeholders.
+            input_ids: (B, L), with the adapter's placeholders for every image, to read or to draw.
+            pixel_values: Images to read, (N, 3, H, W), in the order of their placeholders.
             attention_mask: (B, L).
             position_ids: (B, L).
+            image_sizes: (N, 2), height and width in pixels, where the base's images have any size.
             labels: (B, L), -100 where nothing is to learn. At a drawn image, any other value marks its places.
-            drawn_pixel_values: Images to draw, (M, 3, S, S), in the order of their placeholders.
+            drawn_pixel_values: Images to draw, (M, 3, H, W), in the order of their placeholders.
+            drawn_image_sizes: (M, 2), likewise.
             drawn_mask: (B, L), True at the places of drawn images.
             fused_lm_head: TRL's request for per-token scores instead of logits.
             num_items_in_batch: What the summed loss is divided by; default the number of labelled positions.
@@ -100,17 +127,21 @@ class UniCompressModel(SharedModel):
             The base's output, or a `JointOutput`.
 
         Raises:
-            InputError: Placeholders and images disagree, pixels are of the wrong shape, or images are to be drawn by a
-                disabled adapter.
+            InputError: Placeholders and images disagree, pixels are of the wrong shape, the stride does not divide an image's
+                grid, or images are to be drawn by a disabled adapter.
+            UnsupportedError: Images are to be drawn by a base that cannot draw.
         """
         _refuse_mixed_batch(kwargs)
-        self._check_inputs(input_ids, pixel_values, drawn_pixel_values, drawn_mask)
-        drawing = self.drawing
-        if drawn_pixel_values is None and (not fused_lm_head or drawing is None):
+        read, drawn = (pixel_values, image_sizes), (drawn_pixel_values, drawn_image_sizes)
+        self._check_inputs(input_ids, read, drawn, drawn_mask)
+        enabled = self.reading.active_module() is not None
+        if drawn_pixel_values is None and not (fused_lm_head and enabled):
             if fused_lm_head:
                 kwargs["fused_lm_head"] = True
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
+            if image_sizes is not None:
+                kwargs["image_sizes"] = image_sizes
             return super().forward(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
@@ -119,18 +150,21 @@ class UniCompressModel(SharedModel):
                 labels=labels,
                 **kwargs,
             )
-        if drawing is None:
+        if not enabled:
             raise InputError("drawn_pixel_values with the adapter disabled; expected an enabled one: only it draws compactly.")
         if labels is None:
             raise InputError(
                 "labels=None with images to draw; expected labels: this forward scores them. See UniCompressCollator."
             )
         return joint_loss(
-            drawing,
+            self.reading,
+            self.drawing,
             input_ids,
             labels,
             pixel_values=pixel_values,
+            image_sizes=image_sizes,
             drawn_pixel_values=drawn_pixel_values,
+            drawn_image_sizes=drawn_image_sizes,
             drawn_mask=drawn_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -138,56 +172,91 @@ class UniCompressModel(SharedModel):
         )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
-        """The base's `generate`; `generation_mode="image"` draws compactly and returns dense tokens (B, T).
+        """The base's `generate`; `generation_mode="image"` draws compactly and returns the base's own dense tokens.
 
         Text: everything that the base takes. Images: see `uc_adapters.generation.draw`. With the adapter disabled, both
         are the base's, token for token.
 
         Raises:
-            InputError: An empty batch or prompt, or placeholders that do not fit the images.
-            UnsupportedError: Beam search for drawing, or two active adapters.
+            InputError: An empty batch or prompt, placeholders that do not fit the images, or a prompt to draw without
+                `generation_mode="image"`.
+            UnsupportedError: Beam search for drawing, two active adapters, or drawing with a base that cannot.
         """
         _refuse_mixed_batch(kwargs)
-        drawing = self.drawing
-        if drawing is None:
-            self._check_inputs(args[0] if args else kwargs.get("input_ids"), kwargs.get("pixel_values"), None, None)
+        to_draw = kwargs.get("generation_mode") == "image"
+        if to_draw:
+            self._check_draws()
+        read = kwargs.get("pixel_values"), kwargs.get("image_sizes")
+        if self.reading.active_module() is None:
+            self._check_inputs(args[0] if args else kwargs.get("input_ids"), read)
             return super().generate(*args, **kwargs)
-        if kwargs.get("inputs_embeds") is not None and kwargs.get("generation_mode") != "image":
+        if kwargs.get("inputs_embeds") is not None and not to_draw:
             return super().generate(*args, **kwargs)
         input_ids = args[0] if args else kwargs.pop("input_ids", kwargs.pop("inputs", None))
         if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
             shape = None if input_ids is None else tuple(input_ids.shape)
             raise InputError(f"input_ids of shape {shape}; expected (batch, tokens), neither of them empty.")
-        self._check_inputs(input_ids, kwargs.get("pixel_values"), None, None)
-        if kwargs.get("generation_mode") == "image":
+        if to_draw:
             kwargs.pop("generation_mode")
-            return draw(drawing, input_ids, **kwargs)
+            self._check_inputs(input_ids, (kwargs.get("pixel_values"), None))
+            return draw(self.drawing, self.reading, input_ids, **kwargs)
+        self._check_inputs(input_ids, read)
         kwargs.pop("generator", None)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
-        return super().generate(input_ids, **kwargs)
+        self._check_no_drawing_prompt(input_ids)
+        return super().generate(input_ids, **self.reading.encode_for_generate(kwargs))
 
-    def _check_inputs(self, input_ids, pixel_values, drawn_pixel_values, drawn_mask) -> None:
-        family = self.family
-        for pixels in (pixel_values, drawn_pixel_values):
-            if pixels is not None:
-                family.check_pixels(pixels)
-        if input_ids is None or (pixel_values is None and drawn_pixel_values is None):
-            return
-        expected = self.num_image_tokens
-        images = sum(len(pixels) for pixels in (pixel_values, drawn_pixel_values) if pixels is not None)
-        placeholders = int((input_ids == family.image_token_id).sum())
-        if placeholders != images * expected:
-            state = "disabled" if self.drawing is None else "enabled"
-            raise InputError(
-                f"{placeholders} image placeholders for {images} image(s); with the adapter {state}, expected {expected} an "
-                f"image. Use the processor saved with the {'base' if state == 'disabled' else 'adapter'}: "
-                f"AutoProcessor.from_pretrained(...), or set processor.num_image_tokens = {expected}."
+    def _check_draws(self) -> None:
+        if self.family.why_no_drawing is not None:
+            raise UnsupportedError(
+                f"A {self.family.geometry.model_type} base cannot draw: {self.family.why_no_drawing}. It reads; draw with "
+                "a base of another family."
             )
-        drawn = 0 if drawn_mask is None else int(drawn_mask.sum())
-        if drawn != (0 if drawn_pixel_values is None else len(drawn_pixel_values) * expected):
+
+    def _check_no_drawing_prompt(self, input_ids: torch.Tensor) -> None:
+        # Where images are words, the base's own generate would draw without being told to: dense words, with a model for cells
+        if not self.family.codes_are_words or self.family.why_no_drawing is not None:
+            return
+        begin = self.family.image_begin(self.generation_config)
+        if bool((input_ids[:, -1] == begin).any()):
             raise InputError(
-                f"drawn_mask marks {drawn} places; expected {expected} for each image of drawn_pixel_values. "
+                f"A prompt ends in token {begin}, an image's begin, without generation_mode; expected generate(..., "
+                "generation_mode='image'), which draws compactly."
+            )
+
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        read: tuple[torch.Tensor | None, torch.Tensor | None],
+        drawn: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        drawn_mask: torch.Tensor | None = None,
+    ) -> None:
+        """Images to read and to draw, each as pixels and sizes, against the placeholders."""
+        family = self.family
+        for pixels, sizes in (read, drawn):
+            if pixels is not None:
+                family.check_pixels(pixels, sizes)
+        if drawn[0] is not None:
+            self._check_draws()
+        if input_ids is None or (read[0] is None and drawn[0] is None):
+            return
+        of_read = [] if read[0] is None else [self._placeholders(family.read_grid(size)) for size in family.sizes(*read)]
+        of_drawn = [] if drawn[0] is None else [self._placeholders(family.draw_grid(size)) for size in family.sizes(*drawn)]
+        placeholders = int((input_ids == family.image_token_id).sum())
+        if placeholders != sum(of_read) + sum(of_drawn):
+            enabled = self.reading.active_module() is not None
+            counts = ", ".join(map(str, dict.fromkeys([*of_read, *of_drawn])))
+            raise InputError(
+                f"{placeholders} image placeholders for {len(of_read) + len(of_drawn)} image(s); with the adapter "
+                f"{'enabled' if enabled else 'disabled'}, expected {counts} an image. Use the processor saved with the "
+                f"{'adapter' if enabled else 'base'}: AutoProcessor.from_pretrained(...); a new adapter's is "
+                "model.compact_processor(processor)."
+            )
+        marked = 0 if drawn_mask is None else int(drawn_mask.sum())
+        if marked != sum(of_drawn):
+            raise InputError(
+                f"drawn_mask marks {marked} places; expected {sum(of_drawn)} for the images of drawn_pixel_values. "
                 "Build batches with UniCompressCollator."
             )
 

@@ -2,88 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .compression import DrawCompressor, ReadCompressor
 from .config import UniCompressConfig
 from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError, UnsupportedError
-from .families import Geometry, family_of
+from .families import Family, Geometry, family_of
+from .hosts import CONTAINER, UniCompressLayer, host_classes
 from .identity import identify
-
-CONTAINER = "lora_uc"  # transformers' load_adapter inserts adapter names behind one prefix a method: "lora_"
-
-
-class UniCompressLayer(nn.Module, BaseTunerLayer):
-    """A host: the base's own module, and the compression modules of each adapter beside it."""
-
-    adapter_layer_names = (CONTAINER,)
-    module_class: type[nn.Module]
-
-    def __init__(self, base_layer: nn.Module):
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_uc = nn.ModuleDict()
-
-    def add_adapter(self, adapter_name: str, module: nn.Module) -> None:
-        """Adds an adapter's module on the base layer's device and in its dtype."""
-        self.lora_uc[adapter_name] = module
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def active_module(self) -> nn.Module | None:
-        """The active adapter's module; None while disabled, or where no adapter is left.
-
-        Raises:
-            UnsupportedError: Two adapters are active.
-        """
-        names = [name for name in self.active_adapters if name in self.lora_uc]
-        if self.disable_adapters or not names:
-            return None
-        if len(names) > 1:
-            raise UnsupportedError(
-                f"Adapters {', '.join(map(repr, names))} are active at once; an image has one compact form, so expected "
-                f"one. Choose with model.set_adapter({names[0]!r})."
-            )
-        return self.lora_uc[names[0]]
-
-    @abstractmethod
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor: ...
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        parameter = next(base_layer.parameters())  # hosts are containers: PEFT would look for their `.weight`
-        return parameter.device, parameter.dtype
-
-
-class ReadLayer(UniCompressLayer):
-    """Host of the aligner: compresses the features that go in."""
-
-    module_class = ReadCompressor
-
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        module = self.active_module()
-        if module is not None:
-            x = module(x.to(module.separator.dtype)).to(x.dtype)  # (B, T, C) -> (B, N_g + 1 + T', C)
-        return self.base_layer(x, *args, **kwargs)
-
-
-class DrawLayer(UniCompressLayer):
-    """Host of the generation head: carries the drawing side. The drawing loop calls the base layer itself."""
-
-    module_class = DrawCompressor
-
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if self.active_module() is not None:
-            raise UnsupportedError(
-                "The base's own drawing loop would draw dense tokens with a model tuned for compact ones. Draw with a "
-                "UniCompressModel: UniCompressModel.from_pretrained(base, adapter).generate(..., "
-                "generation_mode='image')."
-            )
-        return self.base_layer(x, *args, **kwargs)
 
 
 class UniCompressTuner(LoraModel):
@@ -91,7 +20,6 @@ class UniCompressTuner(LoraModel):
 
     prefix = "lora_"
     tuner_layer_cls = BaseTunerLayer
-    host_classes = {"read": ReadLayer, "draw": DrawLayer}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Checks that the base can carry the adapter and records what it is made for, then lets PEFT inject.
@@ -104,7 +32,7 @@ class UniCompressTuner(LoraModel):
         family = family_of(model)
         config = self.peft_config[adapter_name]
         _check_grid(config, family.geometry)
-        _check_names(adapter_name, list(self.peft_config), model, config, family.geometry)
+        _check_names(adapter_name, list(self.peft_config), model, config, family)
         identify(config, family)
         if config.target_modules is None:
             config.target_modules = set(family.target_modules)
@@ -112,11 +40,16 @@ class UniCompressTuner(LoraModel):
         self._check_targets(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
+    @property
+    def _hosts(self) -> dict[str, type[UniCompressLayer]]:
+        """The host of each module that gets one, by the module's path."""
+        return {self._family.module_names[role]: host for role, host in host_classes(self._family).items()}
+
     def _check_targets(self, config: UniCompressConfig, model: nn.Module) -> None:
         # The hosts always match, so PEFT's own "no target module found" would never be raised.
         if not config.target_modules or config.target_modules == "all-linear":
             return
-        language_model = self._family.roles["language model"] + "."
+        language_model = self._family.module_names["language model"] + "."
         names = (name for name, _ in model.named_modules() if name.startswith(language_model))
         if not any(self._check_target_module_exists(config, name) for name in names):
             raise ConfigError(
@@ -129,20 +62,19 @@ class UniCompressTuner(LoraModel):
 
     def _check_target_module_exists(self, peft_config: UniCompressConfig, key: str):
         """A host, or a module of the language model that LoRA targets: never one of the vision tower's or the VQ's."""
-        roles = self._family.roles
-        if key in (roles["read"], roles["draw"]):
+        if key in self._hosts:
             return True
-        if not key.startswith(roles["language model"] + ".") or not peft_config.target_modules:
+        if not key.startswith(self._family.module_names["language model"] + ".") or not peft_config.target_modules:
             return False
         return LoraModel._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
-        role = next((role for role in self.host_classes if self._family.roles[role] == current_key), None)
-        if role is None:
+        host = self._hosts.get(current_key)
+        if host is None:
             super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
         if not isinstance(target, UniCompressLayer):
-            target = self.host_classes[role](target)
+            target = host(target, self._family)
             setattr(parent, target_name, target)
         target.add_adapter(adapter_name, target.module_class(config, self._family.geometry))
         if adapter_name not in self.active_adapters:
@@ -222,16 +154,17 @@ def detach(base: nn.Module) -> None:
 def uncover(base: nn.Module, name: str, layer: BaseTunerLayer) -> None:
     """Puts the base's own module back where a tuner layer stands around it."""
     parent, _, child = name.rpartition(".")
-    setattr(base.get_submodule(parent), child, layer.get_base_layer())
+    ours = isinstance(layer, UniCompressLayer)
+    setattr(base.get_submodule(parent), child, layer.unload_and_optionally_merge_module() if ours else layer.get_base_layer())
 
 
-def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompressConfig, geometry: Geometry) -> None:
+def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompressConfig, family: Family) -> None:
     """PEFT finds an adapter's keys by its name as a path segment, so a module of that name would be mistaken for it.
 
     The older adapters' names are checked too: the new adapter may bring modules that one of them is named after.
     """
     with torch.device("meta"):
-        modules = [host.module_class(config, geometry) for host in UniCompressTuner.host_classes.values()]
+        modules = [host.module_class(config, family.geometry) for host in host_classes(family).values()]
     taken = _path_segments(model) - (set(names) - {new})  # less the older adapters' own containers
     taken = taken.union(*map(_path_segments, modules), {"base_layer", "base_model", CONTAINER, "lora_A", "lora_B"})
     bad = [name for name in names if not name or "." in name or name in "lora_" or name in taken]
@@ -247,6 +180,8 @@ def _path_segments(module: nn.Module) -> set[str]:
 
 
 def _check_grid(config: UniCompressConfig, geometry: Geometry) -> None:
+    if geometry.image_size is None:
+        return  # images have any size: the processor gives them one that the stride divides
     for side in {geometry.read_side, geometry.draw_side}:
         if side % config.stride:
             legal = [s for s in range(1, side + 1) if side % s == 0]

@@ -1,21 +1,21 @@
-"""The base families. A family tells which module plays which role, and how codes map to embeddings and back.
-
-To add one: a short file like `janus.py` with a class of the same attributes and methods, and a line in `FAMILIES`.
-"""
+"""The base families: `family.py` is the contract, every other file one family. CONTRIBUTING.md tells how to add one."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from ..errors import BaseModelError
-from .janus import Geometry, Janus
+from .chameleon import Chameleon
+from .emu3 import Emu3
+from .family import Family, Geometry, Size
+from .janus import Janus
 
-FAMILIES = {"janus": Janus}
+FAMILIES: dict[str, type[Family]] = {"janus": Janus, "emu3": Emu3, "chameleon": Chameleon}  # by the config's model_type
 
-__all__ = ["FAMILIES", "Geometry", "Janus", "family_of"]
+__all__ = ["FAMILIES", "Family", "Geometry", "Size", "family_of"]
 
 
-def family_of(base: nn.Module) -> Janus:
+def family_of(base: nn.Module) -> Family:
     """The family of a base model, by its config's `model_type`.
 
     Raises:
@@ -29,7 +29,7 @@ def family_of(base: nn.Module) -> Janus:
         )
     family = FAMILIES[model_type]
     names = dict(base.named_modules())
-    missing = [name for name in family.roles.values() if name not in names]
+    missing = [name for name in family.module_names.values() if name not in names]
     if missing:
         raise BaseModelError(
             f"{type(base).__name__} lacks {', '.join(missing)}, expected of the family {model_type!r}. "

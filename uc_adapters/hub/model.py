@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 import tempfile
@@ -266,10 +265,8 @@ class SharedModel(PeftModel):
                 processor = AutoProcessor.from_pretrained(name, revision=commit, local_files_only=True)
         if processor is None:
             return None
-        processor = copy.deepcopy(processor)
-        side = family_of(self.get_base_model()).geometry.read_side
-        processor.num_image_tokens = self.peft_config[adapter_name].num_image_tokens(side)
-        return processor
+        config = self.peft_config[adapter_name]
+        return family_of(self.get_base_model()).compact_processor(processor, config.stride, config.num_global_tokens)
 
 
 def refuse_carrier(base: nn.Module) -> None:

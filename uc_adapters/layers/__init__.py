@@ -1,10 +1,10 @@
 """Pure tensor modules of the method: nothing here knows Hugging Face, PEFT or any base model.
 
-Letters in shape comments: B batch, T dense tokens, T' = T / s^2 compact cells, s stride, N_g global tokens,
-K codes of the base's codebook, C their dimension, D width of the language model, W width of the decompressor.
+Letters in shape comments: B batch, T = H * W dense tokens, T' = T / s^2 compact cells, s stride, N_g global tokens, K codes
+of the base's codebook, C their dimension, D width of the language model; W also the width of the decompressor.
 """
 
-from .compressor import average_pool, cells_to_raster, raster_to_cells
+from .compressor import Grid, average_pool, cells_of, cells_to_raster, raster_to_cells
 from .decompressor import CellDecompressor, PhaseDecompressor, RasterDecompressor
 from .extractor import GlobalExtractor
 from .quantiser import nearest_codes, straight_through, unit
@@ -12,9 +12,11 @@ from .quantiser import nearest_codes, straight_through, unit
 __all__ = [
     "CellDecompressor",
     "GlobalExtractor",
+    "Grid",
     "PhaseDecompressor",
     "RasterDecompressor",
     "average_pool",
+    "cells_of",
     "cells_to_raster",
     "nearest_codes",
     "raster_to_cells",

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import InputError
 
-def raster_to_cells(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """Groups a square raster (B, T, ...) by window: (B, T', s^2, ...), cells and sub-positions in raster order."""
-    side = round(x.shape[1] ** 0.5)
-    x = x.unflatten(1, (side // stride, stride, side // stride, stride))  # (B, H/s, s, W/s, s, ...)
+# Rows and columns of an image's tokens
+Grid = tuple[int, int]
+
+
+def cells_of(grid: Grid, stride: int) -> Grid:
+    """The compact grid of a dense one.
+
+    Raises:
+        InputError: The stride does not divide it.
+    """
+    rows, columns = grid
+    if rows % stride or columns % stride:
+        raise InputError(
+            f"An image of {rows} x {columns} tokens; expected rows and columns that stride {stride} divides. Prepare images "
+            "and prompts with the adapter's processor, AutoProcessor.from_pretrained(adapter): it sizes them so."
+        )
+    return rows // stride, columns // stride
+
+
+def raster_to_cells(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
+    """Groups a raster (B, T, ...) of T = H * W by window: (B, T', s^2, ...), cells and sub-positions in raster order."""
+    rows, columns = cells_of(grid, stride)
+    x = x.unflatten(1, (rows, stride, columns, stride))  # (B, H/s, s, W/s, s, ...)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, H/s * W/s, s * s, ...)
 
 
-def cells_to_raster(x: torch.Tensor, stride: int) -> torch.Tensor:
+def cells_to_raster(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
     """The inverse of `raster_to_cells`: (B, T', s^2, ...) -> (B, T, ...)."""
-    side = round(x.shape[1] ** 0.5)
-    x = x.unflatten(2, (stride, stride)).unflatten(1, (side, side))  # (B, H/s, W/s, s, s, ...)
+    x = x.unflatten(2, (stride, stride)).unflatten(1, cells_of(grid, stride))  # (B, H/s, W/s, s, s, ...)
     return x.transpose(2, 3).flatten(1, 4)  # (B, H * W, ...)
 
 
-def average_pool(x: torch.Tensor, stride: int) -> torch.Tensor:
+def average_pool(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
     """X_cont = AvgPool(X, s): (B, T, d) -> (B, T', d)."""
-    return raster_to_cells(x, stride).mean(2)
+    return raster_to_cells(x, stride, grid).mean(2)

@@ -12,13 +12,15 @@ generation head turns it into logits, so no new K-wide matrix is learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .attention import Attention
-from .compressor import cells_to_raster, raster_to_cells
+from .compressor import Grid, cells_of, cells_to_raster, raster_to_cells
+from .positions import stretch
 
 # features (B, D) -> codes (B,)
 PickCodes = Callable[[torch.Tensor], torch.Tensor]
@@ -46,20 +48,18 @@ class DecoderLayer(nn.Module):
 
 
 class BlockDecoder(nn.Module):
-    """A transformer decoder over codes in a fixed order, `block` of them a step.
+    """A transformer decoder over codes in a fixed order, a block of them a step.
 
     Args:
-        length: Codes in the sequence.
-        block: Codes drawn at once; it divides `length`.
+        length: Learned positions.
         code_width: C, the codebook's dimension.
         width: W.
         out_width: D.
         layers: Number of layers.
     """
 
-    def __init__(self, length: int, block: int, code_width: int, width: int, out_width: int, layers: int):
+    def __init__(self, length: int, code_width: int, width: int, out_width: int, layers: int):
         super().__init__()
-        self.length, self.block = length, block
         self.start = nn.Parameter(torch.randn(width) * 0.02)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         self.code_in = nn.Linear(code_width, width)
@@ -67,33 +67,47 @@ class BlockDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, out_width)
 
-    def forward(self, entries: torch.Tensor, condition: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, entries: torch.Tensor, positions: torch.Tensor, condition: torch.Tensor, memory: torch.Tensor, block: int
+    ) -> torch.Tensor:
         """Teacher forcing.
 
         Args:
             entries: The codebook entries of the true codes, in the order, (B, L, C).
+            positions: Where each code stands, (L, W): `self.positions`, or those stretched.
             condition: What each position knows of its cell, (B, L, W).
             memory: (B, M, W).
+            block: Codes drawn at once; it divides L.
 
         Returns:
             Features of every position, (B, L, D).
         """
-        before = self.code_in(entries[:, : -self.block])  # (B, L - block, W)
-        start = self.start.expand(len(entries), self.block, -1)
-        x = torch.cat([start, before], 1) + self.positions + condition
-        steps = torch.arange(self.length, device=x.device) // self.block
+        before = self.code_in(entries[:, :-block])  # (B, L - block, W)
+        start = self.start.expand(len(entries), block, -1)
+        x = torch.cat([start, before], 1) + positions + condition
+        steps = torch.arange(len(positions), device=x.device) // block
         mask = steps[:, None] >= steps[None, :]  # block-causal, (L, L)
         for layer in self.layers:
             x, _ = layer(x, layer.cross_attention.keys_values(memory), mask=mask)
         return self.out(self.norm(x))
 
-    def draw(self, codebook: torch.Tensor, condition: torch.Tensor, memory: torch.Tensor, pick: PickCodes) -> torch.Tensor:
+    def draw(
+        self,
+        codebook: torch.Tensor,
+        positions: torch.Tensor,
+        condition: torch.Tensor,
+        memory: torch.Tensor,
+        block: int,
+        pick: PickCodes,
+    ) -> torch.Tensor:
         """Draws all codes, `block` a step, with cached keys and values.
 
         Args:
-            codebook: Unit-norm entries, (K, C).
+            codebook: Entries, (K, C).
+            positions: (L, W).
             condition: (B, L, W).
             memory: (B, M, W).
+            block: As in `forward`.
             pick: Turns features (B * block, D) into codes (B * block,).
 
         Returns:
@@ -101,11 +115,11 @@ class BlockDecoder(nn.Module):
         """
         memories = [layer.cross_attention.keys_values(memory) for layer in self.layers]
         pasts: list = [None] * len(self.layers)
-        before = self.start.expand(len(condition), self.block, -1)
+        before = self.start.expand(len(condition), block, -1)
         drawn = []
-        for first in range(0, self.length, self.block):
-            here = slice(first, first + self.block)
-            x = before + self.positions[here] + condition[:, here]
+        for first in range(0, len(positions), block):
+            here = slice(first, first + block)
+            x = before + positions[here] + condition[:, here]
             for index, layer in enumerate(self.layers):
                 x, pasts[index] = layer(x, memories[index], pasts[index])
             features = self.out(self.norm(x))  # (B, block, D)
@@ -116,69 +130,96 @@ class BlockDecoder(nn.Module):
 
 
 class CompactDecompressor(nn.Module):
-    """Dense codes from compact *codes*, after the language model's loop: what raster and phase share."""
+    """Dense codes from compact *codes*, after the language model's loop: what raster and phase share.
 
-    def __init__(self, stride: int, num_dense: int, block: int, code_width: int, width: int, out_width: int, layers: int):
+    Args:
+        stride: s.
+        side: Of the square grid of dense codes that the positions are learned on.
+        code_width: C.
+        width: W.
+        out_width: D.
+        layers: Number of layers.
+    """
+
+    def __init__(self, stride: int, side: int, code_width: int, width: int, out_width: int, layers: int):
         super().__init__()
-        self.stride = stride
+        self.stride, self.side = stride, side
         self.cell_in = nn.Linear(code_width, width)
-        self.cell_positions = nn.Parameter(torch.randn(num_dense // stride**2, width) * 0.02)
+        self.cell_positions = nn.Parameter(torch.randn((side // stride) ** 2, width) * 0.02)
         self.global_in = nn.Linear(code_width, width)
-        self.decoder = BlockDecoder(num_dense, block, code_width, width, out_width, layers)
+        self.decoder = BlockDecoder(side**2, code_width, width, out_width, layers)
 
-    def order(self, x: torch.Tensor) -> torch.Tensor:
+    def block(self, grid: Grid) -> int:
+        """Codes drawn at once."""
+        raise NotImplementedError
+
+    def positions(self, grid: Grid) -> torch.Tensor:
+        """The decoder's positions on a grid, in the order of drawing, (T, W)."""
+        raise NotImplementedError
+
+    def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         """From raster (B, T, ...) to the order of drawing."""
         raise NotImplementedError
 
-    def unorder(self, x: torch.Tensor) -> torch.Tensor:
+    def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The inverse of `order`."""
         raise NotImplementedError
 
-    def forward(self, entries: torch.Tensor, cells: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
+    def forward(self, entries: torch.Tensor, cells: torch.Tensor, globals_: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Teacher forcing: entries of the true codes (B, T, C) -> features (B, T, D), both in raster order.
 
         cells are the compact entries X_deq (B, T', C), globals_ is G_hat (B, N_g, C).
         """
-        condition, memory = self._read(cells, globals_)
-        return self.unorder(self.decoder(self.order(entries), condition, memory))
+        condition, memory = self._read(cells, globals_, grid)
+        ordered = self.order(entries, grid)
+        return self.unorder(self.decoder(ordered, self.positions(grid), condition, memory, self.block(grid)), grid)
 
-    def draw(self, codebook: torch.Tensor, cells: torch.Tensor, globals_: torch.Tensor, pick: PickCodes):
+    def draw(self, codebook: torch.Tensor, cells: torch.Tensor, globals_: torch.Tensor, grid: Grid, pick: PickCodes):
         """Draws the dense codes (B, T) in raster order."""
-        condition, memory = self._read(cells, globals_)
-        return self.unorder(self.decoder.draw(codebook, condition, memory, pick))
+        condition, memory = self._read(cells, globals_, grid)
+        return self.unorder(self.decoder.draw(codebook, self.positions(grid), condition, memory, self.block(grid), pick), grid)
 
-    def _read(self, cells: torch.Tensor, globals_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        compact = self.cell_in(cells) + self.cell_positions  # (B, T', W)
+    def _read(self, cells: torch.Tensor, globals_: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = stretch(self.cell_positions, self.side // self.stride, cells_of(grid, self.stride))
+        compact = self.cell_in(cells) + positions  # (B, T', W)
         spread = compact.unsqueeze(2).expand(-1, -1, self.stride**2, -1)  # (B, T', s^2, W)
-        condition = self.order(cells_to_raster(spread, self.stride))  # (B, T, W)
+        condition = self.order(cells_to_raster(spread, self.stride, grid), grid)  # (B, T, W)
         return condition, torch.cat([compact, self.global_in(globals_)], 1)
 
 
 class RasterDecompressor(CompactDecompressor):
     """T steps of one token, as in the paper."""
 
-    def __init__(self, stride: int, num_dense: int, code_width: int, width: int, out_width: int, layers: int):
-        super().__init__(stride, num_dense, 1, code_width, width, out_width, layers)
+    def block(self, grid: Grid) -> int:
+        return 1
 
-    def order(self, x: torch.Tensor) -> torch.Tensor:
+    def positions(self, grid: Grid) -> torch.Tensor:
+        return stretch(self.decoder.positions, self.side, grid)
+
+    def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return x
 
-    def unorder(self, x: torch.Tensor) -> torch.Tensor:
+    def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return x
 
 
 class PhaseDecompressor(CompactDecompressor):
     """s^2 steps; step p draws sub-position p of every cell."""
 
-    def __init__(self, stride: int, num_dense: int, code_width: int, width: int, out_width: int, layers: int):
-        super().__init__(stride, num_dense, num_dense // stride**2, code_width, width, out_width, layers)
+    def block(self, grid: Grid) -> int:
+        return math.prod(cells_of(grid, self.stride))
 
-    def order(self, x: torch.Tensor) -> torch.Tensor:
-        return raster_to_cells(x, self.stride).transpose(1, 2).flatten(1, 2)  # (B, s^2 * T', ...)
+    def positions(self, grid: Grid) -> torch.Tensor:
+        side, cells = self.side // self.stride, cells_of(grid, self.stride)
+        phases = self.decoder.positions.unflatten(0, (self.stride**2, -1))  # (s^2, (side / s)^2, W)
+        return torch.cat([stretch(phase, side, cells) for phase in phases])
 
-    def unorder(self, x: torch.Tensor) -> torch.Tensor:
+    def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return raster_to_cells(x, self.stride, grid).transpose(1, 2).flatten(1, 2)  # (B, s^2 * T', ...)
+
+    def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         cells = x.unflatten(1, (self.stride**2, -1)).transpose(1, 2)  # (B, T', s^2, ...)
-        return cells_to_raster(cells, self.stride)
+        return cells_to_raster(cells, self.stride, grid)
 
 
 class CellDecompressor(nn.Module):
@@ -193,7 +234,7 @@ class CellDecompressor(nn.Module):
         super().__init__()
         self.hidden_in = nn.Linear(out_width, width)
         self.global_in = nn.Linear(code_width, width)
-        self.decoder = BlockDecoder(stride**2, 1, code_width, width, out_width, layers)
+        self.decoder = BlockDecoder(stride**2, code_width, width, out_width, layers)
         # The next step's input is the mean of the codes' embeddings: AvgPool in embedding space. It forgets which
         # code stood where, so a linear map of the entries in their places is added; at zero, it starts as AvgPool.
         self.places_in = nn.Linear(stride**2 * code_width, out_width, bias=False)
@@ -202,12 +243,13 @@ class CellDecompressor(nn.Module):
     def forward(self, entries: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
         """Teacher forcing: entries (B, s^2, C), hidden (B, D), globals_ (B, N_g, C) -> features (B, s^2, D)."""
         condition, memory = self._read(hidden, globals_)
-        return hidden.unsqueeze(1) + self.decoder(entries, condition, memory)
+        return hidden.unsqueeze(1) + self.decoder(entries, self.decoder.positions, condition, memory, 1)
 
     def draw(self, codebook: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor, pick: PickCodes):
         """Draws the cell's codes (B, s^2)."""
         condition, memory = self._read(hidden, globals_)
-        return self.decoder.draw(codebook, condition, memory, lambda features: pick(hidden + features))
+        positions = self.decoder.positions
+        return self.decoder.draw(codebook, positions, condition, memory, 1, lambda features: pick(hidden + features))
 
     def embed(self, embeddings: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         """The compact input of a cell: embeddings (..., s^2, D) and entries (..., s^2, C) of its codes -> (..., D)."""
@@ -215,5 +257,5 @@ class CellDecompressor(nn.Module):
 
     def _read(self, hidden: torch.Tensor, globals_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         told = self.hidden_in(hidden).unsqueeze(1)  # (B, 1, W)
-        condition = told.expand(-1, self.decoder.length, -1)
+        condition = told.expand(-1, len(self.decoder.positions), -1)
         return condition, torch.cat([told, self.global_in(globals_)], 1)

@@ -1,4 +1,4 @@
-"""Quantising with the base's own codebook (UniCompress, section 3: Z_g, Z_x), by cosine as the original Janus does."""
+"""Quantising with the base's own codebook (UniCompress, section 3: Z_g, Z_x)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Indices (...) of the entries of the unit-norm codebook (K, C) nearest by cosine to x (..., C)."""
-    return (unit(x) @ codebook.T).argmax(-1)
+    """Indices (...) of the entries of the codebook (K, C) nearest to x (..., C).
+
+    |x - e|^2 is least where x e - |e|^2 / 2 is greatest. For a codebook on the unit sphere that is the nearest by cosine.
+    """
+    return (x @ codebook.T - codebook.square().sum(-1) / 2).argmax(-1)
 
 
 def straight_through(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The nearest entries of x (..., C) in the forward pass, the identity of unit(x) in the backward pass."""
-    x = unit(x)
+    """The nearest entries of x (..., C) in the forward pass, the identity in the backward pass."""
     return x + (codebook[nearest_codes(x, codebook)] - x).detach()

@@ -1,0 +1,189 @@
+"""Emu3: images of any size, codes in the text's vocabulary, and a row-end word behind each row of them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoProcessor, Emu3Processor, GenerationConfig, ProcessorMixin
+
+from ..errors import BaseModelError, InputError
+from ..layers import Grid
+from .family import Geometry, Size
+from .words import WordFamily
+
+POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' are stretched from it
+
+
+class Emu3(WordFamily):
+    """An `Emu3ForConditionalGeneration`."""
+
+    model_class = "Emu3ForConditionalGeneration"
+    module_names = {
+        "language model": "model.text_model",
+        "tokenizer": "model.vqmodel",
+        "read": "model.vqmodel.encoder",
+        "draw": "model.vqmodel.quant_conv",
+    }
+    example_grid = (90, 90)
+    drawing_snippet = """\
+inputs = processor(text=[prompt], return_for_image_generation=True, ratio="1:1", return_tensors="pt").to(device)
+tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guidance_scale=3.0)
+height, width = inputs["image_sizes"][0]
+pixels = model.decode_image_tokens(image_tokens=tokens, height=height, width=width).float().cpu()
+image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"][0]"""
+
+    def __init__(self, base: nn.Module):
+        self.base = base
+        config = base.config
+        vocabulary = config.vocabulary_map
+        names = ("<image>", "<|image start|>", "<|image token|>", "<|image end|>", "<|extra_200|>", "<|extra_201|>")
+        missing = [name for name in names if name not in vocabulary]
+        if missing:
+            raise BaseModelError(
+                f"config.vocabulary_map lacks {', '.join(map(repr, missing))}; expected Emu3's image words. Load the config "
+                "that the base was published with."
+            )
+        self.image_token_id, self._start, self._wrapper, self._end, self._row_end, self._file_end = map(vocabulary.get, names)
+        self._factor = base.model.vqmodel.vision_spatial_factor
+        self.geometry = Geometry(
+            model_type=config.model_type,
+            hidden_size=config.text_config.hidden_size,
+            num_layers=config.text_config.num_hidden_layers,
+            num_heads=config.text_config.num_attention_heads,
+            intermediate_size=config.text_config.intermediate_size,
+            image_size=None,
+            read_layers=None,
+            read_width=config.text_config.hidden_size,
+            read_side=POSITIONS_SIDE,
+            draw_side=POSITIONS_SIDE,
+            num_codes=config.vq_config.codebook_size,
+            code_width=config.vq_config.embed_dim,
+        )
+
+    def sizes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[Size]:
+        return [(int(height), int(width)) for height, width in image_sizes]
+
+    def read_grid(self, size: Size) -> Grid:
+        return size[0] // self._factor, size[1] // self._factor
+
+    def draw_grid(self, size: Size) -> Grid:
+        return self.read_grid(size)
+
+    def dense_placeholders(self, grid: Grid) -> int:
+        return grid[0] * (grid[1] + 1)  # the base's row ends are placeholders, too
+
+    def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
+        """Raises InputError unless pixels are (N, 3, H, W), with the size of each image, a multiple of 8 within H and W."""
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[0] == 0:
+            raise InputError(
+                f"pixel_values of shape {shape}; expected (images, 3, height, width) with at least one image. Let the "
+                "processor prepare RGB images: processor(text=..., images=...)."
+            )
+        if image_sizes is None or tuple(torch.as_tensor(image_sizes).shape) != (shape[0], 2):
+            given = None if image_sizes is None else tuple(torch.as_tensor(image_sizes).shape)
+            raise InputError(
+                f"image sizes of shape {given} for {shape[0]} image(s); expected ({shape[0]}, 2), the height and width of each "
+                "in pixels. Pass the processor's image_sizes on with its pixel_values."
+            )
+        for height, width in self.sizes(pixel_values, image_sizes):
+            factor, within = self._factor, 0 < height <= shape[2] and 0 < width <= shape[3]
+            if not within or height % factor or width % factor:
+                raise InputError(
+                    f"An image of {height} x {width} pixels in pixel_values of shape {shape}; expected multiples of {factor} "
+                    "that lie within. Let the processor prepare images: processor(text=..., images=...)."
+                )
+
+    @torch.no_grad()
+    def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        vqmodel = self.base.model.vqmodel
+        frames = vqmodel.config.temporal_downsample_factor  # an image is a film of as many frames as make one latent
+        film = pixel_values.to(vqmodel.dtype).unsqueeze(1).repeat(1, frames, 1, 1, 1)  # (B, frames, 3, H, W)
+        hidden = vqmodel.encoder(film).permute(0, 2, 1, 3, 4)  # (B, 1, C, h, w) -> (B, C, 1, h, w)
+        return vqmodel.quant_conv(hidden).flatten(2).transpose(1, 2).float()  # (B, T, C)
+
+    def encoded_codes(self, encoded) -> list[torch.Tensor]:
+        return list(encoded.image_tokens)
+
+    def language_model(self, **inputs):
+        return self.base.model.text_model(**inputs)
+
+    def frame(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
+        start = input_ids == self._start
+        last = start.flip(1).cumsum(1).flip(1) == 0  # behind the last image's start: its size, and its begin
+        return start | last | (input_ids == generation_config.bos_token_id)
+
+    def image_begin(self, generation_config: GenerationConfig) -> int:
+        return self._wrapper
+
+    def prompt_grids(self, count: int, image_sizes: torch.Tensor | None) -> list[Grid]:
+        """Raises InputError unless there is a grid a prompt."""
+        given = None if image_sizes is None else tuple(torch.as_tensor(image_sizes).shape)
+        if given != (count, 2):
+            raise InputError(
+                f"image_sizes of shape {given} for {count} prompt(s); expected ({count}, 2), the rows and columns of each "
+                "image in tokens. Pass on what processor(text=..., return_for_image_generation=True) returns."
+            )
+        return [(int(rows), int(columns)) for rows, columns in image_sizes]
+
+    @property
+    def row_end(self) -> torch.Tensor:
+        return self.base.get_input_embeddings().weight[self._row_end]
+
+    def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Codes (B, H * W) -> words (B, H * (W + 1) + 3): each row with its end, then the end of file, image and sequence."""
+        rows = F.pad(self.words[codes].unflatten(1, grid), (0, 1), value=self._row_end)  # (B, H, W + 1)
+        tokens = F.pad(rows.flatten(1), (0, 3), value=self.base.config.text_config.eos_token_id)
+        tokens[:, -3], tokens[:, -2] = self._file_end, self._end
+        return tokens
+
+    def compact_processor(self, processor: ProcessorMixin, stride: int, num_global_tokens: int) -> ProcessorMixin:
+        return CompactEmu3Processor(
+            copy.deepcopy(processor.image_processor),
+            copy.deepcopy(processor.tokenizer),
+            chat_template=processor.chat_template,
+            stride=stride,
+            num_global_tokens=num_global_tokens,
+        )
+
+
+class CompactEmu3Processor(Emu3Processor):
+    """Emu3's processor, for an adapter: N_g + 1 + T / s^2 placeholders an image, with the row ends between them as words.
+
+    Images are resized, and drawings sized, to grids that the stride divides.
+
+    Args:
+        image_processor: The base's.
+        tokenizer: The base's.
+        chat_template: The base's.
+        stride: The adapter's. Default 2.
+        num_global_tokens: The adapter's N_g. Default 4.
+    """
+
+    def __init__(self, image_processor, tokenizer, chat_template=None, stride: int = 2, num_global_tokens: int = 4, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.stride, self.num_global_tokens = stride, num_global_tokens
+        self.image_processor.spatial_factor = self.downsample_ratio * stride
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The block of one image: its start and dense size, G and separator, the cells row by row, its end."""
+        rows, columns = (int(side) // self.downsample_ratio for side in image_inputs["image_sizes"][image_idx])
+        cells = self.image_token * (columns // self.stride) + self.tokenizer.eol_token
+        return (
+            f"{self.image_start_token}{rows}*{columns}{self.fake_token_around_image}"
+            f"{self.image_token * (self.num_global_tokens + 1)}"
+            f"{cells * (rows // self.stride)}"
+            f"{self.eof_token}{self.image_end_token}"
+        )
+
+    def calculate_generate_size(self, ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
+        """Rows and columns of tokens to draw: the nearest that the stride divides."""
+        rows, columns = super().calculate_generate_size(ratio, image_area, spatial_factor * self.stride)
+        return max(1, rows) * self.stride, max(1, columns) * self.stride
+
+
+# AutoProcessor finds the class by its name in a saved folder; what it is registered for plays no part in that
+AutoProcessor.register(CompactEmu3Processor, CompactEmu3Processor)

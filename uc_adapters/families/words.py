@@ -1,0 +1,53 @@
+"""Families whose images are words: one VQ tokenizer for what is read and drawn, its codes words of the vocabulary."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from .family import Family
+
+
+class WordFamily(Family):
+    """What Emu3 and Chameleon share."""
+
+    codes_are_words = True
+    _words: torch.Tensor | None = None
+
+    @property
+    def words(self) -> torch.Tensor:
+        """The word of each code, (K,), where the embeddings are."""
+        device = self.base.get_input_embeddings().weight.device
+        if self._words is None or self._words.device != device:
+            self._words = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(device)
+        return self._words
+
+    def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.embed_codes(self.dense_codes(pixel_values))
+
+    @abstractmethod
+    def encoded_codes(self, encoded) -> list[torch.Tensor]:
+        """What the base's `get_image_features` returned for N images -> the codes of each, N times (H, W)."""
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        return self.base.model.vqmodel.quantize.embedding.weight.detach().float()
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.base.get_input_embeddings()(self.words[codes])
+
+    def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The words' own head, where it stands for codes: only an image's words can be drawn where an image is due."""
+        weight = self.base.lm_head.weight
+        words = weight[self._run] if self._run is not None else weight[self.words]  # a slice copies nothing
+        return F.linear(hidden.to(weight.dtype), words)
+
+    @cached_property
+    def _run(self) -> slice | None:
+        """Where the codes' words stand in one run and in order."""
+        words = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.tolist()
+        run = slice(words[0], words[0] + len(words))
+        return run if words == list(range(run.start, run.stop)) else None
