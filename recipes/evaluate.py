@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from digits import QUESTION_KINDS, Scene, judge, random_scene, right_cells
+from digits import IMAGE_SIZE, QUESTION_KINDS, Scene, judge, random_scene, right_cells
 from PIL import Image
+from stock_calls import Emu3Calls, JanusCalls, base_of, calls_of
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from trl import TrlParser
@@ -32,6 +33,7 @@ import uc_adapters
 from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel
 from uc_adapters.families import family_of
 from uc_adapters.hub.card import update_card
+from uc_adapters.layers import Grid
 
 SPLIT = "held-out"
 
@@ -88,21 +90,26 @@ def reading_inputs(processor: ProcessorMixin, images: list[Image.Image], questio
     return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
-def drawing_inputs(processor: ProcessorMixin, prompts: list[str]) -> dict:
-    """A batch of prompts to draw."""
+def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCalls | Emu3Calls) -> dict:
+    """A batch of prompts to draw, as the base's documentation prepares them."""
     texts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "text", "text": prompt}]}], add_generation_prompt=True, tokenize=False
         )
         for prompt in prompts
     ]
-    return processor(text=texts, padding=True, return_tensors="pt", generation_mode="image")
+    return calls.prompts(processor, texts)
 
 
 def to_images(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Image]:
-    """Decoded pixels (B, S, S, 3) as PIL images. Channels first: transformers' PIL backend takes no others."""
-    channels_first = list(pixels.float().cpu().permute(0, 3, 1, 2))
-    return processor.postprocess(channels_first, return_tensors="PIL.Image.Image")["pixel_values"]
+    """Decoded pixels (B, 3, H, W) as PIL images."""
+    return processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]
+
+
+def grid_of(contender: Contender) -> Grid:
+    """The grid of the codes of what it draws."""
+    calls = calls_of(contender.model)
+    return calls.grid(contender.model, drawing_inputs(contender.processor, ["a red 3"], calls))
 
 
 @torch.no_grad()
@@ -118,14 +125,31 @@ def answer(contender: Contender, images: list[Image.Image], questions: list[str]
 def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Image.Image], float]:
     """Drawings, and the seconds of a prompt's way to pixels: language model, decompressor, image decoder."""
     model = contender.model
-    inputs = drawing_inputs(contender.processor, prompts).to(model.device)
+    calls = calls_of(model)
+    inputs = drawing_inputs(contender.processor, prompts, calls).to(model.device)
     start = time.perf_counter()
-    tokens = model.generate(**inputs, generation_mode="image", **sampling)
-    pixels = model.decode_image_tokens(tokens)
+    tokens = calls.draw(model, inputs, **sampling)
+    pixels = calls.pixels(model, tokens, calls.grid(model, inputs))
     if pixels.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return to_images(contender.processor, pixels), seconds
+
+
+def read_tokens(processor: ProcessorMixin) -> int:
+    """What the language model reads of a scene: its placeholders, and the ends of its rows where they are words."""
+    tokenizer = processor.tokenizer
+    block = processor.replace_image_token({"image_sizes": [[IMAGE_SIZE, IMAGE_SIZE]]}, 0)
+    of_image = {tokenizer.convert_tokens_to_ids(processor.image_token), getattr(tokenizer, "eol_token_id", None)}
+    return sum(token in of_image for token in tokenizer(block)["input_ids"])
+
+
+def drawn_steps(contender: Contender) -> int:
+    """Steps of the language model for a scene."""
+    grid = grid_of(contender)
+    if not isinstance(contender.model, UniCompressModel):
+        return family_of(contender.model).dense_placeholders(grid)
+    return contender.model.active_peft_config.num_image_tokens(grid) - 1  # the separator is known
 
 
 def score_reading(contender: Contender, scenes: list[Scene], seed: int) -> dict[str, float]:
@@ -168,15 +192,21 @@ def score_drawing(pair: list[Contender], scenes: list[Scene], args: EvaluateArgu
 @torch.no_grad()
 def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> float:
     """Negative log-likelihood of the images' dense codes under the base, summed over the batch."""
-    base = contender.model
-    inputs = drawing_inputs(contender.processor, prompts).to(base.device)
+    base, family, (rows, columns) = contender.model, family_of(contender.model), grid_of(contender)
+    inputs = drawing_inputs(contender.processor, prompts, calls_of(base)).to(base.device)
     pixels = contender.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(base.device)
-    codes = family_of(base).dense_codes(pixels)  # (B, T)
+    codes = family.dense_codes(pixels)  # (B, T)
     prompt = base.get_input_embeddings()(inputs["input_ids"])
-    drawn = base.prepare_embeddings_for_image_generation(codes[:, :-1])
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, drawn.shape[1]), value=1)
-    hidden = base.model.language_model(inputs_embeds=torch.cat([prompt, drawn], 1), attention_mask=mask)
-    logits = base.model.generation_head(hidden.last_hidden_state[:, prompt.shape[1] - 1 :])  # (B, T, K)
+    drawn = family.embed_codes(codes)  # (B, T, D)
+    before_code = torch.ones(rows * columns, dtype=torch.bool)
+    if family.row_ends:  # what ends a row is given: it stands behind each, and is not scored
+        ends = family.row_end.expand(len(codes), rows, 1, -1)
+        drawn = torch.cat([drawn.unflatten(1, (rows, columns)), ends], 2).flatten(1, 2)  # (B, H * (W + 1), D)
+        before_code = (torch.arange(rows * (columns + 1)) + 1) % (columns + 1) != 0
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, drawn.shape[1] - 1), value=1)
+    hidden = family.language_model(inputs_embeds=torch.cat([prompt, drawn[:, :-1]], 1), attention_mask=mask)
+    before = hidden.last_hidden_state[:, prompt.shape[1] - 1 :][:, before_code]  # (B, T, D)
+    logits = family.code_logits(before)  # (B, T, K)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="sum").item()
 
 
@@ -211,7 +241,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
     """Real scenes through the tokenizer alone: to codes (the adapter: to compact codes and back), then to pixels."""
     model = contender.model
     drawing = model.drawing if isinstance(model, UniCompressModel) else None
-    family = family_of(model) if drawing is None else model.family
+    family, calls, grid = family_of(base_of(model)), calls_of(model), grid_of(contender)
     right, error, count = 0, 0.0, 0
     for first in range(0, len(scenes), 50):
         rows = scenes[first : first + 50]
@@ -221,8 +251,8 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
             tokens = family.dense_codes(pixels)
         else:
             codes = drawing.compress(pixels)
-            tokens = drawing.expand(codes.globals, codes.cells, lambda logits: logits.argmax(-1))
-        images = to_images(contender.processor, model.decode_image_tokens(tokens))
+            tokens = drawing.expand(codes.globals, codes.cells, grid, lambda logits: logits.argmax(-1))
+        images = to_images(contender.processor, calls.pixels(model, family.to_tokens(tokens, grid), grid))
         restored = np.stack([np.asarray(image) for image in images])
         right += sum(right_cells(a, b) for a, b in zip(rows, judge(restored), strict=True))
         error += float(np.square((restored.astype(np.float64) - truth) / 255).mean((1, 2, 3)).sum())
@@ -247,11 +277,8 @@ def main(args: EvaluateArguments) -> dict:
             total += measure(contender, [scene.image(SPLIT) for scene in rows], [scene.caption() for scene in rows])
         nats[contender.name] = total / len(scenes)
         reconstruction[contender.name] = score_reconstruction(contender, scenes)
-        tokens[contender.name] = contender.processor.num_image_tokens
-    drawn = {"base": (pair[0].model.config.vq_config.num_patches) ** 2}
-    if len(pair) == 2:
-        module = pair[1].model.drawing.module
-        drawn["adapter"] = module.num_global_tokens + drawn["base"] // module.stride**2
+        tokens[contender.name] = read_tokens(contender.processor)
+    drawn = {contender.name: drawn_steps(contender) for contender in pair}
     scores = {
         "dataset": f"digit scenes of held-out scans, n = {args.scenes}, seed {args.seed}",
         "reading": {name: score["mean"] for name, score in reading.items()},

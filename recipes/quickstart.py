@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from digits import QUESTION_KINDS, judge, random_scene, right_cells
-from evaluate import SPLIT, Contender, answer, contenders, draw
+from evaluate import SPLIT, Contender, answer, contenders, draw, drawn_steps, read_tokens
 from PIL import Image
 from tqdm.auto import tqdm
 from trl import TrlParser
@@ -102,10 +102,8 @@ def tiny_world(seed: int, count: int = 12) -> tuple[list[Reading], list[Drawn], 
 def print_table(pair: list[Contender], readings: list[Reading], drawings: list[Drawn], seconds: dict[str, float]) -> None:
     """One line a figure: base, adapter, ratio."""
     base, adapter = (contender.name for contender in pair)
-    module = pair[1].model.drawing.module
-    dense = pair[1].model.family.geometry.draw_side ** 2
-    rows = [("tokens an image, read", pair[0].processor.num_image_tokens, pair[1].processor.num_image_tokens, "{:.0f}")]
-    rows.append(("model steps an image, drawn", dense, module.num_global_tokens + dense // module.stride**2, "{:.0f}"))
+    rows = [("tokens an image, read", *(read_tokens(contender.processor) for contender in pair), "{:.0f}")]
+    rows.append(("model steps an image, drawn", *(drawn_steps(contender) for contender in pair), "{:.0f}"))
     known = [reading for reading in readings if reading.truth is not None]
     if known:
         right = [sum(r.told[name] == r.truth for r in known) / len(known) for name in (base, adapter)]

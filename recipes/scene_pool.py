@@ -73,7 +73,7 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
 
 def by_cell(x: torch.Tensor) -> torch.Tensor:
     """Groups an 8 x 8 raster by the scene's four cells: (B, 64, ...) -> (B, 4, 16, ...)."""
-    return raster_to_cells(x, 4)
+    return raster_to_cells(x, 4, (8, 8))
 
 
 def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:

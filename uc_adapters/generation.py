@@ -150,9 +150,9 @@ def _draw_compact(
     family, module = drawing.family, drawing.module
     cache = DynamicCache(config=family.base.config.get_text_config())
     rows, columns = cells_of(grid, module.stride)
-    row_end = None if family.row_end is None else family.row_end.expand(len(prompts), 1, -1)
+    row_end = family.row_end.expand(len(prompts), 1, -1) if family.row_ends else None
     # The whole sequence's mask and positions at once: padding takes no position
-    places = module.num_global_tokens + 1 + rows * (columns if row_end is None else columns + 1)
+    places = module.num_global_tokens + 1 + rows * (columns + family.row_ends)
     mask = F.pad(mask, (0, places), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
@@ -182,7 +182,7 @@ def _draw_compact(
     for index in range(rows * columns):
         if index:
             inputs = drawing.embed_cells(cells[-1].unsqueeze(1))  # (B, 1, k) -> (B, 1, D)
-            if row_end is not None and index % columns == 0:
+            if family.row_ends and index % columns == 0:
                 inputs = torch.cat([inputs, row_end], 1)
         cells.append(drawing.draw_cell(step(inputs), globals_, sample))
         bar.update()

@@ -27,6 +27,7 @@ class Emu3(WordFamily):
         "read": "model.vqmodel.encoder",
         "draw": "model.vqmodel.quant_conv",
     }
+    row_ends = True
     example_grid = (90, 90)
     drawing_snippet = """\
 inputs = processor(text=[prompt], return_for_image_generation=True, ratio="1:1", return_tensors="pt").to(device)
@@ -71,9 +72,6 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
 
     def draw_grid(self, size: Size) -> Grid:
         return self.read_grid(size)
-
-    def dense_placeholders(self, grid: Grid) -> int:
-        return grid[0] * (grid[1] + 1)  # the base's row ends are placeholders, too
 
     def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
         """Raises InputError unless pixels are (N, 3, H, W), with the size of each image, a multiple of 8 within H and W."""

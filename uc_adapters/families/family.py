@@ -67,6 +67,8 @@ class Family(ABC):
     codes_are_words: ClassVar[bool] = False
     """Whether codes are words of the vocabulary, read as word embeddings and drawn by the head of the words. Then no module
     takes the dense features in, and the hosts only carry: see `uc_adapters.hosts`."""
+    row_ends: ClassVar[bool] = False
+    """Whether a word of its own stands behind each row of an image."""
     why_no_drawing: ClassVar[str | None] = None
     """Why the base cannot draw; None where it can."""
     default_guidance: ClassVar[float] = 1.0
@@ -96,8 +98,8 @@ class Family(ABC):
         return self.geometry.draw_side, self.geometry.draw_side
 
     def dense_placeholders(self, grid: Grid) -> int:
-        """Placeholders of an image in the base's own prompts."""
-        return grid[0] * grid[1]
+        """Placeholders of an image in the base's own prompts; the ends of its rows are some, too."""
+        return grid[0] * (grid[1] + self.row_ends)
 
     def by_size(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None
@@ -182,9 +184,9 @@ class Family(ABC):
         return [(self.geometry.draw_side, self.geometry.draw_side)] * count
 
     @property
-    def row_end(self) -> torch.Tensor | None:
-        """What the language model reads behind each row of an image, (D,); None where there is nothing."""
-        return None
+    def row_end(self) -> torch.Tensor:
+        """What the language model reads behind each row of an image, (D,), where `row_ends`."""
+        raise NotImplementedError
 
     def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Drawn codes (B, T) -> the tokens that the base's own `generate` would have drawn, for its `decode_image_tokens`."""

@@ -16,6 +16,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import AdapterFileError, InputError
+from ..families import FAMILIES
 from ..version import __version__
 from .folder import CARD_NAME, read_config
 
@@ -79,8 +80,8 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         base=base,
         on_hub=hub_id(base),
         version=__version__,
-        read=geometry["read_side"] ** 2,
-        drawn=geometry["draw_side"] ** 2,
+        family=FAMILIES[geometry["model_type"]],
+        tokens=_token_rows(config),
         training=_table(("setting", "value"), record["training"].items()),
         dataset=record["dataset"],
         metrics=_table(("", "base", "with this adapter"), rows),
@@ -90,6 +91,24 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         block = _BLOCK.search(new.text)[0]
         new.text = _BLOCK.sub(lambda _: block, own.text) if _BLOCK.search(own.text) else f"{own.text.rstrip()}\n\n{block}\n"
     return str(new)
+
+
+def _token_rows(config: dict) -> str:
+    """What an image costs the language model, with the base and with the adapter."""
+    geometry, stride, count = config["base_geometry"], config["stride"], config["num_global_tokens"]
+    family = FAMILIES[geometry["model_type"]]
+    image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
+
+    def row(what: str, side: int, more: int, row_ends: bool) -> tuple[str, int, int]:
+        rows, columns = family.example_grid or (side, side)
+        cells = rows * columns // stride**2
+        return what, rows * (columns + family.row_ends), count + more + cells + row_ends * (rows // stride)
+
+    # the separator and row ends are read; they are known, and no steps of their own in drawing
+    table = [row(f"tokens to read {image}", geometry["read_side"], 1, family.row_ends)]
+    if family.why_no_drawing is None:
+        table.append(row("steps of the language model to draw one", geometry["draw_side"], 0, False))
+    return _table(("", "base", "with this adapter"), table)
 
 
 def update_card(folder: Path, facts: CardFacts, source: str | None = None) -> None:

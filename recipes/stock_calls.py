@@ -1,0 +1,89 @@
+"""Drawing as each base's own documentation does it, with the bare base and with an adapter on it.
+
+What a family of bases calls differently is here, so that the recipes are the same for all.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from uc_adapters import UniCompressModel
+from uc_adapters.families import family_of
+from uc_adapters.layers import Grid
+
+
+class JanusCalls:
+    """Images of one size; `generate` itself knows how to draw."""
+
+    def prompts(self, processor: ProcessorMixin, texts: list[str], **kwargs) -> BatchFeature:
+        """Prompts to draw."""
+        return processor(text=texts, padding=True, return_tensors="pt", generation_mode="image", **kwargs)
+
+    def draw(self, model: PreTrainedModel, inputs: BatchFeature, **sampling) -> torch.Tensor:
+        """The base's tokens of each image, (B, ...)."""
+        return model.generate(**inputs, generation_mode="image", **sampling)
+
+    def grid(self, model: PreTrainedModel, inputs: BatchFeature) -> Grid:
+        """Of the images' codes."""
+        side = family_of(base_of(model)).geometry.draw_side
+        return side, side
+
+    def pixels(self, model: PreTrainedModel, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Tokens of images of one grid -> (B, 3, H, W)."""
+        return model.decode_image_tokens(tokens).permute(0, 3, 1, 2)
+
+
+class Emu3Calls:
+    """Images of any size: the prompt tells it, and the documentation's own constraint keeps words out of an image."""
+
+    def prompts(self, processor: ProcessorMixin, texts: list[str], **kwargs) -> BatchFeature:
+        area = min(processor.image_area, processor.image_processor.max_pixels)  # the documentation's, or a tiny base's
+        kwargs = {"return_for_image_generation": True, "image_area": area, **kwargs}
+        return processor(text=texts, padding=True, return_tensors="pt", **kwargs)
+
+    def draw(self, model: PreTrainedModel, inputs: BatchFeature, guidance_scale: float = 1.0, **sampling) -> torch.Tensor:
+        if isinstance(model, UniCompressModel):
+            return model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale, **sampling)
+        family, ids = family_of(model), inputs["input_ids"]
+        rows, columns = inputs["image_sizes"][0]
+        if guidance_scale > 1:  # what caption dropout trained on
+            blank = family.unconditional(ids, model.generation_config)
+            sampling |= {"negative_prompt_ids": blank, "negative_prompt_attention_mask": inputs["attention_mask"]}
+        codes = family.words.tolist()
+        row_end, *end = family.to_tokens(torch.zeros(1, rows * columns, dtype=torch.long), (rows, columns))[0, -4:].tolist()
+
+        def allowed(_, sequence: torch.Tensor) -> list[int]:
+            drawn = len(sequence) - ids.shape[1]
+            if drawn < rows * (columns + 1):
+                return [row_end] if drawn % (columns + 1) == columns else codes
+            return [end[min(drawn - rows * (columns + 1), 2)]]
+
+        sequences = model.generate(
+            input_ids=ids,
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=rows * (columns + 1) + 3,
+            guidance_scale=guidance_scale,
+            prefix_allowed_tokens_fn=allowed,
+            **sampling,
+        )
+        return sequences[:, ids.shape[1] :]
+
+    def grid(self, model: PreTrainedModel, inputs: BatchFeature) -> Grid:
+        return tuple(inputs["image_sizes"][0])
+
+    def pixels(self, model: PreTrainedModel, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return model.decode_image_tokens(image_tokens=tokens, height=grid[0], width=grid[1])
+
+
+CALLS = {"janus": JanusCalls(), "emu3": Emu3Calls()}
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The base itself, of a bare one or of one with an adapter."""
+    return model.get_base_model() if isinstance(model, UniCompressModel) else model
+
+
+def calls_of(model: PreTrainedModel) -> JanusCalls | Emu3Calls:
+    """Of a bare base, or of one with an adapter."""
+    return CALLS[model.config.model_type]
