@@ -73,6 +73,10 @@ class Family(ABC):
     """Why the base cannot draw; None where it can."""
     default_guidance: ClassVar[float] = 1.0
     """Guidance of the base's own drawing where nothing sets it; 1 is none."""
+    question_snippet: ClassVar[str] = """\
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
+    """For the card: Python that makes `prompt`, a question about an image."""
     drawing_snippet: ClassVar[str] = ""
     """For the card: Python from `prompt` to `image`, with `processor`, `model` and `device` at hand."""
     example_grid: ClassVar[Grid | None] = None
