@@ -6,6 +6,7 @@ import evaluate
 import pytest
 import torch
 from safetensors import safe_open
+from stock_calls import calls_of
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 BASE, ADAPTER = str(CARDS / "tiny-janus"), str(CARDS / "tiny-janus-uc4x")
@@ -48,7 +49,7 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch(pair):
     ]
 
     def tokens(prompts: list[str]) -> torch.Tensor:
-        inputs = evaluate.drawing_inputs(adapter.processor, prompts)
+        inputs = evaluate.drawing_inputs(adapter.processor, prompts, calls_of(adapter.model))
         return adapter.model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=2.0)
 
     together = tokens(prompts)
