@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,16 @@ from transformers import ProcessorMixin
 
 from .config import UniCompressConfig
 from .errors import InputError
+
+Span = tuple[int, int]  # of characters: first, and last plus one
+
+
+@dataclass
+class _Turn:
+    """What the chat template writes of a turn."""
+
+    text: str
+    assistant: bool
 
 
 @dataclass
@@ -50,16 +61,16 @@ class UniCompressCollator:
         """
         if not rows:
             raise InputError("An empty batch; expected at least one row of {'messages': [...], 'images': [...]}.")
-        images = [self._images(row) for row in rows]  # to read and to draw, of each row
+        turns = [self._render(row["messages"]) for row in rows]
+        images = [self._images(row.get("images") or [], row_turns) for row, row_turns in zip(rows, turns, strict=True)]
         read = self._pixels([image for to_read, _ in images for image in to_read])
         drawn = self._pixels([image for _, to_draw in images for image in to_draw])
         encoded, kept, first_read, first_drawn = [], [], 0, 0
-        for row, (to_read, to_draw) in zip(rows, images, strict=True):
-            last = first_read + len(to_read)
+        for row_turns, (to_read, to_draw) in zip(turns, images, strict=True):
             blocks = self._blocks(read, first_read, len(to_read)), self._blocks(drawn, first_drawn, len(to_draw))
-            encoded.append(self._encode(row["messages"], *blocks))
-            kept += range(first_read + encoded[-1].lost, last)
-            first_read, first_drawn = last, first_drawn + len(to_draw)
+            encoded.append(self._encode(row_turns, *blocks))
+            kept += range(first_read + encoded[-1].lost, first_read + len(to_read))
+            first_read, first_drawn = first_read + len(to_read), first_drawn + len(to_draw)
         length = max(len(row.input_ids) for row in encoded)
 
         def padded(name: str, value: int) -> torch.Tensor:
@@ -77,18 +88,12 @@ class UniCompressCollator:
             batch["drawn_mask"] = padded("drawn_mask", 0).bool()
         return batch
 
-    def _images(self, row: dict[str, Any]) -> tuple[list, list]:
+    def _images(self, images: list, turns: list[_Turn]) -> tuple[list, list]:
         """The images of a row that are to read, and those to draw."""
-        parts = [
-            message["role"]
-            for message in row["messages"]
-            for part in ([] if isinstance(message["content"], str) else message["content"])
-            if part["type"] == "image"
-        ]
-        images = row.get("images") or []
-        if len(images) != len(parts):
+        to_draw = [turn.assistant for turn in turns for _ in range(turn.text.count(self.processor.image_token))]
+        if len(images) != len(to_draw):
             raise InputError(
-                f"{len(images)} image(s) for {len(parts)} image part(s) in the messages; expected as many of both."
+                f"{len(images)} image(s) for {len(to_draw)} image part(s) in the messages; expected as many of both."
             )
         for image in images:
             mode = getattr(image, "mode", None)
@@ -97,8 +102,8 @@ class UniCompressCollator:
                     f"An image of mode {mode!r} ({type(image).__name__}); expected a PIL image of mode 'RGB'. "
                     "Convert it: image.convert('RGB')."
                 )
-        read = [image for image, role in zip(images, parts, strict=True) if role != "assistant"]
-        return read, [image for image, role in zip(images, parts, strict=True) if role == "assistant"]
+        read = [image for image, draw in zip(images, to_draw, strict=True) if not draw]
+        return read, [image for image, draw in zip(images, to_draw, strict=True) if draw]
 
     def _pixels(self, images: list) -> dict[str, torch.Tensor]:
         """pixel_values, and image_sizes where the processor gives them; nothing where there are no images."""
@@ -111,75 +116,71 @@ class UniCompressCollator:
         """The text of each of `count` images, from the first: its placeholders, and what frames them."""
         return [self.processor.replace_image_token(pixels, index) for index in range(first, first + count)]
 
-    def _encode(self, messages: list[dict], read: list[str], drawn: list[str]) -> _Row:
-        """Token ids, labels and drawn places of one row, from its messages and the texts of its images."""
-        tokenizer, image_id = (
-            self.processor.tokenizer,
-            self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token),
-        )
-        text, learned, blocks = self._render(messages, list(read), list(drawn))
+    def _encode(self, turns: list[_Turn], read: list[str], drawn: list[str]) -> _Row:
+        """Token ids, labels and drawn places of one row, from its turns and the texts of its images."""
+        tokenizer = self.processor.tokenizer
+        image_id, begin_id = tokenizer.convert_tokens_to_ids([self.processor.image_token, self.processor.image_start_token])
+        text, learned, to_read, to_draw = self._expand(turns, iter(read), iter(drawn))
         laid_out = self.processor.prepare_inputs_layout(text=[text])[1][0]  # some put the begin of the sequence in front
         shift = len(laid_out) - len(text)
         encoding = tokenizer(laid_out, return_offsets_mapping=True)
         ids, starts = encoding["input_ids"], [start - shift for start, _ in encoding["offset_mapping"]]
-        labels = [
-            token if any(first <= start < last for first, last in learned) else -100
-            for token, start in zip(ids, starts, strict=True)
-        ]
-        drawn_mask = [0] * len(ids)
-        first_drawn = None
-        for first, last, to_draw in blocks:
-            tokens = [index for index, start in enumerate(starts) if first <= start < last]
-            places = [index for index in tokens if ids[index] == image_id]
-            if not to_draw:
-                continue
-            first_drawn = tokens[0] if first_drawn is None else first_drawn
-            for index in tokens:
+
+        def tokens_in(span: tuple[int, int]) -> list[int]:
+            return [index for index, start in enumerate(starts) if span[0] <= start < span[1]]
+
+        labels, drawn_mask = [-100] * len(ids), [0] * len(ids)
+        for span in learned:
+            for index in tokens_in(span):
+                labels[index] = ids[index]
+        for span in to_draw:
+            places = [index for index in tokens_in(span) if ids[index] == image_id]
+            for index in tokens_in(span):
                 drawn_mask[index] = int(ids[index] == image_id)
                 if ids[index] != image_id or index == places[self.config.num_global_tokens]:  # the separator
                     labels[index] = -100
         lost = 0
         if drawn and torch.rand(()) < self.caption_dropout:
-            kept = {tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(self.processor.image_start_token)}
-            for index in range(first_drawn):
+            first = to_draw[0][0]
+            for index in range(tokens_in(to_draw[0])[0]):
                 labels[index] = -100
-                if ids[index] not in kept:
+                if ids[index] not in (tokenizer.bos_token_id, begin_id):
                     ids[index] = tokenizer.pad_token_id
-            lost = sum(not to_draw for first, _, to_draw in blocks if first < starts[first_drawn])
+            lost = sum(start < first for start, _ in to_read)
         return _Row(ids, labels, drawn_mask, lost)
 
-    def _render(
-        self, messages: list[dict], read: list[str], drawn: list[str]
-    ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int, bool]]]:
-        """The row's text with placeholders, the character spans of its assistant turns, and those of its images: first, last
-        and whether to draw."""
-        text, done, learned, blocks = "", "", [], []
+    def _expand(
+        self, turns: list[_Turn], read: Iterator[str], drawn: Iterator[str]
+    ) -> tuple[str, list[Span], list[Span], list[Span]]:
+        """The row's text with its images' texts in it, and the spans of what is learned, and of images to read and to draw."""
+        text, learned, to_read, to_draw = "", [], [], []
+        for turn in turns:
+            start, (first, *others) = len(text), turn.text.split(self.processor.image_token)
+            text += first
+            for words in others:
+                block = next(drawn if turn.assistant else read)
+                (to_draw if turn.assistant else to_read).append((len(text), len(text) + len(block)))
+                text += block + words
+            if turn.assistant:
+                learned.append((start, len(text)))
+        return text, learned, to_read, to_draw
 
-        def add(piece: str, images: list[str], to_draw: bool) -> None:
-            nonlocal text
-            for index, words in enumerate(piece.split(self.processor.image_token)):
-                if index:
-                    block = images.pop(0)
-                    blocks.append((len(text), len(text) + len(block), to_draw))
-                    text += block
-                text += words
-
+    def _render(self, messages: list[dict]) -> list[_Turn]:
+        """The chat template's words of each turn, those that ask the assistant to begin apart; images are still one token."""
+        turns, done = [], ""
         for index, message in enumerate(messages):
             assistant = message["role"] == "assistant"
             if assistant:
                 prompt = self._template(messages[:index], done, add_generation_prompt=True)
-                add(prompt[len(done) :], read, False)
+                turns.append(_Turn(prompt[len(done) :], False))
                 done = prompt
             full = self._template(messages[: index + 1], done)
-            piece, start = full[len(done) :], len(text)
-            if assistant:
-                # Drawing starts right behind the generation prompt: no blank between it and the image's begin
-                piece = piece.lstrip() if piece.lstrip().startswith(self.processor.image_token) else piece
-            add(piece, drawn if assistant else read, assistant)
-            if assistant:
-                learned.append((start, len(text)))
+            text = full[len(done) :]
+            if assistant and text.lstrip().startswith(self.processor.image_token):
+                text = text.lstrip()  # drawing starts right behind the generation prompt: no blank before the image's begin
+            turns.append(_Turn(text, assistant))
             done = full
-        return text, learned, blocks
+        return turns
 
     def _template(self, messages: list[dict], done: str, **kwargs) -> str:
         text = self.processor.apply_chat_template(messages, tokenize=False, **kwargs)
