@@ -1,16 +1,22 @@
-"""The base families: `family.py` is the contract, every other file one family. CONTRIBUTING.md tells how to add one."""
+"""The base families: `family.py` is the contract, every file with a `model_type` one family. CONTRIBUTING.md tells how to add one."""
 
 from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
 
 from torch import nn
 
 from ..errors import BaseModelError
-from .chameleon import Chameleon
-from .emu3 import Emu3
 from .family import Family, Geometry, Size
-from .janus import Janus
 
-FAMILIES: dict[str, type[Family]] = {"janus": Janus, "emu3": Emu3, "chameleon": Chameleon}  # by the config's model_type
+_CLASSES = [
+    member
+    for file in pkgutil.iter_modules(__path__)
+    for member in vars(import_module(f"{__name__}.{file.name}")).values()
+    if isinstance(member, type) and issubclass(member, Family) and "model_type" in vars(member)
+]
+FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in _CLASSES}
 
 __all__ = ["FAMILIES", "Family", "Geometry", "Size", "family_of"]
 

@@ -15,6 +15,7 @@ from .words import WordFamily
 class Chameleon(WordFamily):
     """A `ChameleonForConditionalGeneration`."""
 
+    model_type = "chameleon"
     model_class = "ChameleonForConditionalGeneration"
     module_names = {
         "language model": "model.layers",  # its embeddings and VQ tokenizer lie beside them
@@ -31,7 +32,7 @@ class Chameleon(WordFamily):
         vq = config.vq_config
         side = vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)
         self.geometry = Geometry(
-            model_type=config.model_type,
+            model_type=self.model_type,
             hidden_size=config.hidden_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,

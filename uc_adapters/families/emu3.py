@@ -20,6 +20,7 @@ POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' a
 class Emu3(WordFamily):
     """An `Emu3ForConditionalGeneration`."""
 
+    model_type = "emu3"
     model_class = "Emu3ForConditionalGeneration"
     module_names = {
         "language model": "model.text_model",
@@ -50,7 +51,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
         self.image_token_id, self._start, self._wrapper, self._end, self._row_end, self._file_end = map(vocabulary.get, names)
         self._factor = base.model.vqmodel.vision_spatial_factor
         self.geometry = Geometry(
-            model_type=config.model_type,
+            model_type=self.model_type,
             hidden_size=config.text_config.hidden_size,
             num_layers=config.text_config.num_hidden_layers,
             num_heads=config.text_config.num_attention_heads,

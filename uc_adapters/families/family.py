@@ -53,6 +53,8 @@ class Family(ABC):
     Shapes: B images of one size, T = H * W dense tokens, K codes of C dimensions, D width of the language model.
     """
 
+    model_type: ClassVar[str]
+    """Of the base's config. A class that names one is a family."""
     model_class: ClassVar[str]
     """The class of transformers that holds the whole base."""
     module_names: ClassVar[dict[str, str]]

@@ -15,6 +15,7 @@ from .family import Family, Geometry
 class Janus(Family):
     """A `JanusForConditionalGeneration`."""
 
+    model_type = "janus"
     model_class = "JanusForConditionalGeneration"
     module_names = {
         "language model": "model.language_model",
@@ -34,7 +35,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
         config = base.config
         self.image_token_id = config.image_token_id
         self.geometry = Geometry(
-            model_type=config.model_type,
+            model_type=self.model_type,
             hidden_size=config.text_config.hidden_size,
             num_layers=config.text_config.num_hidden_layers,
             num_heads=config.text_config.num_attention_heads,

@@ -12,7 +12,7 @@ from .family import Family
 
 
 class WordFamily(Family):
-    """What Emu3 and Chameleon share."""
+    """What is the same for all of them."""
 
     codes_are_words = True
     _words: torch.Tensor | None = None

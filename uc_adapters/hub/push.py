@@ -120,7 +120,7 @@ def _check(folder: Path, base_model: str | None) -> dict:
     if hub_id(config["base_model_name_or_path"]) is None:
         raise BaseModelError(
             f"The base of {folder} is {config['base_model_name_or_path']!r}, expected a Hub id that others can load, such as "
-            "'deepseek-community/Janus-Pro-1B'. Pass base_model= with the id that it is a copy of, or push the base first."
+            "'org/base'. Pass base_model= with the id that it is a copy of, or push the base first."
         )
     return config
 
