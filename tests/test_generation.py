@@ -237,8 +237,8 @@ def test_training_scores_what_drawing_saw(base, short_processor, decompressor, n
     codes, log_probs = (torch.cat(x[: count + steps]) for x in (record.codes, record.log_probs))
     cells = codes[count:].view(1, 16, -1)
     if decompressor == "cell":
-        assert torch.equal(cells, raster_to_cells(dense, 2))
-    compact = CompactCodes(codes[None, :count], cells, dense)
+        assert torch.equal(cells, raster_to_cells(dense, 2, (8, 8)))
+    compact = CompactCodes(codes[None, :count], cells, dense, (8, 8))
     with torch.no_grad():
         prompt = base.get_input_embeddings()(inputs["input_ids"])
         embeddings = torch.cat([prompt, drawing.embed(compact)], 1)
@@ -257,7 +257,7 @@ def test_the_decompressor_after_the_loop_scores_what_it_drew(base, short_process
     drawing = model.drawing
     globals_, cells = torch.cat(record.codes[:4])[None], torch.cat(record.codes[4:20])[None]
     with torch.no_grad():
-        compact = CompactCodes(globals_, cells.unsqueeze(-1), dense)
+        compact = CompactCodes(globals_, cells.unsqueeze(-1), dense, (8, 8))
         scores = drawing.reconstruction_logits(compact, drawing.entries(cells), drawing.entries(globals_))
     assert torch.equal(scores.argmax(-1), dense)
 

@@ -13,7 +13,8 @@ from transformers import (
 from uc_adapters import UniCompressCollator, UniCompressConfig, get_uc_model
 from uc_adapters.compression import DrawCompressor, ReadCompressor
 from uc_adapters.errors import InputError
-from uc_adapters.families import FAMILIES, Janus, family_of
+from uc_adapters.families import FAMILIES, family_of
+from uc_adapters.families.janus import Janus
 from uc_adapters.layers import nearest_codes
 
 
@@ -98,7 +99,7 @@ def test_the_unconditional_prompt_is_the_stock_one(family, short_processor):
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (0, 3, 64, 64), (1, 1, 64, 64), (3, 64, 64)])
 def test_pixels_of_another_shape_are_refused(family, shape):
     with pytest.raises(InputError, match="3, 64, 64"):
-        family.check_pixels(torch.zeros(shape))
+        family.check_pixels(torch.zeros(shape), None)
 
 
 def janus_pro(hidden: int, layers: int, heads: int, mlp: int) -> JanusForConditionalGeneration:
@@ -155,10 +156,10 @@ def test_published_models_draw_in_148_steps(published):
 def test_published_models_get_modules_of_these_shapes(published):
     _, (hidden, _, _, _), model = published
     reader, drawer = module_of(model, ReadCompressor), module_of(model, DrawCompressor)
-    assert reader(torch.zeros(2, 576, 1024, device="meta")).shape == (2, 149, 1024)
+    assert reader(torch.zeros(2, 576, 1024, device="meta"), (24, 24)).shape == (2, 149, 1024)
     assert reader.extractor.queries.shape == (4, 1024)
     assert drawer.extractor.queries.shape == (4, 512)
-    assert drawer.globals_of(torch.zeros(2, 576, 8, device="meta")).shape == (2, 4, 8)
+    assert drawer.globals_of(torch.zeros(2, 576, 8, device="meta"), (24, 24)).shape == (2, 4, 8)
     cells = [torch.zeros(shape, device="meta") for shape in ((6, 4, 8), (6, hidden), (6, 4, 8))]
     assert drawer.decompressor(*cells).shape == (6, 4, hidden)
     aligned = model.get_base_model().model.aligner(torch.zeros(1, 576, 1024, device="meta"))

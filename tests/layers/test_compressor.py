@@ -1,12 +1,14 @@
+import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from uc_adapters.layers import average_pool, cells_to_raster, raster_to_cells
+from uc_adapters.errors import InputError
+from uc_adapters.layers import average_pool, cells_of, cells_to_raster, raster_to_cells
 
 STRIDES = st.integers(1, 4)
-SIDES = st.integers(1, 4)  # of the grid of cells
+LENGTHS = st.integers(1, 4)  # of a row of cells, and of a column
 WIDTHS = st.lists(st.integers(1, 3), max_size=2)
 
 
@@ -15,33 +17,55 @@ def numbered(batch: int, count: int, *rest: int) -> torch.Tensor:
 
 
 def test_cells_and_sub_positions_are_in_raster_order():
-    grid = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]])
-    cells = raster_to_cells(grid.view(1, 16), 2)
-    assert cells.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    grid = torch.tensor([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22, 23]])
+    cells = raster_to_cells(grid.view(1, 24), 2, (4, 6))
+    above, below = [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]], [[12, 13, 18, 19], [14, 15, 20, 21], [16, 17, 22, 23]]
+    assert cells.tolist() == [above + below]
 
 
-@given(stride=STRIDES, side=SIDES, batch=st.integers(1, 3), rest=WIDTHS)
-def test_grouping_into_cells_is_undone_exactly(stride, side, batch, rest):
-    raster = numbered(batch, (side * stride) ** 2, *rest)
-    cells = raster_to_cells(raster, stride)
-    assert cells.shape == (batch, side**2, stride**2, *rest)
-    assert torch.equal(cells_to_raster(cells, stride), raster)
+@given(stride=STRIDES, rows=LENGTHS, columns=LENGTHS)
+def test_the_compact_grid_is_the_dense_one_divided(stride, rows, columns):
+    assert cells_of((rows * stride, columns * stride), stride) == (rows, columns)
 
 
-@given(stride=STRIDES, side=SIDES, batch=st.integers(1, 3), rest=WIDTHS)
-def test_ungrouping_is_undone_exactly(stride, side, batch, rest):
-    cells = numbered(batch, side**2, stride**2, *rest)
-    assert torch.equal(raster_to_cells(cells_to_raster(cells, stride), stride), cells)
+@given(stride=STRIDES, rows=LENGTHS, columns=LENGTHS, batch=st.integers(1, 3), rest=WIDTHS)
+def test_grouping_into_cells_is_undone_exactly(stride, rows, columns, batch, rest):
+    grid = (rows * stride, columns * stride)
+    raster = numbered(batch, rows * columns * stride**2, *rest)
+    cells = raster_to_cells(raster, stride, grid)
+    assert cells.shape == (batch, rows * columns, stride**2, *rest)
+    assert torch.equal(cells_to_raster(cells, stride, grid), raster)
 
 
-@given(stride=STRIDES, side=SIDES, width=st.integers(1, 5), seed=st.integers(0, 99))
-def test_average_pool_is_torchs(stride, side, width, seed):
-    dense = torch.randn(2, (side * stride) ** 2, width, generator=torch.Generator().manual_seed(seed))
-    grid = dense.transpose(1, 2).unflatten(2, (side * stride, side * stride))
-    expected = F.avg_pool2d(grid, stride).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(average_pool(dense, stride), expected)
+@given(stride=STRIDES, rows=LENGTHS, columns=LENGTHS, batch=st.integers(1, 3), rest=WIDTHS)
+def test_ungrouping_is_undone_exactly(stride, rows, columns, batch, rest):
+    grid = (rows * stride, columns * stride)
+    cells = numbered(batch, rows * columns, stride**2, *rest)
+    assert torch.equal(raster_to_cells(cells_to_raster(cells, stride, grid), stride, grid), cells)
+
+
+@given(stride=STRIDES, rows=LENGTHS, columns=LENGTHS, width=st.integers(1, 5), seed=st.integers(0, 99))
+def test_average_pool_is_torchs(stride, rows, columns, width, seed):
+    grid = (rows * stride, columns * stride)
+    dense = torch.randn(2, rows * columns * stride**2, width, generator=torch.Generator().manual_seed(seed))
+    expected = F.avg_pool2d(dense.transpose(1, 2).unflatten(2, grid), stride).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(average_pool(dense, stride, grid), expected)
 
 
 def test_stride_one_pools_nothing():
-    dense = torch.randn(2, 9, 3)
-    assert torch.equal(average_pool(dense, 1), dense)
+    dense = torch.randn(2, 12, 3)
+    assert torch.equal(average_pool(dense, 1, (3, 4)), dense)
+
+
+@given(stride=st.integers(2, 5), rows=st.integers(1, 12), columns=st.integers(1, 12))
+def test_a_grid_that_the_stride_does_not_divide_is_refused(stride, rows, columns):
+    assume(rows % stride or columns % stride)
+    with pytest.raises(InputError, match=rf"{rows} x {columns} tokens; .*stride {stride} .*processor"):
+        cells_of((rows, columns), stride)
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (4, 3), (1, 12)])
+@pytest.mark.parametrize(("layer", "shape"), [(raster_to_cells, (1, 12)), (average_pool, (1, 12, 2)), (cells_to_raster, (1, 3, 4))])
+def test_every_layer_refuses_such_a_grid(layer, shape, grid):
+    with pytest.raises(InputError, match=f"{grid[0]} x {grid[1]} tokens.*stride 2"):
+        layer(torch.zeros(shape), 2, grid)

@@ -10,42 +10,59 @@ CODES, CODE_WIDTH, OUT_WIDTH = 23, 4, 12
 SHAPE = {"code_width": CODE_WIDTH, "width": 16, "out_width": OUT_WIDTH}
 
 geometries = given(
-    stride=st.integers(1, 3), side=st.integers(1, 3), count=st.integers(0, 3), layers=st.integers(1, 2), seed=st.integers(0, 99)
+    stride=st.integers(1, 3),
+    cells=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    side=st.integers(1, 3),
+    count=st.integers(0, 3),
+    layers=st.integers(1, 2),
+    seed=st.integers(0, 99),
 )
+SMALL = {"stride": 2, "cells": (2, 2), "side": 2, "layers": 1, "seed": 0}
 few = settings(max_examples=15)
 each = pytest.mark.parametrize("kind", DECOMPRESSORS)
 
 
 class Case:
-    """A decompressor with random weights, random conditions, and true codes in its own order."""
+    """A decompressor with random weights, random conditions, and true codes in its own order.
 
-    def __init__(self, kind: str, stride: int, side: int, count: int, layers: int, seed: int, batch: int = 2):
+    The image has a grid of `cells`; what positions are learned on has `side` x `side`.
+    """
+
+    def __init__(
+        self, kind: str, stride: int, cells: tuple[int, int], side: int, count: int, layers: int, seed: int, batch: int = 2
+    ):
         torch.manual_seed(seed)
-        self.kind, self.dense = kind, (side * stride) ** 2
+        self.kind, self.grid = kind, (cells[0] * stride, cells[1] * stride)
+        dense, compact = self.grid[0] * self.grid[1], cells[0] * cells[1]
         if kind == "cell":
             self.module = CellDecompressor(stride, layers=layers, **SHAPE)
             self.length, self.block = stride**2, 1
             condition = torch.randn(batch, OUT_WIDTH)  # hidden states
         else:
             after_loop = {"phase": PhaseDecompressor, "raster": RasterDecompressor}[kind]
-            self.module = after_loop(stride, self.dense, layers=layers, **SHAPE)
-            self.length, self.block = self.dense, side**2 if kind == "phase" else 1
-            condition = torch.randn(batch, side**2, CODE_WIDTH)  # compact entries
+            self.module = after_loop(stride, side * stride, layers=layers, **SHAPE)
+            self.length, self.block = dense, compact if kind == "phase" else 1
+            condition = torch.randn(batch, compact, CODE_WIDTH)  # compact entries
         self.conditions = (condition, torch.randn(batch, count, CODE_WIDTH))
         self.codebook = unit(torch.randn(CODES, CODE_WIDTH))
         self.head = torch.randn(OUT_WIDTH, CODES)
         self.codes = torch.randint(CODES, (batch, self.length))  # in the order of drawing
 
+    @property
+    def of_grid(self) -> tuple:
+        """The argument that decompressors after the loop take, and "cell" does not."""
+        return () if self.kind == "cell" else (self.grid,)
+
     def order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind == "cell" else self.module.order(x)
+        return x if self.kind == "cell" else self.module.order(x, self.grid)
 
     def unorder(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind == "cell" else self.module.unorder(x)
+        return x if self.kind == "cell" else self.module.unorder(x, self.grid)
 
     @torch.no_grad()
     def features(self, codes: torch.Tensor) -> torch.Tensor:
         """Teacher-forced features of codes, both in the order of drawing."""
-        return self.order(self.module(self.codebook[self.unorder(codes)], *self.conditions))
+        return self.order(self.module(self.codebook[self.unorder(codes)], *self.conditions, *self.of_grid))
 
     @torch.no_grad()
     def draw(self) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -56,7 +73,7 @@ class Case:
             seen.append(features)
             return (features @ self.head).argmax(-1)
 
-        codes = self.order(self.module.draw(self.codebook, *self.conditions, pick))
+        codes = self.order(self.module.draw(self.codebook, *self.conditions, *self.of_grid, pick))
         return codes, torch.cat([x.unflatten(0, (len(codes), -1)) for x in seen], 1), len(seen)
 
 
@@ -87,7 +104,7 @@ def test_a_later_code_changes_no_earlier_feature(kind, **geometry):
 
 @each
 def test_every_earlier_code_counts(kind):
-    case = Case(kind, stride=2, side=2, count=1, layers=1, seed=0)
+    case = Case(kind, count=1, **SMALL)
     before = case.features(case.codes)[:, -1]
     for place in range(case.length - case.block):
         changed = case.codes.clone()
@@ -98,7 +115,7 @@ def test_every_earlier_code_counts(kind):
 @each
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_compact_tokens_and_the_global_tokens_count(kind, which):
-    case = Case(kind, stride=2, side=2, count=2, layers=1, seed=0)
+    case = Case(kind, count=2, **SMALL)
     before = case.features(case.codes)
     case.conditions[which].add_(1)
     assert not torch.allclose(case.features(case.codes), before)
@@ -106,7 +123,7 @@ def test_the_compact_tokens_and_the_global_tokens_count(kind, which):
 
 @pytest.mark.parametrize(("kind", "steps"), [("raster", 16), ("phase", 4), ("cell", 4)])
 def test_number_of_steps(kind, steps):
-    case = Case(kind, stride=2, side=2, count=1, layers=1, seed=0)
+    case = Case(kind, count=1, **SMALL)
     codes, _, count = case.draw()
     assert count == steps
     assert codes.shape == (2, case.length)
@@ -114,7 +131,7 @@ def test_number_of_steps(kind, steps):
 
 @each
 def test_rows_do_not_see_each_other(kind):
-    case = Case(kind, stride=2, side=2, count=2, layers=2, seed=0, batch=3)
+    case = Case(kind, count=2, batch=3, **{**SMALL, "layers": 2})
     together, _, _ = case.draw()
     conditions = case.conditions
     for row in range(3):
@@ -122,20 +139,40 @@ def test_rows_do_not_see_each_other(kind):
         assert torch.equal(case.draw()[0][0], together[row])
 
 
-@given(stride=st.integers(1, 3), side=st.integers(1, 3))
-def test_a_phase_draws_one_sub_position_of_every_cell(stride, side):
-    module = PhaseDecompressor(stride, (side * stride) ** 2, layers=1, **SHAPE)
-    sub_positions = torch.arange(stride**2).expand(1, side**2, -1)
-    ordered = module.order(cells_to_raster(sub_positions, stride))
+@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_a_phase_draws_one_sub_position_of_every_cell(stride, rows, columns):
+    module, grid = PhaseDecompressor(stride, 2 * stride, layers=1, **SHAPE), (rows * stride, columns * stride)
+    sub_positions = torch.arange(stride**2).expand(1, rows * columns, -1)
+    ordered = module.order(cells_to_raster(sub_positions, stride, grid), grid)
     assert ordered[0].tolist() == sorted(sub_positions.flatten().tolist())
 
 
 @pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
+@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_the_order_is_undone_exactly(module, stride, rows, columns):
+    grid = (rows * stride, columns * stride)
+    raster = torch.arange(2 * grid[0] * grid[1]).view(2, -1)
+    module = module(stride, 2 * stride, layers=1, **SHAPE)
+    assert torch.equal(module.unorder(module.order(raster, grid), grid), raster)
+
+
+@pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
 @given(stride=st.integers(1, 3), side=st.integers(1, 3))
-def test_the_order_is_undone_exactly(module, stride, side):
-    raster = torch.arange(2 * (side * stride) ** 2).view(2, -1)
-    module = module(stride, (side * stride) ** 2, layers=1, **SHAPE)
-    assert torch.equal(module.unorder(module.order(raster)), raster)
+def test_the_grid_that_positions_were_learned_on_gets_them_as_they_are(module, stride, side):
+    module = module(stride, side * stride, layers=1, **SHAPE)
+    assert torch.equal(module.positions((side * stride, side * stride)), module.decoder.positions)
+
+
+@pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
+def test_a_stretched_position_is_near_those_that_it_lies_between(module):
+    """Each place of a grid twice as wide takes after its neighbours in the same column of the learned one."""
+    module = module(2, 4, layers=1, **SHAPE)
+    columns = torch.arange(4.0).expand(4, 4).flatten()  # of each place, in raster order
+    with torch.no_grad():
+        module.decoder.positions.copy_(module.order(columns[None], (4, 4))[0].unsqueeze(1).expand(-1, 16))
+    stretched = module.unorder(module.positions((4, 8))[None], (4, 8)).view(4, 8, 16)[..., 0]
+    assert (stretched.diff(dim=1)[:, ::2] >= 0).all()
+    assert (stretched[:, -1] > stretched[:, 0]).all()
 
 
 def test_an_untrained_cells_input_is_the_mean_of_its_codes_embeddings():

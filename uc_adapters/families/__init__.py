@@ -1,4 +1,4 @@
-"""The base families: `family.py` is the contract, every file with a `model_type` one family. CONTRIBUTING.md tells how to add one."""
+"""The base families: `family.py` is the contract, every file with a `model_type` a family. CONTRIBUTING.md: how to add one."""
 
 from __future__ import annotations
 
