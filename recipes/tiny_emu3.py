@@ -72,7 +72,6 @@ def make_model(processor: Emu3Processor, temporal_downsample_factor: int = 1) ->
     )
     config = Emu3Config(text_config=text_config, vq_config=vq_config, vocabulary_map=tokenizer.get_vocab())
     model = Emu3ForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        **{f"{name}_token_id": token_id for name, token_id in special.items()}, guidance_scale=2.0
-    )
+    # No guidance_scale here: transformers' generate would guide answers with it, too
+    model.generation_config = GenerationConfig(**{f"{name}_token_id": token_id for name, token_id in special.items()})
     return model

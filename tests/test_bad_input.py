@@ -104,7 +104,7 @@ def test_a_row_that_is_all_padding(model, prompts):
 
 def test_a_prompt_that_does_not_begin_an_image(model, short_processor):
     inputs = short_processor(text=[chat(short_processor, "a red 3")], return_tensors="pt")
-    with pytest.raises(InputError, match=r"ends in token \[22\].*5.*generation_mode='image'"):
+    with pytest.raises(InputError, match=r'ends in token \[22\].*5.*generation_mode="image"'):
         draw(model, inputs)
 
 

@@ -234,6 +234,6 @@ def _check_prompts(family: Family, input_ids: torch.Tensor, attention_mask: torc
     begin = family.image_begin(config)
     if not bool((input_ids[:, -1] == begin).all()):
         raise InputError(
-            f"A drawing prompt ends in token {input_ids[:, -1].tolist()}; expected the image's begin, {begin}. Prepare prompts "
-            "as the base's own documentation does, with the adapter's processor."
+            f"A drawing prompt ends in token {input_ids[:, -1].tolist()}; expected the image's begin, {begin}. Prepare "
+            f"prompts with the adapter's processor: {family.drawing_snippet.splitlines()[0]}"
         )

@@ -65,7 +65,9 @@ def test_a_grid_that_the_stride_does_not_divide_is_refused(stride, rows, columns
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (4, 3), (1, 12)])
-@pytest.mark.parametrize(("layer", "shape"), [(raster_to_cells, (1, 12)), (average_pool, (1, 12, 2)), (cells_to_raster, (1, 3, 4))])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(raster_to_cells, (1, 12)), (average_pool, (1, 12, 2)), (cells_to_raster, (1, 3, 4))]
+)
 def test_every_layer_refuses_such_a_grid(layer, shape, grid):
     with pytest.raises(InputError, match=f"{grid[0]} x {grid[1]} tokens.*stride 2"):
         layer(torch.zeros(shape), 2, grid)

@@ -1,0 +1,33 @@
+"""Every family that the matrix of tests runs over: one line each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import tiny_chameleon
+import tiny_emu3
+import tiny_janus
+from stock_calls import CALLS
+from transformers import PreTrainedModel, ProcessorMixin
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How to make a tiny random base of transformers' own classes, and its processor."""
+
+    name: str
+    make_processor: Callable[[], ProcessorMixin]
+    make_model: Callable[[ProcessorMixin], PreTrainedModel]
+
+    @property
+    def draws(self) -> bool:
+        return self.name in CALLS
+
+
+SPECS = [
+    Spec("janus", tiny_janus.make_processor, tiny_janus.make_model),
+    Spec(
+        "emu3", partial(tiny_emu3.make_processor, 32 * 32, 64 * 64), partial(tiny_emu3.make_model, temporal_downsample_factor=4)
+    ),
+    Spec("chameleon", tiny_chameleon.make_processor, tiny_chameleon.make_model),
+]
