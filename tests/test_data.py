@@ -1,10 +1,12 @@
 import pytest
 import torch
-from helpers import SHORT, attach, draw, drawing_inputs, small_config
+from digits import random_scene
+from helpers import SHORT, attach, draw, drawing_inputs, rng, small_config
 from tiny_janus import make_processor
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import InputError
+from uc_adapters.images import pack_latents
 
 IMAGE = {"type": "image"}
 
@@ -15,6 +17,10 @@ def say(text: str) -> dict:
 
 def turns(*contents) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def picture(seed: int):
+    return random_scene(rng(seed), "train").image("train")
 
 
 @pytest.fixture
@@ -164,11 +170,46 @@ def test_reading_rows_are_never_dropped(short_processor, collate, reading_row):
     assert torch.equal(dropping([reading_row])["input_ids"], collate([reading_row])["input_ids"])
 
 
+def dropped(processor, batch) -> list[bool]:
+    return (batch["input_ids"][:, 2] == processor.tokenizer.pad_token_id).tolist()
+
+
 def test_the_share_of_dropped_captions(short_processor, drawing_row):
+    collate = UniCompressCollator(short_processor, small_config(), caption_dropout=0.25)
+    coins = []
+    for collate.epoch in range(200):
+        coins += dropped(short_processor, collate([drawing_row]))
+    assert 0.15 < sum(coins) / len(coins) < 0.35
+
+
+def test_which_captions_are_dropped_does_not_depend_on_batches_nor_on_random_numbers(short_processor, images):
+    rows = [{"messages": turns([say("a red 3")], [IMAGE]), "images": [picture(seed)]} for seed in range(32)]
+    collate = UniCompressCollator(short_processor, small_config(), caption_dropout=0.5)
     torch.manual_seed(0)
-    batch = UniCompressCollator(short_processor, small_config(), caption_dropout=0.25)([drawing_row] * 200)
-    dropped = (batch["input_ids"][:, 2] == short_processor.tokenizer.pad_token_id).float().mean()
-    assert 0.15 < dropped < 0.35
+    state = torch.get_rng_state()
+    at_once = dropped(short_processor, collate(rows))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert [dropped(short_processor, collate([row]))[0] for row in reversed(rows)] == at_once[::-1]
+    assert 0 < sum(at_once) < 32  # rows of one caption differ by their images
+    collate.epoch = 1
+    assert dropped(short_processor, collate(rows)) != at_once
+
+
+def test_latents_stand_in_for_the_images_to_draw(short_processor, collate, base, drawing_row, editing_row):
+    model = attach(base)
+    rows = [drawing_row, editing_row]
+    collate.config = model.active_peft_config
+    packed = [{**row, "latents": pack_latents(model.family, short_processor, row["images"])} for row in rows]
+    plain, cached = collate(rows), collate(packed)
+    pixels, latents = plain.pop("drawn_pixel_values"), cached.pop("drawn_latents")
+    assert plain.keys() == cached.keys()
+    assert all(torch.equal(plain[name], cached[name]) for name in plain)
+    assert latents.shape == (2, 64, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(latents, model.family.latents(pixels))
+        expected, found = model(**plain, drawn_pixel_values=pixels), model(**cached, drawn_latents=latents)
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
 
 
 def test_rows_are_left_as_they_were(collate, editing_row):

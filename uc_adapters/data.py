@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from .config import UniCompressConfig
 from .errors import InputError
+from .images import unpack_latents
 
 Span = tuple[int, int]  # of characters: first, and last plus one
 
@@ -40,11 +43,16 @@ class UniCompressCollator:
     Assistant turns are learned: their words, and the places of their images. What frames an image is not (its begin and end,
     its size, its row ends), nor is the separator, which is never predicted.
 
+    A row may bring `latents`, one entry of `uc_adapters.images.pack_latents` an image: images to draw are then not encoded
+    again. They are all left out, or none is.
+
     Args:
         processor: The adapter's processor: `AutoProcessor.from_pretrained(adapter)`, or `model.compact_processor(processor)`.
         config: The adapter's config.
         caption_dropout: Share of drawing rows whose prompt is replaced by padding, so that classifier-free guidance has
-            its unconditional model. Default 0.1.
+            its unconditional model. Default 0.1. Which rows these are follows from their content and from `epoch`: the same
+            however rows are put into batches, shared out among processes, or resumed.
+        epoch: To be counted up by who trains, so that other rows lose their captions in the next. Default 0.
 
     Raises:
         InputError: An empty batch, images that are not RGB, or more or fewer images than the messages mention.
@@ -53,22 +61,26 @@ class UniCompressCollator:
     processor: ProcessorMixin
     config: UniCompressConfig
     caption_dropout: float = 0.1
+    epoch: int = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows -> input_ids, attention_mask, labels, drawn_mask (B, L), pixel_values (N, 3, H, W), drawn_pixel_values (M, ...).
 
-        Where images have any size, also image_sizes (N, 2) and drawn_image_sizes (M, 2), in pixels.
+        With latents, drawn_latents (M, T, C) in place of the last. Where images have any size, also image_sizes (N, 2) and
+        drawn_image_sizes (M, 2), in pixels.
         """
         if not rows:
             raise InputError("An empty batch; expected at least one row of {'messages': [...], 'images': [...]}.")
         turns = [self._render(row["messages"]) for row in rows]
-        images = [self._images(row.get("images") or [], row_turns) for row, row_turns in zip(rows, turns, strict=True)]
+        images = [self._images(row, row_turns) for row, row_turns in zip(rows, turns, strict=True)]
         read = self._pixels([image for to_read, _ in images for image in to_read])
-        drawn = self._pixels([image for _, to_draw in images for image in to_draw])
+        to_draw = [image for _, of_row in images for image in of_row]
+        drawn = self._latents(to_draw) if to_draw and isinstance(to_draw[0], dict) else self._pixels(to_draw)
         encoded, kept, first_read, first_drawn = [], [], 0, 0
         for row_turns, (to_read, to_draw) in zip(turns, images, strict=True):
             blocks = self._blocks(read, first_read, len(to_read)), self._blocks(drawn, first_drawn, len(to_draw))
-            encoded.append(self._encode(row_turns, *blocks))
+            lost = bool(to_draw) and self._coin(row_turns, to_draw) < self.caption_dropout
+            encoded.append(self._encode(row_turns, *blocks, lost))
             kept += range(first_read + encoded[-1].lost, first_read + len(to_read))
             first_read, first_drawn = first_read + len(to_read), first_drawn + len(to_draw)
         length = max(len(row.input_ids) for row in encoded)
@@ -88,8 +100,9 @@ class UniCompressCollator:
             batch["drawn_mask"] = padded("drawn_mask", 0).bool()
         return batch
 
-    def _images(self, images: list, turns: list[_Turn]) -> tuple[list, list]:
-        """The images of a row that are to read, and those to draw."""
+    def _images(self, row: dict[str, Any], turns: list[_Turn]) -> tuple[list, list]:
+        """The images of a row that are to read, and those to draw: pictures, or their packed latents."""
+        images = row.get("images") or []
         to_draw = [turn.assistant for turn in turns for _ in range(turn.text.count(self.processor.image_token))]
         if len(images) != len(to_draw):
             raise InputError(
@@ -103,7 +116,14 @@ class UniCompressCollator:
                     "Convert it: image.convert('RGB')."
                 )
         read = [image for image, draw in zip(images, to_draw, strict=True) if not draw]
-        return read, [image for image, draw in zip(images, to_draw, strict=True) if draw]
+        return read, [image for image, draw in zip(row.get("latents") or images, to_draw, strict=True) if draw]
+
+    def _coin(self, turns: list[_Turn], drawn: list) -> float:
+        """A number from 0 up to 1 that a row's words and drawn images decide, another one each epoch."""
+        digest = blake2b(f"{self.epoch} {[turn.text for turn in turns]}".encode(), digest_size=8)
+        for image in drawn:
+            digest.update(image["values"] if isinstance(image, dict) else image.tobytes())
+        return int.from_bytes(digest.digest(), "big") / 2**64
 
     def _pixels(self, images: list) -> dict[str, torch.Tensor]:
         """pixel_values, and image_sizes where the processor gives them; nothing where there are no images."""
@@ -112,11 +132,17 @@ class UniCompressCollator:
         prepared = self.processor.image_processor(images, return_tensors="pt")
         return {name: prepared[name] for name in ("pixel_values", "image_sizes") if name in prepared}
 
+    def _latents(self, packed: list[dict]) -> dict[str, torch.Tensor]:
+        """The same of packed latents: latents (M, T, C), and image_sizes."""
+        latents = [unpack_latents(image, self.config.base_geometry["code_width"]) for image in packed]
+        sizes = {} if self.config.base_geometry["image_size"] else {"image_sizes": torch.tensor([p["size"] for p in packed])}
+        return {"latents": pad_sequence(latents, batch_first=True), **sizes}
+
     def _blocks(self, pixels: dict[str, torch.Tensor], first: int, count: int) -> list[str]:
         """The text of each of `count` images, from the first: its placeholders, and what frames them."""
         return [self.processor.replace_image_token(pixels, index) for index in range(first, first + count)]
 
-    def _encode(self, turns: list[_Turn], read: list[str], drawn: list[str]) -> _Row:
+    def _encode(self, turns: list[_Turn], read: list[str], drawn: list[str], caption_lost: bool) -> _Row:
         """Token ids, labels and drawn places of one row, from its turns and the texts of its images."""
         tokenizer = self.processor.tokenizer
         image_id, begin_id = tokenizer.convert_tokens_to_ids([self.processor.image_token, self.processor.image_start_token])
@@ -140,7 +166,7 @@ class UniCompressCollator:
                 if ids[index] != image_id or index == places[self.config.num_global_tokens]:  # the separator
                     labels[index] = -100
         lost = 0
-        if drawn and torch.rand(()) < self.caption_dropout:
+        if caption_lost:
             first = to_draw[0][0]
             for index in range(tokens_in(to_draw[0])[0]):
                 labels[index] = -100

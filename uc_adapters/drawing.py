@@ -50,7 +50,12 @@ class Drawing:
     def compress(self, pixel_values: torch.Tensor) -> CompactCodes:
         """Pixels (B, 3, H, W) -> the codes to draw."""
         grid = self.family.draw_grid(tuple(pixel_values.shape[2:]))
-        return self.module.compress(self.family.latents(pixel_values), self.codebook, grid)
+        return self.compress_latents(self.family.latents(pixel_values), grid)
+
+    @torch.no_grad()
+    def compress_latents(self, latents: torch.Tensor, grid: Grid) -> CompactCodes:
+        """Latents (B, T, C) -> the codes to draw."""
+        return self.module.compress(latents, self.codebook, grid)
 
     def globals_of(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Global tokens before quantisation, in the codebook's space: (B, T, C) -> (B, N_g, C)."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
+from .compression import CompactCodes
 from .drawing import Drawing
 from .hosts import ReadHost
+from .images import Images
+
+# What a labelled position is, in `JointOutput.kinds`; 0 is none
+WORD, GLOBAL_CODE, CELL = 1, 2, 3
 
 
 @dataclass
@@ -21,6 +28,7 @@ class JointOutput(ModelOutput):
         entropy: (B, L - 1), in nats.
         is_top1: (B, L - 1), 1 where the label is the most probable token; a cell counts the share of its codes.
         label_mask: (B, L - 1), True where there is a label.
+        kinds: (B, L - 1), what is labelled there: 1 a word, 2 a global code, 3 a cell; 0 nothing.
     """
 
     loss: torch.Tensor | None = None
@@ -28,6 +36,7 @@ class JointOutput(ModelOutput):
     entropy: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
     label_mask: torch.Tensor | None = None
+    kinds: torch.Tensor | None = None
 
 
 def joint_loss(
@@ -36,28 +45,25 @@ def joint_loss(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     *,
-    pixel_values: torch.Tensor | None,
-    image_sizes: torch.Tensor | None,
-    drawn_pixel_values: torch.Tensor | None,
-    drawn_image_sizes: torch.Tensor | None,
+    read: Images,
+    drawn: Images,
     drawn_mask: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
+    word_probs: torch.Tensor | None,
 ) -> JointOutput:
     """Scores the labels of a batch: words by the base's head, drawn places by the adapter's decompressor.
 
-    Args: as those of `UniCompressModel.forward`, checked there.
+    Args: as those of `UniCompressModel.forward`, checked there; `read` and `drawn` are its images.
     """
     family = reading.family
     if drawn_mask is None:
         drawn_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     read_mask = (input_ids == family.image_token_id) & ~drawn_mask
-    embeddings = reading.embed_prompt(input_ids, pixel_values, image_sizes, read_mask)  # (B, L, D)
-    batches = []  # images of one size each, with their rows in drawn_pixel_values
-    if drawn_pixel_values is not None:
-        by_size = family.by_size(drawn_pixel_values, drawn_image_sizes)
-        batches = [(rows, drawing.compress(pixels)) for rows, pixels, _ in by_size]
+    embeddings = reading.embed_prompt(input_ids, read.pixel_values, read.image_sizes, read_mask)  # (B, L, D)
+    batches = [] if drawn.values is None else list(_compress(drawing, drawn))
+    if batches:
         places = {}
         for rows, codes in batches:
             places.update(zip(rows, drawing.embed(codes), strict=True))  # (N_g + 1 + T', D) each
@@ -66,21 +72,26 @@ def joint_loss(
     hidden = family.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state[:, :-1]  # (B, L - 1, D): position t predicts t + 1
-    targets, drawn = labels[:, 1:], drawn_mask[:, 1:]
+    targets, drawn_targets = labels[:, 1:], drawn_mask[:, 1:]
     label_mask = targets != -100
-    text = label_mask & ~drawn
-    scores = _score_text(family.text_logits(hidden[text]), targets[text])
+    text = label_mask & ~drawn_targets
+    scores = _score_text(family.text_logits(hidden[text]), targets[text], word_probs)
     fields = [torch.zeros(targets.shape, device=hidden.device).masked_scatter(text, score) for score in scores]
+    kinds = text.long() * WORD
     if batches:
-        before = hidden[drawn].split([len(place) for place in places])  # M times (N_g + 1 + T', D)
+        before = hidden[drawn_targets].split([len(place) for place in places])  # M times (N_g + 1 + T', D)
         drawn_scores = {}
         for rows, codes in batches:
             scored = drawing.score(torch.stack([before[row] for row in rows]), codes)
-            parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy])  # (3, n, N_g + 1 + T')
+            of_place = torch.full_like(scored.log_probs, CELL)
+            of_place[:, : codes.globals.shape[1]] = GLOBAL_CODE
+            parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, of_place])  # (4, n, N_g + 1 + T')
             drawn_scores.update(zip(rows, parts.unbind(1), strict=True))
-        parts = torch.cat([drawn_scores[row] for row in range(len(drawn_scores))], 1)  # (3, places of all images)
-        fields = [field.masked_scatter(drawn, part) * label_mask for field, part in zip(fields, parts, strict=True)]
+        *parts, of_place = torch.cat([drawn_scores[row] for row in range(len(drawn_scores))], 1)  # (4, places of all images)
+        fields = [field.masked_scatter(drawn_targets, part) * label_mask for field, part in zip(fields, parts, strict=True)]
+        kinds = kinds.masked_scatter(drawn_targets, of_place.long()) * label_mask
     log_probs, entropy, is_top1 = fields
+    log_probs = log_probs + _touch(reading, drawing)
     count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return JointOutput(
         loss=-log_probs.sum() / count,
@@ -88,12 +99,44 @@ def joint_loss(
         entropy=entropy.detach(),
         is_top1=is_top1.detach(),
         label_mask=label_mask,
+        kinds=kinds,
     )
 
 
-def _score_text(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability, entropy and top-1 hit of targets (N,) under logits (N, vocabulary), each (N,)."""
+def _compress(drawing: Drawing, images: Images) -> Iterator[tuple[list[int], CompactCodes]]:
+    """The codes to draw, of images of one size each, with their rows."""
+    family = drawing.family
+    if images.latents is None:
+        for rows, pixels, _ in family.by_size(images.pixel_values, images.image_sizes):
+            yield rows, drawing.compress(pixels)
+        return
+    sizes = images.sizes(family)
+    for size in dict.fromkeys(sizes):
+        rows, grid = [row for row, own in enumerate(sizes) if own == size], family.draw_grid(size)
+        yield rows, drawing.compress_latents(images.latents[rows, : grid[0] * grid[1]], grid)
+
+
+def _touch(reading: ReadHost, drawing: Drawing | None) -> torch.Tensor:
+    """Zero, from every weight of the adapter's modules.
+
+    A batch that only reads, or only draws, leaves some of them out; but where many processes train, each must have a gradient
+    for every weight, and one process must train as two do.
+    """
+    modules = [reading.active_module()] + ([] if drawing is None else [drawing.module])
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    return sum((weight.flatten()[0].float() * 0 for weight in weights), torch.zeros((), device=reading.family.base.device))
+
+
+def _score_text(
+    logits: torch.Tensor, targets: torch.Tensor, probs: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability, entropy and top-1 hit of targets (N,) under logits (N, vocabulary), each (N,).
+
+    With a teacher's probabilities (N, vocabulary), in place of the log-probability: less the divergence KL(teacher || student).
+    """
     log_probs = logits.float().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     hits = (log_probs.argmax(-1) == targets).float()
-    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, hits
+    if probs is None:
+        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, hits
+    return -F.kl_div(log_probs, probs.float(), reduction="none").sum(-1), entropy, hits

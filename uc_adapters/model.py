@@ -16,6 +16,7 @@ from .families import Family, family_of
 from .generation import draw, left_pad
 from .hosts import ReadHost, UniCompressLayer
 from .hub.model import SharedModel, refuse_carrier
+from .images import Images
 from .joint_loss import joint_loss
 from .layers import Grid
 
@@ -101,8 +102,10 @@ class UniCompressModel(SharedModel):
         image_sizes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         drawn_pixel_values: torch.Tensor | None = None,
+        drawn_latents: torch.Tensor | None = None,
         drawn_image_sizes: torch.Tensor | None = None,
         drawn_mask: torch.Tensor | None = None,
+        word_probs: torch.Tensor | None = None,
         fused_lm_head: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -117,8 +120,11 @@ class UniCompressModel(SharedModel):
             image_sizes: (N, 2), height and width in pixels, where the base's images have any size.
             labels: (B, L), -100 where nothing is to learn. At a drawn image, any other value marks its places.
             drawn_pixel_values: Images to draw, (M, 3, H, W), in the order of their placeholders.
+            drawn_latents: In place of them, their latents (M, T, C), computed once by `uc_adapters.images.pack_latents`.
             drawn_image_sizes: (M, 2), likewise.
             drawn_mask: (B, L), True at the places of drawn images.
+            word_probs: A teacher's probabilities of the words, (N, vocabulary), at the N labelled words in order: the joint
+                loss then learns them (as the divergence from them) in place of the labels.
             fused_lm_head: TRL's request for per-token scores instead of logits.
             num_items_in_batch: What the summed loss is divided by; default the number of labelled positions.
             **kwargs: Passed to the base.
@@ -132,10 +138,10 @@ class UniCompressModel(SharedModel):
             UnsupportedError: Images are to be drawn by a base that cannot draw.
         """
         _refuse_mixed_batch(kwargs)
-        read, drawn = (pixel_values, image_sizes), (drawn_pixel_values, drawn_image_sizes)
+        read, drawn = Images(pixel_values, image_sizes), Images(drawn_pixel_values, drawn_image_sizes, drawn_latents)
         self._check_inputs(input_ids, read, drawn, drawn_mask)
         enabled = self.reading.active_module() is not None
-        if drawn_pixel_values is None and not (fused_lm_head and enabled):
+        if drawn.values is None and word_probs is None and not (fused_lm_head and enabled):
             if fused_lm_head:
                 kwargs["fused_lm_head"] = True
             if num_items_in_batch is not None:
@@ -161,14 +167,13 @@ class UniCompressModel(SharedModel):
             self.drawing,
             input_ids,
             labels,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            drawn_pixel_values=drawn_pixel_values,
-            drawn_image_sizes=drawn_image_sizes,
+            read=read,
+            drawn=drawn,
             drawn_mask=drawn_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             num_items_in_batch=num_items_in_batch,
+            word_probs=word_probs,
         )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
@@ -186,9 +191,9 @@ class UniCompressModel(SharedModel):
         to_draw = kwargs.get("generation_mode") == "image"
         if to_draw:
             self._check_draws()
-        read = kwargs.get("pixel_values"), kwargs.get("image_sizes")
+        read = Images(kwargs.get("pixel_values"), kwargs.get("image_sizes"))
         if self.reading.active_module() is None:
-            self._check_inputs(args[0] if args else kwargs.get("input_ids"), read)
+            self._check_inputs(args[0] if args else kwargs.get("input_ids"), read, Images())
             return super().generate(*args, **kwargs)
         if kwargs.get("inputs_embeds") is not None and not to_draw:
             return super().generate(*args, **kwargs)
@@ -198,9 +203,9 @@ class UniCompressModel(SharedModel):
             raise InputError(f"input_ids of shape {shape}; expected (batch, tokens), neither of them empty.")
         if to_draw:
             kwargs.pop("generation_mode")
-            self._check_inputs(input_ids, (kwargs.get("pixel_values"), None))
+            self._check_inputs(input_ids, Images(kwargs.get("pixel_values")), Images())
             return draw(self.drawing, self.reading, input_ids, **kwargs)
-        self._check_inputs(input_ids, read)
+        self._check_inputs(input_ids, read, Images())
         kwargs.pop("generator", None)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
@@ -226,23 +231,18 @@ class UniCompressModel(SharedModel):
             )
 
     def _check_inputs(
-        self,
-        input_ids: torch.Tensor | None,
-        read: tuple[torch.Tensor | None, torch.Tensor | None],
-        drawn: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-        drawn_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor | None, read: Images, drawn: Images, drawn_mask: torch.Tensor | None = None
     ) -> None:
-        """Images to read and to draw, each as pixels and sizes, against the placeholders."""
+        """Images to read and to draw against the placeholders."""
         family = self.family
-        for pixels, sizes in (read, drawn):
-            if pixels is not None:
-                family.check_pixels(pixels, sizes)
-        if drawn[0] is not None:
+        read.check(family)
+        drawn.check(family)
+        if drawn.values is not None:
             self._check_draws()
-        if input_ids is None or (read[0] is None and drawn[0] is None):
+        if input_ids is None or (read.values is None and drawn.values is None):
             return
-        of_read = [] if read[0] is None else [self._placeholders(family.read_grid(size)) for size in family.sizes(*read)]
-        of_drawn = [] if drawn[0] is None else [self._placeholders(family.draw_grid(size)) for size in family.sizes(*drawn)]
+        of_read = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
+        of_drawn = [self._placeholders(family.draw_grid(size)) for size in drawn.sizes(family)]
         placeholders = int((input_ids == family.image_token_id).sum())
         if placeholders != sum(of_read) + sum(of_drawn):
             enabled = self.reading.active_module() is not None
@@ -256,7 +256,7 @@ class UniCompressModel(SharedModel):
         marked = 0 if drawn_mask is None else int(drawn_mask.sum())
         if marked != sum(of_drawn):
             raise InputError(
-                f"drawn_mask marks {marked} places; expected {sum(of_drawn)} for the images of drawn_pixel_values. "
+                f"drawn_mask marks {marked} places; expected {sum(of_drawn)} for the images to draw. "
                 "Build batches with UniCompressCollator."
             )
 
