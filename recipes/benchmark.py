@@ -3,8 +3,9 @@
     python recipes/benchmark.py --shape tiny                                       # a minute: the shipped base and adapter
     python recipes/benchmark.py --shape janus-pro-1b --repeats 1 --warm_up false   # ten minutes on two CPU cores, 12 GiB
     python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8
+    python recipes/benchmark.py --shape janus-pro-1b --train --repeats 1 --warm_up false   # a step of training instead
 
-Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the last line needs a GPU.
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the line with cuda needs a GPU.
 The base is transformers' own `generate`, bare, beside the adapter on the same weights; they take turns, after a warm-up of
 each, and medians count. Drawing is end to end, from prompt to pixels. Janus-Pro's shapes have random weights, which say
 nothing of quality: that is `evaluate.py`'s. Where the time goes is measured in a drawing of its own, since watching costs.
@@ -31,6 +32,7 @@ import transformers
 from evaluate import twin_of
 from torch import nn
 from tqdm.auto import tqdm
+from training_benchmark import training_figures, training_rows
 from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
@@ -59,7 +61,9 @@ class BenchmarkArguments:
 
     shape: str = field(default="tiny", metadata={"help": "tiny, janus-pro-1b or janus-pro-7b."})
     decompressor: str = field(default="cell", metadata={"help": "Of a random adapter. See UniCompressConfig."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once."})
+    train: bool = field(default=False, metadata={"help": "Time a step of training instead: LoRA on dense tokens, and stage 2."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "In training, on both sides."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once; training takes the first."})
     repeats: int = field(default=3, metadata={"help": "Timed turns each."})
     warm_up: bool = field(default=True, metadata={"help": "Draw once untimed. False where one drawing takes minutes."})
     dtype: str = field(default="float32", metadata={"help": "Of the base."})
@@ -119,7 +123,7 @@ def contenders(args: BenchmarkArguments) -> dict[str, nn.Module]:
 def prompts(model: nn.Module, batch: int, placeholders: int = 0) -> dict[str, torch.Tensor]:
     """Random words behind the sequence's begin; to read, behind an image's placeholders; to draw, before an image's begin."""
     config = model.generation_config
-    words = torch.randint(4, 50, (batch, TEXT_TOKENS), device=model.device)
+    words = torch.randint(5, 50, (batch, TEXT_TOKENS), device=model.device)  # no placeholder of an image
     words[:, 0] = config.bos_token_id
     if placeholders:
         image = torch.full((batch, placeholders), model.config.image_token_id, device=model.device)
@@ -127,6 +131,12 @@ def prompts(model: nn.Module, batch: int, placeholders: int = 0) -> dict[str, to
     else:
         words[:, -1] = config.generation_kwargs["boi_token_id"]
     return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+
+
+def random_pixels(base: nn.Module, batch: int) -> torch.Tensor:
+    """Images of the base's size, (B, 3, H, W)."""
+    size = base.config.vision_config.image_size
+    return torch.randn(batch, 3, size, size, device=base.device, dtype=base.dtype)
 
 
 class Watch:
@@ -218,8 +228,7 @@ def drawing_shares(adapter: UniCompressModel) -> dict[str, float]:
 
 def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[str, Callable[[], object]]]:
     """What is timed of reading: the language model's prefill alone, up to the first token, and whole answers."""
-    size = models["base"].config.vision_config.image_size
-    pixels = torch.randn(batch, 3, size, size, device=models["base"].device, dtype=models["base"].dtype)
+    pixels = random_pixels(models["base"], batch)
     dense = models["adapter"].family.geometry.read_side ** 2
     works: dict[str, dict[str, Callable[[], object]]] = {"prefill": {}, "first token": {}, "answer": {}}
     for name, model in models.items():
@@ -274,28 +283,33 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} CPU cores, {model.partition(': ')[2] or platform.processor() or platform.machine()}"
 
 
+def rows(figures: dict) -> list[tuple[str, str, dict[str, float]]]:
+    """What is compared, its unit, and the figures of base and adapter."""
+    if "training" in figures:
+        return training_rows(figures)
+    seconds = [(f"drawing, prompt to pixels, batch {b}", "s", pair) for b, pair in figures["drawing"]["by_batch"].items()]
+    seconds += [(f"reading, {what}", "s", pair) for what, pair in figures["reading"]["seconds"].items()]
+    cache = {name: size / 1e6 for name, size in figures["memory"]["cache_bytes"].items()}
+    return [*seconds, ("keys and values, of an image", "MB", cache)]
+
+
 def markdown(figures: dict) -> str:
     """The figures as a table, the adapter's gain beside them."""
-    rows = []
-    for batch, seconds in figures["drawing"]["by_batch"].items():
-        rows.append((f"drawing, prompt to pixels, batch {batch} (s)", seconds))
-    for what, seconds in figures["reading"]["seconds"].items():
-        rows.append((f"reading, {what} (s)", seconds))
-    rows.append(("keys and values of an image (MB)", {k: v / 1e6 for k, v in figures["memory"]["cache_bytes"].items()}))
     lines = ["| | base | adapter | base / adapter |", "|---|---|---|---|"]
-    lines += [f"| {what} | {p['base']:.3g} | {p['adapter']:.3g} | {p['base'] / p['adapter']:.2f} |" for what, p in rows]
+    for what, unit, pair in rows(figures):
+        ratio = pair["base"] / pair["adapter"]
+        lines.append(f"| {what} ({unit}) | {pair['base']:.3g} | {pair['adapter']:.3g} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
 def draw_chart(figures: dict, path: str) -> None:
-    """Bars of the seconds, base beside adapter."""
-    pairs = {f"drawing\nbatch {batch}": seconds for batch, seconds in figures["drawing"]["by_batch"].items()}
-    pairs |= {f"reading\n{what}": seconds for what, seconds in figures["reading"]["seconds"].items()}
-    figure, axes = plt.subplots(1, len(pairs), figsize=(2.2 * len(pairs), 3.2))
-    for axis, (what, pair) in zip(axes, pairs.items(), strict=True):
+    """Bars of the figures, base beside adapter."""
+    compared = rows(figures)
+    figure, axes = plt.subplots(1, len(compared), figsize=(2.2 * len(compared), 3.2))
+    for axis, (what, unit, pair) in zip(axes, compared, strict=True):
         bars = axis.bar(list(pair), list(pair.values()), color=["#999999", "#2a7f62"])
-        axis.bar_label(bars, [f"{seconds:.3g} s" for seconds in pair.values()], fontsize=8)
-        axis.set_title(f"{what}: {pair['base'] / pair['adapter']:.1f} x", fontsize=9)
+        axis.bar_label(bars, [f"{value:.3g} {unit}" for value in pair.values()], fontsize=8)
+        axis.set_title(f"{what.replace(', ', chr(10))}: {pair['base'] / pair['adapter']:.1f} x", fontsize=9)
         axis.set_yticks([])
         axis.margins(y=0.15)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -307,10 +321,8 @@ def draw_chart(figures: dict, path: str) -> None:
 
 
 @torch.no_grad()
-def main(args: BenchmarkArguments) -> dict:
-    transformers.logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
-    set_seed(0)
-    models = contenders(args)
+def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
+    """Drawing, reading, memory."""
     by_batch, reading, peaks = {}, {}, {}
     for what, works in reading_works(models, args.batch_sizes[0]).items():
         reading[what] = in_turn(works, args.repeats, f"reading, {what}, in turn")
@@ -320,7 +332,7 @@ def main(args: BenchmarkArguments) -> dict:
         peaks[str(batch)] = {name: peak_bytes(work) for name, work in works.items()}
     first = by_batch[str(args.batch_sizes[0])]
     tokens = {name: (NEW_TOKENS - 1) / (reading["answer"][name] - reading["first token"][name]) for name in models}
-    figures = {
+    return {
         "drawing": {
             "seconds": first,
             "ratio": first["base"] / first["adapter"],
@@ -330,6 +342,23 @@ def main(args: BenchmarkArguments) -> dict:
         "reading": {"seconds": reading, "tokens_per_second_after_the_first": tokens},
         "memory": {"cache_bytes": cache_bytes(models["adapter"]), "peak_bytes_drawing": peaks},
         "disabled_over_bare": disabled_over_bare(models, args.repeats),
+    }
+
+
+def main(args: BenchmarkArguments) -> dict:
+    if args.gradient_checkpointing and not args.train:
+        raise SystemExit("--gradient_checkpointing true without --train true; expected both: only training has gradients.")
+    transformers.logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
+    set_seed(0)
+    models = contenders(args)
+    if args.train:
+        base, batch = models["base"], args.batch_sizes[0]
+        words, pixels = prompts(base, batch)["input_ids"], random_pixels(base, batch)
+        timed = partial(in_turn, repeats=args.repeats, warm_up=args.warm_up)
+        figures = training_figures(models, words, pixels, args.gradient_checkpointing, timed)
+    else:
+        figures = speed_figures(models, args)
+    figures |= {
         "hardware": hardware(args.device),
         "versions": {package: version(package) for package in ("torch", "transformers", "peft", "uc-adapters")},
         "date": date.today().isoformat(),

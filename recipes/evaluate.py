@@ -24,7 +24,7 @@ import torch
 import transformers
 from digits import IMAGE_SIZE, QUESTION_KINDS, Scene, judge, random_scene, right_cells
 from PIL import Image
-from stock_calls import Emu3Calls, JanusCalls, base_of, calls_of
+from stock_calls import base_of, calls_of, drawing_inputs, to_images
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from trl import TrlParser
@@ -88,22 +88,6 @@ def reading_inputs(processor: ProcessorMixin, images: list[Image.Image], questio
         for question in questions
     ]
     return processor(text=texts, images=images, padding=True, return_tensors="pt")
-
-
-def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCalls | Emu3Calls) -> dict:
-    """A batch of prompts to draw, as the base's documentation prepares them."""
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "text", "text": prompt}]}], add_generation_prompt=True, tokenize=False
-        )
-        for prompt in prompts
-    ]
-    return calls.prompts(processor, texts)
-
-
-def to_images(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Image]:
-    """Decoded pixels (B, 3, H, W) as PIL images."""
-    return processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]
 
 
 def grid_of(contender: Contender) -> Grid:

@@ -1,48 +1,218 @@
-"""Stage 2: fine-tunes an adapter on reading and drawing with the stock `trl.SFTTrainer`, tokenizer side frozen.
+"""Trains an adapter for any supported base on any dataset: stage 1, then stage 2 (UniCompress, section 3).
 
-    python recipes/finetune.py --base model_cards/tiny-janus --adapter work/stage1 --output_dir work/stage2
+    python recipes/finetune.py --config recipes/configs/tiny.yaml
+    python recipes/finetune.py --config recipes/configs/janus_pro_1b.yaml --dataset your-org/conversations
+    torchrun --nproc_per_node 2 recipes/finetune.py --config ...
 
-Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores.
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores, with one process and with two.
 
-Rows are TRL's conversational vision format, {"messages": [...], "images": [...]}: an image in a user turn is read, an
-image in an assistant turn is drawn. `--dataset` takes any Hub id or folder of that form; without it, digit scenes.
-All options of `SFTConfig` work: --learning_rate, --max_steps, --bf16, --gradient_checkpointing, ...; --push_to_hub
---hub_model_id org/name pushes the finished adapter as a repo of its own, with a card that tells how it was trained.
+`--dataset` takes Hub ids, folders (images with metadata.jsonl, parquet, ...) and files, with the columns
+    messages + images           TRL's conversational vision format: images of user turns are read, of assistant turns drawn
+    image + text                each image is drawn from its text, and described by it
+    image + question + answer   the image is read
+    image + question, or text   with `--distill`: the dense base answers the question, draws the text
+Without it, digit scenes. Several are mixed by `--dataset_weights`. Stage 1 (`tokenizer_stage.py`) is saved in
+OUTPUT_DIR/stage1; `--adapter A` begins with stage 2, from an adapter that is there. All options of `SFTConfig` work, and apply
+to both stages but for those that stage 1 has its own of. A run that was cut off goes on with `--resume true`, to the same
+weights. `--push_to_hub --hub_model_id org/name` pushes the finished adapter, with a card that tells how it was trained.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
-from datasets import load_dataset
+from conversations import AnyDataset, samples
+from datasets import IterableDataset
+from distillation import DistillingTrainer, filled_in
+from joint_stage import JointTrainer
+from latent_cache import with_latents
+from quantised import quantisation
+from resumable import TrainingError, begin_run, last_checkpoint
+from sample_pictures import SamplePictures, caption_of, drawings, is_drawn, reconstructions
 from scenes_dataset import scenes_dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from trl import SFTConfig, SFTTrainer, TrlParser
+from tokenizer_stage import ImageCollator, TokenizerStage, TokenizerTrainer
+from training_rows import training_rows
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from trl import SFTConfig, TrlParser
 
-from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel, push_folder
+from uc_adapters import CardFacts, UniCompressCollator, UniCompressConfig, UniCompressModel, get_uc_model, push_folder
+
+ENOUGH_PERPLEXITY = 2.0  # of a global token's codes: below it, it has collapsed
+SHOWN = 6  # samples in a picture
 
 
 @dataclass
 class FinetuneArguments:
-    """What to train on; how is SFTConfig's."""
+    """What to train, and on what; how is SFTConfig's."""
 
     base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
     base_id: str | None = field(default=None, metadata={"help": "The base's Hub id, where --base is a folder: for the card."})
-    adapter: str = field(default="work/stage1", metadata={"help": "The adapter of stage 1: folder or Hub id."})
-    dataset: str | None = field(default=None, metadata={"help": "Rows of messages and images. None: digit scenes."})
+    dtype: str = field(default="auto", metadata={"help": "In which the base is loaded: auto, float32, bfloat16."})
+    quantize: str | None = field(default=None, metadata={"help": "Hold the language model in 8bit or 4bit."})
+    stage: int | None = field(default=None, metadata={"help": "1 or 2. None: 1, then 2."})
+    adapter: str | None = field(default=None, metadata={"help": "Where stage 2 begins. None: OUTPUT_DIR/stage1."})
+    resume: bool = field(default=False, metadata={"help": "Go on with the run in OUTPUT_DIR."})
+    dataset: list[str] | None = field(default=None, metadata={"help": "Hub ids, folders or files. None: digit scenes."})
+    dataset_weights: list[float] | None = field(default=None, metadata={"help": "Shares in the mixture. None: every row once."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training. Needs --max_steps; nothing is cached."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out and say so, instead of stopping."})
+    distill: bool = field(
+        default=False,
+        metadata={"help": "Learn the dense base's own words, and let it answer questions and draw prompts that lack theirs."},
+    )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of drawing prompts dropped, for guidance."})
+    sample_steps: int = field(default=0, metadata={"help": "Write sample pictures every so many steps. 0: none."})
+    stage_1_steps: int = field(default=600, metadata={"help": "Optimizer steps of stage 1."})
+    stage_1_batch_size: int = field(default=32, metadata={"help": "Images a step and process."})
+    stage_1_learning_rate: float = field(default=1e-3, metadata={"help": "Peak of stage 1."})
+    stride: int = field(default=2, metadata={"help": "See UniCompressConfig."})
+    num_global_tokens: int = field(default=4, metadata={"help": "See UniCompressConfig."})
+    decompressor: str = field(default="cell", metadata={"help": "See UniCompressConfig."})
+    decompressor_layers: int = field(default=2, metadata={"help": "See UniCompressConfig."})
+    decompressor_width: int = field(default=512, metadata={"help": "See UniCompressConfig."})
+    codebook_weight: float = field(default=1.0, metadata={"help": "See UniCompressConfig."})
+    r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+
+    @property
+    def settings(self) -> dict:
+        """What decides the outcome: compared when a run is resumed."""
+        return {name: value for name, value in vars(self).items() if name not in ("resume", "stage", "sample_steps", "base_id")}
+
+    def config(self) -> UniCompressConfig:
+        """Of a new adapter."""
+        names = ("stride", "num_global_tokens", "decompressor", "decompressor_layers", "decompressor_width", "codebook_weight")
+        return UniCompressConfig(**{name: getattr(self, name) for name in (*names, "r", "lora_alpha")})
 
 
-def card_facts(args: FinetuneArguments, training: SFTConfig, seconds: float, rows: int) -> CardFacts:
+def load_base(args: FinetuneArguments, training: SFTConfig) -> PreTrainedModel:
+    """The dense base; quantised, it is loaded where it stays."""
+    options = {"dtype": args.dtype}
+    if args.quantize is not None:
+        options |= {"quantization_config": quantisation(args.base, args.quantize), "device_map": {"": training.device}}
+    return AutoModelForImageTextToText.from_pretrained(args.base, **options)
+
+
+def make_rows(
+    args: FinetuneArguments, training: SFTConfig, model: UniCompressModel, processor: ProcessorMixin, dense: ProcessorMixin
+) -> tuple[AnyDataset, AnyDataset]:
+    """Rows of stage 1, each image once, and of stage 2; `dense` is the base's own processor."""
+    if args.dataset is None:
+        rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        return scenes_dataset(8192, training.seed), scenes_dataset(max(rows, 1), training.seed + 1)
+    collator = UniCompressCollator(processor, model.active_peft_config)
+    with training.main_process_first(desc="reading the datasets"):
+        rows = training_rows(
+            args.dataset,
+            collator,
+            model.get_base_model().config.get_text_config().max_position_embeddings,
+            weights=args.dataset_weights,
+            streaming=args.streaming,
+            skip_bad_rows=args.skip_bad_rows,
+            seed=training.seed,
+            fill_in=None if not args.distill else lambda source: filled_in(source, model, dense, training.seed),
+            encode=None if model.drawing is None or args.streaming else lambda source: with_latents(source, model, processor),
+        )
+        images = rows.filter(lambda first, images: first and bool(images), input_columns=["first", "images"])
+    return samples(images), samples(rows)
+
+
+def train_stage_1(
+    args: FinetuneArguments, training: SFTConfig, model: UniCompressModel, processor: ProcessorMixin, rows: AnyDataset
+) -> None:
+    """Trains and saves the tokenizer side, in OUTPUT_DIR/stage1."""
+    stage, training = TokenizerStage(model), copy.copy(training)
+    training.output_dir = str(Path(training.output_dir, "stage1"))
+    training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
+    training.per_device_train_batch_size, training.gradient_checkpointing = args.stage_1_batch_size, False
+    folder = Path(training.output_dir)
+    begin_run(folder, args.settings, training, args.resume)
+    collator = ImageCollator(processor, model.family.geometry.code_width)
+    trainer = TokenizerTrainer(model=stage, args=training, train_dataset=rows, data_collator=collator)
+    if trainer.is_fsdp_enabled:
+        raise TrainingError("Stage 1 trains some millions of weights and is not sharded: run it with --stage 1 and torchrun.")
+    if args.sample_steps and model.drawing is not None:
+        shown = [row["images"][0] for row in islice(rows, SHOWN)]
+        trainer.add_callback(
+            SamplePictures(
+                args.sample_steps,
+                folder / "samples",
+                [""] * len(shown),
+                lambda: {"image": shown, "given back": reconstructions(model, processor, shown, stage.give_back)},
+            )
+        )
+    checkpoint = last_checkpoint(folder) if args.resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if model.drawing is not None and args.num_global_tokens:
+        perplexity = stage.least_perplexity(list(islice(rows, 512)), collator)
+        print(f"global codes: perplexity of the least used token {perplexity:.1f}")
+        if perplexity < ENOUGH_PERPLEXITY:
+            raise TrainingError(
+                f"A global token collapsed: perplexity {perplexity:.2f} over its codes, expected {ENOUGH_PERPLEXITY:g} or "
+                "more. Train longer (--stage_1_steps), or with a lower --stage_1_learning_rate."
+            )
+    model.save_pretrained(folder, processor=processor, base_model=args.base_id, is_main_process=training.should_save)
+
+
+def train_stage_2(
+    args: FinetuneArguments,
+    training: SFTConfig,
+    model: UniCompressModel,
+    processor: ProcessorMixin,
+    dense: ProcessorMixin,
+    rows: AnyDataset,
+) -> None:
+    """Trains the language side, and saves the adapter in OUTPUT_DIR."""
+    set_seed(training.seed)  # its own: the same whether stage 1 has just run or lies on the disk
+    folder = Path(training.output_dir)
+    begin_run(folder, args.settings, training, args.resume)
+    collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout)
+    make_trainer = partial(DistillingTrainer, teacher_processor=dense) if args.distill else JointTrainer
+    trainer = make_trainer(model=model, args=training, train_dataset=rows, processing_class=processor, data_collator=collator)
+    if args.distill and trainer.is_fsdp_enabled:
+        raise TrainingError("--distill with FSDP: the teacher is the base itself, and its sharded weights cannot be run twice.")
+    model.print_trainable_parameters()
+    drawn = list(islice((row for row in islice(rows, 64) if is_drawn(row)), SHOWN)) if args.sample_steps else []
+    if drawn and not trainer.is_fsdp_enabled:  # sharded weights cannot draw on one process alone
+        captions, shown = [caption_of(row) for row in drawn], [row["images"][0] for row in drawn]
+        trainer.add_callback(
+            SamplePictures(
+                args.sample_steps,
+                folder / "samples",
+                captions,
+                lambda: {"image": shown, "drawn": drawings(model, processor, captions)},
+            )
+        )
+    checkpoint, start = last_checkpoint(folder) if args.resume else None, time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    sharded = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if trainer.is_fsdp_enabled else {}
+    model.save_pretrained(
+        folder,
+        processor=processor,
+        base_model=args.base_id,
+        card=card_facts(args, training, time.perf_counter() - start, rows),
+        is_main_process=training.should_save,
+        **sharded,
+    )
+
+
+def card_facts(args: FinetuneArguments, training: SFTConfig, seconds: float, rows: AnyDataset) -> CardFacts:
     """How the adapter was trained, for its card."""
+    sources, epochs = args.dataset or [], f"{training.num_train_epochs:g} epochs"
     settings = {
-        "recipe": "`recipes/finetune.py`, stock `trl.SFTTrainer`",
-        "data": args.dataset or "digit scenes of the train scans",
-        "rows": f"{rows:,}",
-        "steps": f"{training.max_steps if training.max_steps > 0 else f'{training.num_train_epochs:g} epochs'}",
+        "recipe": f"`recipes/finetune.py{' --distill' if args.distill else ''}`, stock `trl.SFTTrainer`",
+        "data": ", ".join(sources) or "digit scenes of the train scans",
+        "rows": "streamed" if isinstance(rows, IterableDataset) else f"{len(rows):,}",
+        "stage 1": "before this run"
+        if args.adapter
+        else f"{args.stage_1_steps} steps of {args.stage_1_batch_size}, learning rate {args.stage_1_learning_rate:g}",
+        "steps": f"{training.max_steps if training.max_steps > 0 else epochs}",
         "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
         "caption dropout": args.caption_dropout,
@@ -50,38 +220,37 @@ def card_facts(args: FinetuneArguments, training: SFTConfig, seconds: float, row
         "time": f"{seconds:.0f} s on {training.world_size} x {training.device.type}",
         "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft", "trl")),
     }
-    return CardFacts(datasets=[args.dataset] if args.dataset and not Path(args.dataset).exists() else [], training=settings)
+    return CardFacts(datasets=[source for source in sources if not Path(source).exists()], training=settings)
 
 
 def main(args: FinetuneArguments, training: SFTConfig) -> None:
+    if args.stage not in (None, 1, 2):
+        raise SystemExit(f"--stage {args.stage} is not known; expected 1, 2, or nothing for both.")
+    if args.streaming and training.max_steps <= 0:
+        raise SystemExit(f"--streaming with --max_steps {training.max_steps}: nobody knows how long it is; expected a number.")
     set_seed(training.seed)
     push, training.push_to_hub = training.push_to_hub, False  # the finished adapter is pushed, not the trainer's folder
-    base = AutoModelForImageTextToText.from_pretrained(args.base)
-    model = UniCompressModel.from_pretrained(base, args.adapter, is_trainable=True)
-    model.train_only("language model")
-    model.print_trainable_parameters()
-    processor = AutoProcessor.from_pretrained(args.adapter)
-    if args.dataset is None:
-        rows = training.max_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
-        dataset = scenes_dataset(max(rows, 1), training.seed + 1)
-    else:
-        dataset = load_dataset(args.dataset, split="train")
     training.max_length, training.packing, training.remove_unused_columns = None, False, False
     training.dataset_kwargs = {"skip_prepare_dataset": True}
-    trainer = SFTTrainer(
-        model=model,
-        args=training,
-        train_dataset=dataset,
-        processing_class=processor,
-        data_collator=UniCompressCollator(processor, model.active_peft_config, args.caption_dropout),
-    )
-    start = time.perf_counter()
-    trainer.train()
-    if not trainer.is_world_process_zero():
+    training.accelerator_config.dispatch_batches = False  # batches of unequal shapes are not cut up by one process
+    base = load_base(args, training)
+    stage_1 = Path(args.adapter or Path(training.output_dir, "stage1"))
+    done = args.stage == 2 or args.adapter or (args.resume and Path(stage_1, "adapter_config.json").is_file())
+    if done:
+        model = UniCompressModel.from_pretrained(base, args.adapter or stage_1, is_trainable=True)
+    else:
+        model = get_uc_model(base, args.config())
+    if args.quantize is None:
+        model = model.to(training.device)
+    dense = AutoProcessor.from_pretrained(args.base)
+    processor = model.compact_processor(dense)
+    of_stage_1, of_stage_2 = make_rows(args, training, model, processor, dense)
+    if not done:
+        train_stage_1(args, training, model, processor, of_stage_1)
+    if args.stage == 1:
         return
-    card = card_facts(args, training, time.perf_counter() - start, len(dataset))
-    model.save_pretrained(training.output_dir, processor=processor, base_model=args.base_id, card=card)
-    if push:
+    train_stage_2(args, training, model, processor, dense, of_stage_2)
+    if push and training.should_save:
         repo_id = training.hub_model_id or Path(training.output_dir).name
         print(push_folder(training.output_dir, repo_id, private=training.hub_private_repo, token=training.hub_token))
 

@@ -6,6 +6,7 @@ What a family of bases calls differently is here, so that the recipes are the sa
 from __future__ import annotations
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from uc_adapters import UniCompressModel
@@ -87,3 +88,19 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 def calls_of(model: PreTrainedModel) -> JanusCalls | Emu3Calls:
     """Of a bare base, or of one with an adapter."""
     return CALLS[model.config.model_type]
+
+
+def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCalls | Emu3Calls) -> dict:
+    """A batch of prompts to draw, as the base's documentation prepares them."""
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": prompt}]}], add_generation_prompt=True, tokenize=False
+        )
+        for prompt in prompts
+    ]
+    return calls.prompts(processor, texts)
+
+
+def to_images(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Image]:
+    """Decoded pixels (B, 3, H, W) as PIL images."""
+    return processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]

@@ -1,0 +1,62 @@
+"""Stage 2: fine-tunes the language model with LoRA on compact sequences, tokenizer side frozen (UniCompress, section 3).
+
+`finetune.py` runs it. TRL's own `SFTTrainer`: the model hands it the scores of words and drawn codes alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resumable import ResumableTrainer
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from uc_adapters import UniCompressCollator
+from uc_adapters.joint_loss import CELL, GLOBAL_CODE, WORD, JointOutput
+
+PARTS = {"loss_words": WORD, "loss_global_codes": GLOBAL_CODE, "loss_cells": CELL}
+
+
+class NamingCollator:
+    """A collator whose batches name their rows."""
+
+    def __init__(self, collator: UniCompressCollator):
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.collator(rows) | {"origins": [row["origin"] for row in rows if "origin" in row]}
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the collator the epoch: other rows lose their captions in the next."""
+
+    def __init__(self, collator: UniCompressCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int(state.epoch or 0)
+
+
+class JointTrainer(ResumableTrainer, SFTTrainer):
+    """Trains an adapter's language side on what it reads and draws; logs the loss of words, global codes and cells apart."""
+
+    parts = tuple(PARTS)
+
+    def __init__(self, *args, data_collator: UniCompressCollator, **kwargs):
+        super().__init__(*args, data_collator=NamingCollator(data_collator), **kwargs)
+        self.add_callback(EpochCallback(data_collator))
+        self.model.train_only("language model")
+        self.model.register_forward_hook(self._record_scores)  # SFTTrainer keeps the model's output to itself
+
+    def _record_scores(self, model, inputs, output) -> None:
+        if isinstance(output, JointOutput):
+            for part, kind in PARTS.items():
+                of_kind = output.kinds == kind
+                self.record(part, -output.log_probs[of_kind].sum(), of_kind.sum())
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card would name another library: the adapter's own is written where it is saved."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.train_only("language model")  # loading makes all of the adapter trainable

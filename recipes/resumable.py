@@ -1,0 +1,120 @@
+"""What the trainers of both stages share: whole checkpoints, a stop where a loss is no number, parts of the loss in the log."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+
+RUN_FILE = "run.json"
+# What decides which weights a seeded run ends with, of TrainingArguments
+DECISIVE = (
+    *("seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "world_size"),
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says at which step and why, what is kept, and what to do."""
+
+
+class ResumableTrainer:
+    """To be put in front of a transformers `Trainer`; batches may name their rows in `origins`."""
+
+    parts: tuple[str, ...]
+    """Of the loss, to be logged apart. All processes log the same ones, whatever their batches hold."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sums = {part: torch.zeros(2) for part in self.parts}  # total and count since the last log
+
+    def record(self, part: str, total: torch.Tensor, count: int | torch.Tensor = 1) -> None:
+        """Adds to a part of the loss, whose mean over all processes is logged."""
+        self.sums[part] += torch.stack([total.detach().float().cpu(), torch.as_tensor(count).float().cpu()])
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        origins = inputs.pop("origins", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            rows = "; ".join(origins) or "not named by this dataset"
+            raise TrainingError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. The rows of its batch: {rows}. "
+                f"{self._kept()} Look at the rows, lower --learning_rate, or train in float32."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for part, of_process in self.sums.items():
+            total, count = self.accelerator.reduce(of_process.to(self.args.device), "sum").tolist()
+            if count:
+                logs[part] = total / count
+            of_process.zero_()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        bad = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
+        if bad:
+            raise TrainingError(
+                f"After step {self.state.global_step}, {len(bad)} weight(s) are not finite ({bad[0]}, ...), so they are not "
+                f"saved. {self._kept()} Lower --learning_rate, or train in float32."
+            )
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who notices
+            shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {folder}: {error} What there is of "
+                f"it is removed. {self._kept()} Make room, then go on with --resume true."
+            ) from error
+
+    def _kept(self) -> str:
+        checkpoint = last_checkpoint(Path(self.args.output_dir))
+        return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet (--save_steps)."
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: its trainer's state is written last."""
+    checkpoints = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")}
+    for step in sorted(checkpoints, reverse=True):
+        try:
+            TrainerState.load_from_json(str(checkpoints[step] / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            continue
+        return checkpoints[step]
+    return None
+
+
+def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume: bool) -> None:
+    """Writes down the settings of a run, or, to resume it, compares them with those it began with.
+
+    Raises:
+        TrainingError: There is no run to resume, it had other settings, or a new one would be mixed with an older one.
+    """
+    file = folder / RUN_FILE
+    told = training.to_dict() | {"world_size": training.world_size}
+    settings = json.loads(json.dumps(settings | {name: told[name] for name in DECISIVE}))
+    if not resume:
+        if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            raise TrainingError(
+                f"{folder} holds checkpoints of an earlier run. Go on with it: --resume true. Or choose another --output_dir, "
+                "or remove the folder."
+            )
+        if training.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    if not file.is_file():
+        raise TrainingError(f"--resume true, but no run began in {folder} ({RUN_FILE} is missing); expected its --output_dir.")
+    began = json.loads(file.read_text())
+    other = [f"{name}: {began.get(name)!r} then, {value!r} now" for name, value in settings.items() if began.get(name) != value]
+    if other:
+        raise TrainingError(
+            f"--resume true, but the run in {folder} began with other settings ({'; '.join(other)}). Resume it with its own, "
+            "or begin a new one in another --output_dir."
+        )

@@ -1,0 +1,188 @@
+"""What a recipe trains on: the rows of one dataset or several, each checked by making a batch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from conversations import ROW, AnyDataset, DatasetError, conversations, decoded
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets.fingerprint import Hasher
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin
+
+from uc_adapters import UniCompressCollator, __version__
+
+ROLES = ("system", "user", "assistant", "tool")
+SHOWN = 10  # bad rows named before they are only counted
+MEND = "mend them, or pass --skip_bad_rows true"
+
+
+def training_rows(
+    sources: list[str],
+    collator: UniCompressCollator,
+    context: int,
+    *,
+    weights: list[float] | None = None,
+    streaming: bool = False,
+    skip_bad_rows: bool = False,
+    seed: int = 0,
+    fill_in: Callable[[Dataset], Dataset] | None = None,
+    encode: Callable[[Dataset], Dataset] | None = None,
+) -> AnyDataset:
+    """The rows of all `sources` that `collator` takes, still encoded: `conversations.samples` decodes them.
+
+    Args:
+        sources: See `conversations.conversations`.
+        collator: What will make batches; a row that it refuses is bad.
+        context: Tokens that the base takes; a longer row is bad, and so is one with nothing to learn.
+        weights: Share of each source in the mixture; shorter ones repeat. Default: every row once, source by source.
+        streaming: Reads while it trains, for what does not fit on the disk; rows are checked as they come, on every pass.
+        skip_bad_rows: Leaves bad rows out and says how many, instead of stopping. Without any good row it stops all the same
+            (when streaming: without one in a shard).
+        seed: Of the mixture.
+        fill_in: Completes the rows of each source before they are checked. Not with `streaming`.
+        encode: Adds columns to each checked source, before they are mixed. Not with `streaming`.
+
+    Raises:
+        DatasetError: A dataset of no known form, bad rows (when streaming: once they come), or options that do not go together.
+    """
+    if not sources:
+        raise DatasetError("No dataset; expected at least one.")
+    if weights is not None and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
+        raise DatasetError(f"weights {weights} for {len(sources)} dataset(s); expected as many, all above 0.")
+    if streaming and (encode or fill_in):
+        raise DatasetError("streaming with something to add to the rows; expected one of them: that is kept on the disk.")
+    strict = replace(collator, caption_dropout=0.0)
+    if streaming:
+        datasets = [_check_as_they_come(source, strict, context, skip_bad_rows) for source in sources]
+    else:
+        datasets = [_check(source, strict, context, skip_bad_rows, fill_in) for source in sources]
+        datasets = [encode(dataset) for dataset in datasets] if encode else datasets
+    if weights is None:
+        return concatenate_datasets(datasets)
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(datasets, shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def _check(
+    source: str, collator: UniCompressCollator, context: int, skip: bool, fill_in: Callable[[Dataset], Dataset] | None
+) -> Dataset:
+    """All rows at once, before training starts; what was found is kept in datasets' cache."""
+    dataset = fill_in(conversations(source, unfinished=True)) if fill_in else conversations(source)
+    settings = (collator.config.stride, collator.config.num_global_tokens, state_of(collator.processor), context)
+    versions = [__version__, *map(version, ("transformers", "pillow"))]
+    problems = dataset.map(
+        lambda row: {"problem": _problem(row, collator, context)},
+        remove_columns=dataset.column_names,
+        features=Features({"problem": Value("string")}),
+        new_fingerprint=Hasher.hash((dataset._fingerprint, settings, versions)),  # a collator's hash may differ from run to run
+        desc=f"check {source}",
+    )["problem"][:]
+    good, bad, index = [], [], 0
+    for origin, made in groupby(dataset["origin"]):
+        indices = range(index, index := index + len(list(made)))
+        problem = next((problems[index] for index in indices if problems[index]), None)
+        if problem is None:
+            good += indices
+        else:
+            bad.append(f"{origin}: {problem}")
+    if not bad:
+        return dataset
+    count = f"{len(bad)} bad row(s) in {source}"
+    named = "\n  ".join([*bad[:SHOWN], *([f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else [])])
+    if not skip:
+        raise DatasetError(f"{count}; {MEND}:\n  {named}")
+    if not good:
+        raise DatasetError(f"{count}, and no good one; expected at least one:\n  {named}")
+    tqdm.write(f"{count} skipped:\n  {named}")
+    return dataset.select(good)
+
+
+def _check_as_they_come(source: str, collator: UniCompressCollator, context: int, skip: bool) -> IterableDataset:
+    """Each row when it is read. Shards stay shards, which several workers share; rows are numbered in each."""
+    dataset = conversations(source, streaming=True)
+    count = dataset.num_shards
+
+    def checked(shards: list[int]) -> Iterator[dict]:
+        for shard in shards:
+            where = f", shard {shard + 1} of {count}" if count > 1 else ""
+            yield from _checked_shard(dataset.shard(count, shard), source, where, collator, context, skip)
+
+    return IterableDataset.from_generator(checked, ROW, {"shards": list(range(count))})
+
+
+def _checked_shard(
+    dataset: IterableDataset, source: str, where: str, collator: UniCompressCollator, context: int, skip: bool
+) -> Iterator[dict]:
+    """Good rows; bad ones are counted when the shard ends or is left."""
+    # Not by iterating the dataset: in a worker that would share the shard out among all workers once more.
+    rows = ({name: values[0] for name, values in batch.items()} for batch in dataset.iter(batch_size=1))
+    good, bad = 0, 0
+    try:
+        for origin, made in groupby(rows, key=lambda row: row["origin"]):
+            made = list(made)
+            problem = next(filter(None, (_problem(row, collator, context) for row in made)), None)
+            if problem is None:
+                good += 1
+                yield from made
+                continue
+            if not skip:
+                raise DatasetError(f"A bad row; {MEND}:\n  {origin}{where}: {problem}")
+            bad += 1
+            if bad <= SHOWN:
+                tqdm.write(f"{origin}{where} skipped: {problem}")
+        if bad and not good:
+            raise DatasetError(f"{bad} bad row(s) in {source}{where}, and no good one; expected at least one.")
+    finally:
+        if bad:
+            tqdm.write(f"{bad} bad row(s) in {source}{where} skipped, {good} good row(s) read")
+
+
+def _problem(row: dict, collator: UniCompressCollator, context: int) -> str | None:
+    """Why no batch can be made of a row; None where one can."""
+    problem = _malformed(row["messages"], collator.processor.image_token)
+    if problem:
+        return problem
+    try:
+        batch = collator([decoded(row)])
+    except Exception as error:  # whatever a file may hold: PIL's, a processor's, ours
+        return f"{type(error).__name__}: {error}"
+    if not (batch["labels"] != -100).any():
+        return "nothing to learn; expected an assistant turn with words or an image"
+    length = batch["input_ids"].shape[1]
+    return f"{length} tokens, where the base takes {context}; shorten the text" if length > context else None
+
+
+def _malformed(messages: list[dict], image_token: str) -> str | None:
+    """What in the messages is not of TRL's form; None where nothing is."""
+    if not messages:
+        return "no messages; expected turns of {'role': ..., 'content': ...}"
+    for number, turn in enumerate(messages, 1):
+        role, where = turn["role"], f"turn {number} ({turn['role']})"
+        if role not in ROLES:
+            return f"turn {number} has the role {role!r}; expected {', '.join(ROLES)}"
+        if not turn["content"]:
+            return f"{where} is empty; expected words or an image"
+        for part in turn["content"]:
+            if part["type"] == "image":
+                if role not in ("user", "assistant"):
+                    return f"{where} holds an image; expected images to read in user turns, to draw in assistant turns"
+            elif part["type"] != "text":
+                return f"{where} has a part of type {part['type']!r}; expected 'text' or 'image'"
+            elif not (part["text"] or "").strip():
+                return f"{where} has a text that is empty, missing or no string; expected words"
+            elif image_token in part["text"]:
+                return f"{where} has the image token {image_token} in its text; expected a part {{'type': 'image'}} instead"
+    return None
+
+
+def state_of(processor: ProcessorMixin) -> list[tuple[str, bytes]]:
+    """All that a processor is: its files."""
+    with TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        return [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
