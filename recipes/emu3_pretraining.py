@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scene_pool import CellHead, ScenePool, answer_labels, by_cell, patch_labels
+from scene_pool import ImagePool, NamingHead, answer_labels
 from torch import nn
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
@@ -17,7 +17,7 @@ class Emu3Pretraining:
 
     has_vision_tower = False
 
-    def __init__(self, model: Emu3ForConditionalGeneration, processor: Emu3Processor, pool: ScenePool):
+    def __init__(self, model: Emu3ForConditionalGeneration, processor: Emu3Processor, pool: ImagePool):
         self.model, self.processor, self.pool = model, processor, pool
         self.vqmodel = model.model.vqmodel
         self.words = model.vocabulary_mapping.img2bpe_mapping_tensor.long()  # code -> word
@@ -44,20 +44,19 @@ class Emu3Pretraining:
             words[self.words] = entries @ lift.T * words.norm(dim=-1).mean()
         return [p for name, p in self.model.named_parameters() if ".vqmodel." not in name]
 
-    def reading_loss(self, rows: np.ndarray, head: CellHead) -> torch.Tensor:
-        """Cross-entropy of the answers, and of each cell's name where its last code was read: else it stays blind for long."""
+    def reading_loss(self, rows: np.ndarray, head: NamingHead) -> torch.Tensor:
+        """Cross-entropy of the answers, and the loss of naming what was read: else it stays blind for long."""
         texts = [self.pool.conversation(row, self.block) for row in rows]
         ids, mask, places = self._batch(texts, rows, "right")
         hidden = self.model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         labels = answer_labels(ids, self.processor.tokenizer)[:, 1:]
         learned = labels != -100
         answers = F.cross_entropy(self.model.lm_head(hidden[:, :-1][learned]), labels[learned])
-        read = by_cell(hidden[places].unflatten(0, (len(rows), -1)))[:, :, -1:]  # (B, 4, 1, D)
-        names = (label[:, :, -1:] for label in patch_labels([self.pool.scenes[row] for row in rows]))
-        return answers + head.loss(read, *names)
+        read = hidden[places].unflatten(0, (len(rows), -1))  # (B, 64, D)
+        return answers + head.loss(read, rows, in_order=True)
 
-    def drawing_losses(self, rows: np.ndarray, head: CellHead) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of the image's words, row ends included, and the binding loss: each step names its cell."""
+    def drawing_losses(self, rows: np.ndarray, head: NamingHead) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of the image's words, row ends included, and the binding loss: the steps name what is to be drawn."""
         tokenizer = self.processor.tokenizer
         ids, mask, places = self._batch([self.pool.prompt(row, self.block) for row in rows], rows, "left")
         dropped = self.pool.dropped(len(rows))
@@ -68,9 +67,7 @@ class Emu3Pretraining:
         drawn = (ids == tokenizer.image_wrapper_token_id).cumsum(1)[:, :-1] > 0  # from where the first code is predicted
         code_loss = F.cross_entropy(self.model.lm_head(hidden[:, :-1][drawn]), ids[:, 1:][drawn])
         steps = hidden[:, :-1][places[:, 1:]].unflatten(0, (len(rows), -1))  # (B, 64, D): the state before each code
-        told = ~dropped
-        labels = patch_labels([self.pool.scenes[row] for row in rows[told.numpy()]])
-        return code_loss, head.loss(by_cell(steps[told]), *labels)
+        return code_loss, head.loss(steps[~dropped], rows[~dropped.numpy()])
 
     def _batch(self, texts: list[str], rows: np.ndarray, side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids (B, L) with the scenes' words at the placeholders, attention mask, and where the codes stand (not row ends)."""

@@ -132,7 +132,6 @@ def train_stage_1(
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
     training.per_device_train_batch_size, training.gradient_checkpointing = args.stage_1_batch_size, False
     folder = Path(training.output_dir)
-    begin_run(folder, args.settings, training, args.resume)
     collator = ImageCollator(processor, model.family.geometry.code_width)
     trainer = TokenizerTrainer(model=stage, args=training, train_dataset=rows, data_collator=collator)
     if trainer.is_fsdp_enabled:
@@ -171,7 +170,6 @@ def train_stage_2(
     """Trains the language side, and saves the adapter in OUTPUT_DIR."""
     set_seed(training.seed)  # its own: the same whether stage 1 has just run or lies on the disk
     folder = Path(training.output_dir)
-    begin_run(folder, args.settings, training, args.resume)
     collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout)
     make_trainer = partial(DistillingTrainer, teacher_processor=dense) if args.distill else JointTrainer
     trainer = make_trainer(model=model, args=training, train_dataset=rows, processing_class=processor, data_collator=collator)
@@ -233,9 +231,12 @@ def main(args: FinetuneArguments, training: SFTConfig) -> None:
     training.max_length, training.packing, training.remove_unused_columns = None, False, False
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     training.accelerator_config.dispatch_batches = False  # batches of unequal shapes are not cut up by one process
+    folder = Path(training.output_dir)
+    stage_1 = Path(args.adapter or folder / "stage1")
+    done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / "adapter_config.json").is_file())
+    stages = ([] if done else [stage_1]) + ([] if args.stage == 1 else [folder])
+    begin_run(folder, args.settings, training, args.resume, stages)
     base = load_base(args, training)
-    stage_1 = Path(args.adapter or Path(training.output_dir, "stage1"))
-    done = args.stage == 2 or args.adapter or (args.resume and Path(stage_1, "adapter_config.json").is_file())
     if done:
         model = UniCompressModel.from_pretrained(base, args.adapter or stage_1, is_trainable=True)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scene_pool import CellHead, ScenePool, answer_labels, by_cell, patch_labels
+from scene_pool import ImagePool, NamingHead, answer_labels
 from torch import nn
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
@@ -15,7 +15,7 @@ class JanusPretraining:
 
     has_vision_tower = True
 
-    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, pool: ScenePool):
+    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, pool: ImagePool):
         self.model, self.processor, self.pool = model, processor, pool
         self.vqmodel = model.model.vqmodel
 
@@ -38,16 +38,16 @@ class JanusPretraining:
         frozen = (".vqmodel.", ".vision_model.")
         return [p for name, p in self.model.named_parameters() if not any(part in name for part in frozen)]
 
-    def reading_loss(self, rows: np.ndarray, head: CellHead) -> torch.Tensor:
-        """Cross-entropy of the answers to several questions a row."""
+    def reading_loss(self, rows: np.ndarray, head: NamingHead) -> torch.Tensor:
+        """Cross-entropy of the answers."""
         tokenizer = self.processor.tokenizer
         texts = [self.pool.conversation(row, self.processor.replace_image_token({}, 0)) for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
         labels = answer_labels(batch["input_ids"], tokenizer)
         return self.model(**batch, labels=labels, pixel_values=self.pool.pixel_values(rows)).loss
 
-    def drawing_losses(self, rows: np.ndarray, head: CellHead) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of the dense codes, and the binding loss: each step's hidden state names its cell."""
+    def drawing_losses(self, rows: np.ndarray, head: NamingHead) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of the dense codes, and the binding loss: the hidden states name what is to be drawn."""
         tokenizer, model = self.processor.tokenizer, self.model
         texts = [self.pool.prompt(row, self.processor.image_start_token) for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
@@ -63,6 +63,4 @@ class JanusPretraining:
             use_cache=False,
         ).last_hidden_state[:, prompt.shape[1] - 1 :]  # (B, 64, D)
         code_loss = F.cross_entropy(model.model.generation_head(hidden).flatten(0, 1), codes.flatten())
-        told = ~dropped
-        labels = patch_labels([self.pool.scenes[row] for row in rows[told.numpy()]])
-        return code_loss, head.loss(by_cell(hidden[told]), *labels)
+        return code_loss, head.loss(hidden[~dropped], rows[~dropped.numpy()])

@@ -90,20 +90,27 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume: bool) -> None:
+def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume: bool, stages: list[Path]) -> None:
     """Writes down the settings of a run, or, to resume it, compares them with those it began with.
+
+    Args:
+        folder: Of the run.
+        settings: All that decides its outcome beside `training`.
+        training: Of the language side.
+        resume: Whether to go on with a run.
+        stages: Where checkpoints will be written.
 
     Raises:
         TrainingError: There is no run to resume, it had other settings, or a new one would be mixed with an older one.
     """
-    file = folder / RUN_FILE
-    told = training.to_dict() | {"world_size": training.world_size}
+    file, told = folder / RUN_FILE, training.to_dict() | {"world_size": training.world_size}
     settings = json.loads(json.dumps(settings | {name: told[name] for name in DECISIVE}))
     if not resume:
-        if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        older = [stage for stage in stages if any(stage.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))]
+        if older:
             raise TrainingError(
-                f"{folder} holds checkpoints of an earlier run. Go on with it: --resume true. Or choose another --output_dir, "
-                "or remove the folder."
+                f"{older[0]} holds checkpoints of an earlier run. Go on with it: --resume true. Or choose another "
+                "--output_dir, or remove the folder."
             )
         if training.should_save:
             folder.mkdir(parents=True, exist_ok=True)

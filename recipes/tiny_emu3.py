@@ -30,10 +30,10 @@ IMAGE_TOKENS = {
 CHAT_TEMPLATE = chat_template(IMAGE_TOKENS["image_token"], begin="")  # the processor puts <bos> in front itself
 
 
-def make_processor(min_pixels: int = 64 * 64, max_pixels: int = 64 * 64) -> Emu3Processor:
-    """A real Emu3Processor whose tokenizer knows the tiny world's words and a word for each code."""
+def make_processor(min_pixels: int = 64 * 64, max_pixels: int = 64 * 64, words: list[str] = DIGITS_AND_WORDS) -> Emu3Processor:
+    """A real Emu3Processor whose tokenizer knows `words` (default: the tiny world's) and a word for each code."""
     codes = [f"<|visual token {code:06d}|>" for code in range(CODES)]
-    tokenizer = word_tokenizer(IMAGE_TOKENS, [*DIGITS_AND_WORDS, "*", *codes])
+    tokenizer = word_tokenizer(IMAGE_TOKENS, [*words, "*", *codes])
     image_processor = Emu3ImageProcessor(
         image_mean=[0.5] * 3, image_std=[0.5] * 3, min_pixels=min_pixels, max_pixels=max_pixels
     )

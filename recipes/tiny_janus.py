@@ -26,9 +26,9 @@ IMAGE_TOKENS = {
 CHAT_TEMPLATE = chat_template(IMAGE_TOKENS["image_token"])
 
 
-def make_processor(num_image_tokens: int = NUM_IMAGE_TOKENS) -> JanusProcessor:
-    """A real JanusProcessor whose tokenizer knows the tiny world's words."""
-    tokenizer = word_tokenizer(IMAGE_TOKENS, DIGITS_AND_WORDS)
+def make_processor(num_image_tokens: int = NUM_IMAGE_TOKENS, words: list[str] = DIGITS_AND_WORDS) -> JanusProcessor:
+    """A real JanusProcessor whose tokenizer knows `words`; the tiny world's, if none are given."""
+    tokenizer = word_tokenizer(IMAGE_TOKENS, words)
     image_processor = JanusImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )

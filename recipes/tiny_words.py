@@ -18,7 +18,15 @@ ROLES = ["<|User|>", "<|Assistant|>"]
 _SENTENCES = [*COLOURS, *PLACES, DESCRIBE, "a and at the ?.:!,"]
 _SENTENCES += ["What digit is at the", "What colour is the", "How many digits are there", "Draw an image of"]
 _WORDS = {word for sentence in _SENTENCES for word in re.findall(r"\w+|[^\w\s]", sentence.lower())}
-DIGITS_AND_WORDS = [*(str(digit) for digit in range(10)), *sorted(_WORDS)]
+DIGITS = [str(digit) for digit in range(10)]
+DIGITS_AND_WORDS = [*DIGITS, *sorted(_WORDS)]
+_LOWERCASE = normalizers.Lowercase()
+_SPLIT = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
+
+
+def split_words(text: str) -> list[str]:
+    """A text's words, digits and punctuation, as the tokenizer splits them."""
+    return [word for word, _ in _SPLIT.pre_tokenize_str(_LOWERCASE.normalize_str(text))]
 
 
 def chat_template(image_token: str, begin: str = "{{ bos_token }}") -> str:
@@ -39,12 +47,10 @@ def chat_template(image_token: str, begin: str = "{{ bos_token }}") -> str:
 
 def word_tokenizer(image_tokens: dict[str, str], words: list[str]) -> PreTrainedTokenizerFast:
     """One token a word, one a digit; `image_tokens` are the family's special ones, by the attribute they are asked for by."""
-    vocabulary = [*SPECIAL_TOKENS.values(), *image_tokens.values(), *ROLES, *words]
+    vocabulary = dict.fromkeys([*SPECIAL_TOKENS.values(), *image_tokens.values(), *ROLES, *words])
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
-    )
+    backend.normalizer = _LOWERCASE
+    backend.pre_tokenizer = _SPLIT
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -6,17 +6,12 @@ from pathlib import Path
 import benchmark
 import evaluate
 import finetune
-import fit_tokenizer
 import pytest
 import quickstart
-from digits import random_scene
-from helpers import ANN, DECOMPRESSORS, assert_same, attach, base_weights, rng
-from huggingface_hub import ModelCard
+from helpers import attach
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 from trl import SFTConfig, TrlParser
-
-from uc_adapters import UniCompressModel
 
 
 @pytest.fixture(scope="module", params=["cell", "phase"])
@@ -83,74 +78,22 @@ def test_quickstart_wants_image_and_question_together(given):
         quickstart.main(quickstart.QuickstartArguments(**given))
 
 
-def test_finetune_writes_an_adapter_that_loads(base_folder, adapter_folder, tmp_path):
-    training = SFTConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
-    )
-    finetune.main(finetune.FinetuneArguments(base=str(base_folder), adapter=str(adapter_folder)), training)
-    model = UniCompressModel.from_pretrained(tmp_path, base_model=base_folder)
-    assert model.num_image_tokens == 21
-    assert (tmp_path / "processor_config.json").is_file()
-
-
-def test_finetune_pushes_the_finished_adapter(hub, base_folder, adapter_folder, tmp_path):
-    training = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        push_to_hub=True,
-        hub_model_id="org/tuned",
-        hub_token=ANN,
-    )
-    arguments = finetune.FinetuneArguments(base=str(base_folder), base_id="org/tiny", adapter=str(adapter_folder))
-    finetune.main(arguments, training)
-    repo = hub.repos["org/tuned"]
-    card = ModelCard(repo.files()["README.md"].decode())
-    assert card.data.base_model == "org/tiny"
-    assert "| steps | 1 |" in card.text
-    assert "training_args.bin" not in repo.files()
-
-
-@pytest.fixture
-def fit(base_folder, tmp_path):
-    """Runs stage 1 for a few steps on a folder of these pictures."""
-
-    def run(pictures, **fields):
-        folder = tmp_path / "pictures"
-        folder.mkdir()
-        for index, picture in enumerate(pictures):
-            picture.save(folder / f"{index}.png")
-        arguments = {"base": str(base_folder), "images": str(folder), "output_dir": str(tmp_path / "fitted"), "device": "cpu"}
-        arguments |= {"steps": 4, "batch_size": 8, "decompressor_width": 64, "decompressor_layers": 1}
-        fit_tokenizer.main(fit_tokenizer.FitArguments(**arguments, **fields))
-        return tmp_path / "fitted"
-
-    return run
-
-
-@pytest.mark.parametrize("decompressor", DECOMPRESSORS)
-def test_fit_tokenizer_writes_an_adapter_that_loads(fit, base_folder, pristine, decompressor):
-    pictures = [random_scene(rng(seed), "train").image("train") for seed in range(16)]
-    folder = fit(pictures, decompressor=decompressor, num_global_tokens=0)  # so few steps would not pass the guard below
-    model = UniCompressModel.from_pretrained(folder, base_model=base_folder)
-    assert_same(base_weights(model), base_weights(pristine))
-    assert AutoProcessor.from_pretrained(folder).num_image_tokens == model.num_image_tokens == 17
-
-
-def test_fit_tokenizer_refuses_to_save_collapsed_global_tokens(fit, tmp_path):
-    with pytest.raises(RuntimeError, match=r"collapsed.*1\.00.*expected 2"):
-        fit([Image.new("RGB", (64, 64), "red")] * 16)  # one picture, hence one code
-    assert not (tmp_path / "fitted").exists()
-
-
 def test_a_recipe_takes_its_arguments_from_a_yaml_file_and_the_command_line(tmp_path):
-    (tmp_path / "fit.yaml").write_text("steps: 7\nstride: 4\n")
-    parser = TrlParser(fit_tokenizer.FitArguments)
-    (arguments,) = parser.parse_args_and_config(["--config", str(tmp_path / "fit.yaml"), "--steps", "9"])
-    assert (arguments.steps, arguments.stride) == (9, 4)
+    (tmp_path / "scores.yaml").write_text("scenes: 7\nseed: 4\n")
+    parser = TrlParser(evaluate.EvaluateArguments)
+    (arguments,) = parser.parse_args_and_config(["--config", str(tmp_path / "scores.yaml"), "--scenes", "9"])
+    assert (arguments.scenes, arguments.seed) == (9, 4)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_every_config_is_one_of_finetunes(file):
+    parser = TrlParser((finetune.FinetuneArguments, SFTConfig))
+    args, training = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true", "--bf16", "false"])
+    assert args.base
+    assert training.output_dir
+    assert args.config().decompressor == "cell"
 
 
 def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path):

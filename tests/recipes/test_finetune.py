@@ -1,0 +1,262 @@
+"""finetune.py from end to end: both stages, resuming, and what can go wrong on the way."""
+
+import copy
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import finetune
+import pytest
+import torch
+from finetuning import TRAINING, train, write_captioned
+from helpers import ANN, DECOMPRESSORS, assert_same, attach, base_weights
+from huggingface_hub import ModelCard
+from latent_cache import with_latents
+from PIL import Image
+from resumable import TrainingError, last_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from uc_adapters import UniCompressModel
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """An imagefolder."""
+    return write_captioned(tmp_path_factory.mktemp("data") / "captioned")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def log_of(folder: Path) -> list[dict]:
+    return json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.mark.parametrize("decompressor", DECOMPRESSORS)
+def test_both_stages_make_an_adapter_that_loads(base_folder, captioned, tmp_path, pristine, decompressor):
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], decompressor=decompressor)
+    for adapter in (folder / "stage1", folder):
+        model = UniCompressModel.from_pretrained(adapter, base_model=base_folder)
+        assert_same(base_weights(model), base_weights(pristine))
+        assert AutoProcessor.from_pretrained(adapter).num_image_tokens == model.num_image_tokens == 17
+    first, second = weights(folder / "stage1"), weights(folder)
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert not any("extractor" in name for name in changed)
+    assert any("lora_B" in name for name in changed)
+
+
+def test_the_losses_of_its_parts_are_logged_apart(base_folder, captioned, tmp_path):
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], training={"report_to": ["tensorboard"]})
+    parts = {"reconstruction", "codebook", "code_accuracy"}
+    assert all(parts <= row.keys() for row in log_of(folder / "stage1") if "loss" in row)
+    seen = {name for row in log_of(folder) for name in row}
+    assert {"loss", "loss_words", "loss_cells", "mean_token_accuracy"} <= seen
+    written = b"".join(file.read_bytes() for file in folder.rglob("events.out.tfevents.*"))
+    assert b"train/loss_cells" in written
+    assert b"train/reconstruction" in written
+
+
+def test_sample_pictures_are_drawn_and_change_nothing(base_folder, captioned, tmp_path):
+    plain = train(base_folder, tmp_path / "plain", dataset=[str(captioned)])
+    shown = train(base_folder, tmp_path / "shown", dataset=[str(captioned)], sample_steps=2)
+    assert_same(weights(shown), weights(plain))
+    for folder in (shown / "stage1", shown):
+        pictures = sorted((folder / "samples").iterdir())
+        assert [picture.name for picture in pictures] == ["step-000002.png", "step-000004.png"]
+        assert min(Image.open(pictures[0]).size) > 200
+
+
+def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, captioned, tmp_path):
+    whole = train(base_folder, tmp_path / "whole", dataset=[str(captioned)])
+    told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)]}
+    for more in ({"kill": [1, 2]}, {"kill": [2, 3], "resume": True}, {"resume": True}):
+        command = [sys.executable, str(Path(__file__).with_name("finetuning.py")), json.dumps({**told, **more})]
+        paths = os.pathsep.join(str(Path(__file__).parents[up] / name) for up, name in ((2, "recipes"), (1, "")))
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+        assert done.returncode == (-signal.SIGKILL if "kill" in more else 0), done.stderr[-2000:]
+    assert_same(weights(tmp_path / "cut" / "stage1"), weights(whole / "stage1"))
+    assert_same(weights(tmp_path / "cut"), weights(whole))
+
+
+def test_half_a_checkpoint_is_not_resumed_from(base_folder, captioned, tmp_path):
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)])
+    assert last_checkpoint(folder).name == "checkpoint-4"
+    state = folder / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    assert last_checkpoint(folder).name == "checkpoint-3"
+    for step in (1, 2, 3):
+        (folder / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    assert last_checkpoint(folder) is None
+
+
+def test_resuming_with_other_settings_is_refused(base_folder, captioned, tmp_path):
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)])
+    with pytest.raises(TrainingError, match=r"learning_rate: 0\.001 then, 0\.01 now"):
+        train(base_folder, folder, dataset=[str(captioned)], resume=True, training={"learning_rate": 0.01})
+    with pytest.raises(TrainingError, match=r"earlier run.*--resume true.*another --output_dir"):
+        train(base_folder, folder, dataset=[str(captioned)])
+    with pytest.raises(TrainingError, match=r"no run began in .*nowhere"):
+        train(base_folder, tmp_path / "nowhere", dataset=[str(captioned)], resume=True)
+
+
+def test_each_stage_can_be_run_alone(base_folder, captioned, tmp_path):
+    both = train(base_folder, tmp_path / "both", dataset=[str(captioned)])
+    apart = train(base_folder, tmp_path / "apart", dataset=[str(captioned)], stage=1)
+    assert not (apart / "adapter_config.json").exists()
+    train(base_folder, apart, dataset=[str(captioned)], stage=2)
+    assert_same(weights(apart), weights(both))
+    with pytest.raises(SystemExit, match=r"--stage 3.*expected 1, 2"):
+        train(base_folder, apart, stage=3)
+
+
+class Spoil(TrainerCallback):
+    """Makes a weight a NaN before the third step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                next(weight for weight in model.parameters() if weight.requires_grad).fill_(math.nan)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_loss_that_is_no_number_stops_and_names_step_and_rows(base_folder, captioned, tmp_path, monkeypatch, stage):
+    name = ("TokenizerTrainer", "JointTrainer")[stage - 1]
+    trainer = getattr(finetune, name)
+
+    def spoiled(*args, **kwargs):
+        made = trainer(*args, **kwargs)
+        made.add_callback(Spoil())
+        return made
+
+    monkeypatch.setattr(finetune, name, spoiled)
+    with pytest.raises(TrainingError, match=r"step 3 is nan.*captioned, row \d+ \(\d+\.png\).*checkpoint-2"):
+        train(base_folder, tmp_path / "out", dataset=[str(captioned)])
+    folder = tmp_path / "out" / "stage1" if stage == 1 else tmp_path / "out"
+    assert last_checkpoint(folder).name == "checkpoint-2"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(base_folder, captioned, tmp_path):
+    train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1)
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillDisk(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    trainer, out = finetune.JointTrainer, tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "JointTrainer", lambda *args, **kwargs: with_callback(trainer(*args, **kwargs), FillDisk()))
+        try:
+            with pytest.raises(TrainingError, match=r"step 3 could not be written.*checkpoint-2.*--resume true"):
+                train(base_folder, out, dataset=[str(captioned)], stage=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    whole = train(base_folder, tmp_path / "whole", dataset=[str(captioned)])
+    train(base_folder, out, dataset=[str(captioned)], stage=2, resume=True)
+    assert_same(weights(out), weights(whole))
+
+
+def with_callback(trainer, callback):
+    trainer.add_callback(callback)
+    return trainer
+
+
+def test_latents_are_computed_once(base, captioned, short_processor, tmp_path):
+    model, encoded = attach(base), []
+    base.model.vqmodel.encoder.register_forward_hook(lambda module, args, output: encoded.append(len(output)))
+    rows = finetune.training_rows(
+        [str(captioned)], finetune.UniCompressCollator(short_processor, model.active_peft_config), 1024
+    )
+    first = with_latents(rows, model, short_processor)
+    assert sum(encoded) == 12  # each image once: drawn and described are rows of one image
+    again = with_latents(rows, model, short_processor)
+    assert sum(encoded) == 12
+    assert again["latents"][:] == first["latents"][:]
+    assert [len(latents) for latents in first["latents"]] == [int(row) for row in first["first"]]
+    with torch.no_grad():
+        base.model.vqmodel.quant_conv.weight.mul_(-1)
+        base.model.vqmodel.quantize.embedding.weight.mul_(-1)
+    other = attach(AutoModelForImageTextToText.from_config(base.config))  # another base: other latents
+    assert with_latents(rows, other, short_processor)["latents"][0] != first["latents"][0]
+
+
+def test_latents_cut_off_leave_no_half_cache(base, captioned, short_processor):
+    model, processor = attach(base, stride=4), copy.deepcopy(short_processor)
+    processor.image_processor.image_mean = [0.4] * 3  # for a cache of its own
+    collator = finetune.UniCompressCollator(model.compact_processor(processor), model.active_peft_config)
+    rows = finetune.training_rows([str(captioned)], collator, 1024)
+
+    def stop(module, args, output):
+        raise KeyboardInterrupt
+
+    hook = base.model.vqmodel.encoder.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        with_latents(rows, model, processor)
+    hook.remove()
+    latents = with_latents(rows, model, processor)["latents"]
+    assert [len(of_row) for of_row in latents] == [int(first) for first in rows["first"]]
+
+
+def test_several_datasets_are_mixed_and_streamed(base_folder, captioned, tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    rows = [{"image": str(captioned / f"{i}.png"), "question": "How many digits are there?", "answer": 2} for i in range(4)]
+    asked.write_text("\n".join(map(json.dumps, rows)))
+    sources = [str(captioned), str(asked)]
+    folder = train(base_folder, tmp_path / "mixed", dataset=sources, dataset_weights=[1.0, 3.0], training={"max_steps": 2})
+    assert weights(folder)
+    folder = train(base_folder, tmp_path / "streamed", dataset=sources, streaming=True, training={"max_steps": 2})
+    assert weights(folder)
+    with pytest.raises(SystemExit, match=r"--streaming with --max_steps -1.*expected a number"):
+        train(base_folder, tmp_path / "endless", dataset=sources, streaming=True, training={"max_steps": -1})
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_base_trains(base_folder, captioned, tmp_path, bits):
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], quantize=bits, training={"max_steps": 1})
+    assert all(value.isfinite().all() for value in weights(folder).values())
+    with pytest.raises(SystemExit, match=r"'3bit'.*8bit or 4bit"):
+        train(base_folder, tmp_path / "no", quantize="3bit")
+
+
+def test_the_finished_adapter_is_pushed_with_its_card(hub, base_folder, tmp_path):
+    train(
+        base_folder,
+        tmp_path / "out",
+        base_id="org/tiny",
+        training={"max_steps": 1, "push_to_hub": True, "hub_model_id": "org/tuned", "hub_token": ANN},
+    )
+    files = hub.repos["org/tuned"].files()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "org/tiny"
+    assert "| steps | 1 |" in card.text
+    assert "| stage 1 | 4 steps of 4" in card.text
+    assert "training_args.bin" not in files
+    assert not any("checkpoint" in name or "stage1" in name for name in files)
+
+
+def test_collapsed_global_tokens_are_not_saved(base_folder, tmp_path):
+    folder = tmp_path / "red"
+    folder.mkdir()
+    for index in range(8):
+        Image.new("RGB", (64, 64), "red").save(folder / f"{index}.png")  # one picture, hence one code
+    lines = [json.dumps({"file_name": f"{index}.png", "text": "a red 3"}) for index in range(8)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(TrainingError, match=r"collapsed.*1\.00.*expected 2"):
+        train(base_folder, tmp_path / "out", dataset=[str(folder)], num_global_tokens=4)
+    assert not (tmp_path / "out" / "stage1" / "adapter_config.json").exists()
+
+
+def test_settings_of_stage_1_are_its_own(base_folder, captioned, tmp_path):
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1, stage_1_steps=2)
+    assert [row["step"] for row in log_of(folder / "stage1") if "loss" in row] == [1, 2]
+    assert TRAINING["max_steps"] == 4
