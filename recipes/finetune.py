@@ -134,7 +134,7 @@ def train_stage_1(
     folder = Path(training.output_dir)
     collator = ImageCollator(processor, model.family.geometry.code_width)
     trainer = TokenizerTrainer(model=stage, args=training, train_dataset=rows, data_collator=collator)
-    if trainer.is_fsdp_enabled:
+    if training.fsdp:
         raise TrainingError("Stage 1 trains some millions of weights and is not sharded: run it with --stage 1 and torchrun.")
     if args.sample_steps and model.drawing is not None:
         shown = [row["images"][0] for row in islice(rows, SHOWN)]
@@ -173,6 +173,8 @@ def train_stage_2(
     collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout)
     make_trainer = partial(DistillingTrainer, teacher_processor=dense) if args.distill else JointTrainer
     trainer = make_trainer(model=model, args=training, train_dataset=rows, processing_class=processor, data_collator=collator)
+    if training.fsdp and not trainer.is_fsdp_enabled:
+        raise TrainingError("--fsdp on CPUs: accelerate shards on accelerators alone, and would train each process as a whole.")
     if args.distill and trainer.is_fsdp_enabled:
         raise TrainingError("--distill with FSDP: the teacher is the base itself, and its sharded weights cannot be run twice.")
     model.print_trainable_parameters()
@@ -231,6 +233,7 @@ def main(args: FinetuneArguments, training: SFTConfig) -> None:
     training.max_length, training.packing, training.remove_unused_columns = None, False, False
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     training.accelerator_config.dispatch_batches = False  # batches of unequal shapes are not cut up by one process
+    training.ddp_find_unused_parameters = False  # every weight has its gradient in every batch, whatever that holds
     folder = Path(training.output_dir)
     stage_1 = Path(args.adapter or folder / "stage1")
     done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / "adapter_config.json").is_file())

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from resumable import ResumableTrainer, TrainingError
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.nn.functional import all_reduce
 from transformers import ProcessorMixin, Trainer
 
 from uc_adapters import UniCompressModel
@@ -69,7 +70,14 @@ def usage(globals_: torch.Tensor, codebook: torch.Tensor, temperature: float = 0
     def entropy(p: torch.Tensor) -> torch.Tensor:
         return -(p * p.clamp(min=1e-9).log()).sum(-1)
 
-    return (entropy(shares.mean(0)) - entropy(shares).mean(0)).mean()
+    return (entropy(over_processes(shares.mean(0))) - entropy(shares).mean(0)).mean()
+
+
+def over_processes(mean: torch.Tensor) -> torch.Tensor:
+    """A mean over the batch, as a mean over the batches of all processes: two must train as one does."""
+    if not distributed.is_initialized():
+        return mean
+    return all_reduce(mean) / distributed.get_world_size()
 
 
 class TokenizerStage(nn.Module):
@@ -184,7 +192,8 @@ class TokenizerStage(nn.Module):
             features = self.model.family.read_features(pixels).float()  # (B, T, read_width)
         pooled = average_pool(features, self.model.active_peft_config.stride, grid)
         restored = self.trained["readout"](self.trained["read_extractor"](features, grid), pooled, grid)
-        return (restored - features).square().mean() / features.var()
+        variance = over_processes(features.square().mean()) - over_processes(features.mean()).square()
+        return (restored - features).square().mean() / variance
 
     @torch.no_grad()
     def least_perplexity(self, dataset: Dataset, collator: ImageCollator, images: int = 512) -> float:

@@ -1,0 +1,83 @@
+"""Two processes at half the batch train as one does at the whole, whatever their batches hold."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from finetuning import train, write_captioned
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parents[1]
+KINDS = list(two_processes.SEEDS)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    return write_captioned(tmp_path_factory.mktemp("data") / "captioned")
+
+
+@pytest.fixture(scope="module")
+def of_two(base_folder, captioned, tmp_path_factory):
+    """Runs two processes, and returns the folder of what they left behind."""
+    folders: dict[str, Path] = {}
+
+    def run(how: str) -> Path:
+        if how not in folders:
+            folders[how] = tmp_path_factory.mktemp(how)
+            paths = os.pathsep.join(map(str, (TESTS.parent / "recipes", TESTS)))
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            done = subprocess.run(
+                [*torchrun, two_processes.__file__, str(base_folder), str(captioned), str(folders[how]), how],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+        return folders[how]
+
+    return run
+
+
+def assert_same_training(file: Path, log: list[dict], weights: dict[str, torch.Tensor]) -> None:
+    theirs = torch.load(file)
+    assert len(log) == two_processes.STEPS
+    for one, two in zip(log, json.loads(theirs["log"]), strict=True):
+        assert one.keys() == two.keys()
+        for what in one.keys() - {"num_tokens"}:
+            assert two[what] == pytest.approx(one[what], rel=1e-4, abs=1e-5), what
+    assert theirs["weights"].keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(theirs["weights"][name], value, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(base_folder, of_two, tmp_path, kind, stage):
+    one = two_processes.train(str(base_folder), str(tmp_path), kind, stage, 4)
+    assert_same_training(of_two("ddp") / f"{kind}-{stage}.pt", *one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_sharded_processes_train_as_one(base_folder, of_two, kind):
+    assert_same_training(of_two("fsdp2") / f"{kind}-2.pt", *two_processes.train_sharded(str(base_folder), kind, 0, 1))
+
+
+def test_two_processes_write_the_adapter_that_one_does(base_folder, of_two, captioned, tmp_path):
+    train(base_folder, tmp_path / "one", dataset=[str(captioned)], stage_1_batch_size=8)
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", of_two("ddp") / "finetune"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-3, rtol=1e-2)  # AdamW's first steps are of the rate itself
+
+
+def test_sharding_in_one_process_is_refused(base_folder, captioned, tmp_path):
+    config = str(TESTS.parent / "recipes" / "configs" / "fsdp2.json")
+    options = {"dataset": [str(captioned)], "training": {"fsdp": True, "fsdp_config": config}}
+    with pytest.raises(ValueError, match="only works in distributed training"):
+        train(base_folder, tmp_path, **options)
