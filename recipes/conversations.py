@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ ROW = Features(
     }
 )
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """A name for datasets' cache: of a map over a model, or over what datasets cannot hash alike from run to run."""
+    return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 class DatasetError(ValueError):
@@ -83,7 +89,7 @@ def conversations(source: str, streaming: bool = False, unfinished: bool = False
     if streaming:
         return dataset.map(rows, **options)
     # datasets knows when a data file changes, but not when an image does that a data file names.
-    fingerprint = Hasher.hash((dataset._fingerprint, rows, _stamps(dataset, folder)))
+    fingerprint = fingerprint_of(dataset._fingerprint, Hasher.hash(rows), _stamps(dataset, folder))
     return dataset.map(rows, **options, new_fingerprint=fingerprint, desc=f"read {source}")
 
 

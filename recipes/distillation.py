@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conversations import decoded
+from conversations import decoded, fingerprint_of
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from joint_stage import JointTrainer, NamingCollator
 from stock_calls import calls_of, drawing_inputs, to_images
 from training_rows import state_of
@@ -51,7 +50,7 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
                 told[name].append(row[name])
         return told
 
-    settings = [rows._fingerprint, model.active_peft_config.base_fingerprint, state_of(processor), seed]
+    settings = rows._fingerprint, model.active_peft_config.base_fingerprint, state_of(processor), seed
     with model.disable_adapter(), torch.random.fork_rng():
         filled = rows.map(
             fill_in,
@@ -59,7 +58,7 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
             batch_size=16,
             with_indices=True,
             features=rows.features,
-            new_fingerprint=Hasher.hash(settings),  # datasets would hash the whole model
+            new_fingerprint=fingerprint_of(*settings),
             desc="ask the base",
         )
     return filled

@@ -6,9 +6,8 @@ processor's image settings. Codes are the latents' nearest entries, a product of
 
 from __future__ import annotations
 
-from conversations import decoded
+from conversations import decoded, fingerprint_of
 from datasets import Dataset, Features, List, Value
-from datasets.fingerprint import Hasher
 from transformers import ProcessorMixin
 
 from uc_adapters import UniCompressModel
@@ -30,12 +29,12 @@ def with_latents(rows: Dataset, model: UniCompressModel, processor: ProcessorMix
         packed = iter(pack_latents(model.family, processor, every) if every else [])
         return {"latents": [[next(packed) for _ in of_row] for of_row in images]}
 
-    settings = [rows._fingerprint, model.active_peft_config.base_fingerprint, processor.image_processor.to_dict()]
+    settings = rows._fingerprint, model.active_peft_config.base_fingerprint, processor.image_processor.to_dict()
     return rows.map(
         encode,
         batched=True,
         batch_size=32,
         features=Features({**rows.features, "latents": LATENTS}),
-        new_fingerprint=Hasher.hash(settings),  # datasets would hash the whole model
+        new_fingerprint=fingerprint_of(*settings),
         desc="encode images",
     )

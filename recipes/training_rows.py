@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -9,9 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from conversations import ROW, AnyDataset, DatasetError, conversations, decoded
+from conversations import ROW, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
-from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
@@ -80,7 +80,7 @@ def _check(
         lambda row: {"problem": _problem(row, collator, context)},
         remove_columns=dataset.column_names,
         features=Features({"problem": Value("string")}),
-        new_fingerprint=Hasher.hash((dataset._fingerprint, settings, versions)),  # a collator's hash may differ from run to run
+        new_fingerprint=fingerprint_of(dataset._fingerprint, settings, versions),
         desc=f"check {source}",
     )["problem"][:]
     good, bad, index = [], [], 0
@@ -182,7 +182,10 @@ def _malformed(messages: list[dict], image_token: str) -> str | None:
 
 
 def state_of(processor: ProcessorMixin) -> list[tuple[str, bytes]]:
-    """All that a processor is: its files."""
+    """All that a processor is: its files, whatever it was last called with."""
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.backend_tokenizer.no_padding()  # a call with padding or truncation leaves its settings there
+    processor.tokenizer.backend_tokenizer.no_truncation()
     with TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
         return [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
