@@ -38,7 +38,7 @@ from sample_pictures import SamplePictures, caption_of, drawings, is_drawn, reco
 from scenes_dataset import scenes_dataset
 from tokenizer_stage import ImageCollator, TokenizerStage, TokenizerTrainer
 from training_rows import training_rows
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, SchedulerType, set_seed
 from trl import SFTConfig, TrlParser
 
 from uc_adapters import CardFacts, UniCompressCollator, UniCompressConfig, UniCompressModel, get_uc_model, push_folder
@@ -48,8 +48,26 @@ SHOWN = 6  # samples in a picture
 
 
 @dataclass
+class TrainingConfig(SFTConfig):
+    """`SFTConfig` with defaults for a tiny base on a CPU; `configs/` has those of larger bases."""
+
+    output_dir: str | None = "work/adapter"
+    max_steps: int = 900
+    per_device_train_batch_size: int = 32
+    learning_rate: float = 2e-3
+    lr_scheduler_type: SchedulerType | str = "cosine"
+    warmup_steps: float = 40
+    weight_decay: float = 0.01
+    bf16: bool | None = False  # 9 to 22 times slower than float32 on a CPU
+    gradient_checkpointing: bool = False
+    logging_steps: float = 20
+    save_steps: float = 300
+    report_to: str | list[str] | None = "none"
+
+
+@dataclass
 class FinetuneArguments:
-    """What to train, and on what; how is SFTConfig's."""
+    """What to train, and on what; how is TrainingConfig's. The defaults are for a tiny base."""
 
     base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
     base_id: str | None = field(default=None, metadata={"help": "The base's Hub id, where --base is a folder: for the card."})
@@ -68,17 +86,17 @@ class FinetuneArguments:
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of drawing prompts dropped, for guidance."})
     sample_steps: int = field(default=0, metadata={"help": "Write sample pictures every so many steps. 0: none."})
-    stage_1_steps: int = field(default=600, metadata={"help": "Optimizer steps of stage 1."})
+    stage_1_steps: int = field(default=500, metadata={"help": "Optimizer steps of stage 1."})
     stage_1_batch_size: int = field(default=32, metadata={"help": "Images a step and process."})
     stage_1_learning_rate: float = field(default=1e-3, metadata={"help": "Peak of stage 1."})
     stride: int = field(default=2, metadata={"help": "See UniCompressConfig."})
     num_global_tokens: int = field(default=4, metadata={"help": "See UniCompressConfig."})
     decompressor: str = field(default="cell", metadata={"help": "See UniCompressConfig."})
     decompressor_layers: int = field(default=2, metadata={"help": "See UniCompressConfig."})
-    decompressor_width: int = field(default=512, metadata={"help": "See UniCompressConfig."})
+    decompressor_width: int = field(default=192, metadata={"help": "See UniCompressConfig."})
     codebook_weight: float = field(default=1.0, metadata={"help": "See UniCompressConfig."})
-    r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    r: int = field(default=64, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
 
     @property
     def settings(self) -> dict:
@@ -91,7 +109,7 @@ class FinetuneArguments:
         return UniCompressConfig(**{name: getattr(self, name) for name in (*names, "r", "lora_alpha")})
 
 
-def load_base(args: FinetuneArguments, training: SFTConfig) -> PreTrainedModel:
+def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedModel:
     """The dense base; quantised, it is loaded where it stays."""
     options = {"dtype": args.dtype}
     if args.quantize is not None:
@@ -100,7 +118,7 @@ def load_base(args: FinetuneArguments, training: SFTConfig) -> PreTrainedModel:
 
 
 def make_rows(
-    args: FinetuneArguments, training: SFTConfig, model: UniCompressModel, processor: ProcessorMixin, dense: ProcessorMixin
+    args: FinetuneArguments, training: TrainingConfig, model: UniCompressModel, processor: ProcessorMixin, dense: ProcessorMixin
 ) -> tuple[AnyDataset, AnyDataset]:
     """Rows of stage 1, each image once, and of stage 2; `dense` is the base's own processor."""
     if args.dataset is None:
@@ -124,7 +142,7 @@ def make_rows(
 
 
 def train_stage_1(
-    args: FinetuneArguments, training: SFTConfig, model: UniCompressModel, processor: ProcessorMixin, rows: AnyDataset
+    args: FinetuneArguments, training: TrainingConfig, model: UniCompressModel, processor: ProcessorMixin, rows: AnyDataset
 ) -> None:
     """Trains and saves the tokenizer side, in OUTPUT_DIR/stage1."""
     stage, training = TokenizerStage(model), copy.copy(training)
@@ -161,7 +179,7 @@ def train_stage_1(
 
 def train_stage_2(
     args: FinetuneArguments,
-    training: SFTConfig,
+    training: TrainingConfig,
     model: UniCompressModel,
     processor: ProcessorMixin,
     dense: ProcessorMixin,
@@ -202,7 +220,7 @@ def train_stage_2(
     )
 
 
-def card_facts(args: FinetuneArguments, training: SFTConfig, seconds: float, rows: AnyDataset) -> CardFacts:
+def card_facts(args: FinetuneArguments, training: TrainingConfig, seconds: float, rows: AnyDataset) -> CardFacts:
     """How the adapter was trained, for its card."""
     sources, epochs = args.dataset or [], f"{training.num_train_epochs:g} epochs"
     settings = {
@@ -223,7 +241,7 @@ def card_facts(args: FinetuneArguments, training: SFTConfig, seconds: float, row
     return CardFacts(datasets=[source for source in sources if not Path(source).exists()], training=settings)
 
 
-def main(args: FinetuneArguments, training: SFTConfig) -> None:
+def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     if args.stage not in (None, 1, 2):
         raise SystemExit(f"--stage {args.stage} is not known; expected 1, 2, or nothing for both.")
     if args.streaming and training.max_steps <= 0:
@@ -260,4 +278,4 @@ def main(args: FinetuneArguments, training: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((FinetuneArguments, SFTConfig)).parse_args_and_config())
+    main(*TrlParser((FinetuneArguments, TrainingConfig)).parse_args_and_config())

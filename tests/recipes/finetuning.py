@@ -11,7 +11,6 @@ from digits import random_scene
 from helpers import rng
 from tokenizer_stage import TokenizerTrainer
 from transformers import TrainerCallback
-from trl import SFTConfig
 
 ARGUMENTS = {
     "stage_1_steps": 4,
@@ -39,7 +38,7 @@ def train(base, output_dir, *, training: dict | None = None, **arguments) -> Pat
     """Runs finetune.py in this process."""
     finetune.main(
         finetune.FinetuneArguments(base=str(base), **{**ARGUMENTS, **arguments}),
-        SFTConfig(output_dir=str(output_dir), **{**TRAINING, **(training or {})}),
+        finetune.TrainingConfig(output_dir=str(output_dir), **{**TRAINING, **(training or {})}),
     )
     return Path(output_dir)
 
