@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 from conversations import AnyDataset, samples
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from distillation import DistillingTrainer, filled_in
 from joint_stage import JointTrainer
 from latent_cache import with_latents
@@ -49,7 +49,10 @@ SHOWN = 6  # samples in a picture
 
 @dataclass
 class TrainingConfig(SFTConfig):
-    """`SFTConfig` with defaults for a tiny base on a CPU; `configs/` has those of larger bases."""
+    """`SFTConfig` with defaults for a tiny base on a CPU; `configs/` has those of larger bases.
+
+    `max_steps` goes before `num_train_epochs`: --max_steps -1 --num_train_epochs 1 goes through the data once.
+    """
 
     output_dir: str | None = "work/adapter"
     max_steps: int = 900
@@ -62,7 +65,7 @@ class TrainingConfig(SFTConfig):
     gradient_checkpointing: bool = False
     logging_steps: float = 20
     save_steps: float = 300
-    report_to: str | list[str] | None = "none"
+    report_to: str | None = "none"
 
 
 @dataclass
@@ -145,6 +148,10 @@ def train_stage_1(
     args: FinetuneArguments, training: TrainingConfig, model: UniCompressModel, processor: ProcessorMixin, rows: AnyDataset
 ) -> None:
     """Trains and saves the tokenizer side, in OUTPUT_DIR/stage1."""
+    if isinstance(rows, Dataset) and not len(rows):
+        raise TrainingError(
+            "No row has an image, and stage 1 learns from images; expected some, or --adapter with stage 1 done."
+        )
     stage, training = TokenizerStage(model), copy.copy(training)
     training.output_dir = str(Path(training.output_dir, "stage1"))
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate

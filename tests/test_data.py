@@ -212,6 +212,17 @@ def test_latents_stand_in_for_the_images_to_draw(short_processor, collate, base,
     torch.testing.assert_close(found.log_probs, expected.log_probs)
 
 
+def test_latents_that_cannot_be_are_refused(short_processor, collate, base, drawing_row):
+    model = attach(base)
+    collate.config = model.active_peft_config
+    batch = collate([{**drawing_row, "latents": pack_latents(model.family, short_processor, drawing_row["images"])}])
+    latents = batch.pop("drawn_latents")
+    with pytest.raises(InputError, match=r"drawn_latents of shape \(1, 63, 8\); expected \(images, 64, 8\)"):
+        model(**batch, drawn_latents=latents[:, 1:])
+    with pytest.raises(InputError, match=r"at once; expected one of them"):
+        model(**batch, drawn_latents=latents, drawn_pixel_values=torch.zeros(1, 3, 64, 64))
+
+
 def test_rows_are_left_as_they_were(collate, editing_row):
     before = [str(editing_row["messages"]), [image.tobytes() for image in editing_row["images"]]]
     collate([editing_row])

@@ -267,7 +267,7 @@ def get_uc_model(
     """Attaches a new, untrained adapter to a base model, in place, as `peft.get_peft_model` does.
 
     An untrained adapter is no no-op: the base reads and draws through fresh compression modules until they are trained
-    (`recipes/fit_tokenizer.py`, then `recipes/finetune.py`). Disabled, it is the base.
+    (`recipes/finetune.py`). Disabled, it is the base.
 
     Args:
         base: A loaded base model of a supported family.

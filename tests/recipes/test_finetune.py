@@ -256,6 +256,14 @@ def test_collapsed_global_tokens_are_not_saved(base_folder, tmp_path):
     assert not (tmp_path / "out" / "stage1" / "adapter_config.json").exists()
 
 
+def test_rows_without_images_cannot_begin_with_stage_1(base_folder, tmp_path):
+    words = {"messages": [{"role": role, "content": "2"} for role in ("user", "assistant")], "images": []}
+    file = tmp_path / "words.jsonl"
+    file.write_text("\n".join([json.dumps(words)] * 4))
+    with pytest.raises(TrainingError, match=r"No row has an image.*--adapter"):
+        train(base_folder, tmp_path / "out", dataset=[str(file)])
+
+
 def test_settings_of_stage_1_are_its_own(base_folder, captioned, tmp_path):
     folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1, stage_1_steps=2)
     assert [row["step"] for row in log_of(folder / "stage1") if "loss" in row] == [1, 2]
