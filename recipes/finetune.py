@@ -272,6 +272,8 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     if args.quantize is None:
         model = model.to(training.device)
     dense = AutoProcessor.from_pretrained(args.base)
+    if training.chat_template_path is not None:  # for a base without one, such as Chameleon
+        dense.chat_template, training.chat_template_path = Path(training.chat_template_path).read_text(), None
     processor = model.compact_processor(dense)
     of_stage_1, of_stage_2 = make_rows(args, training, model, processor, dense)
     if not done:

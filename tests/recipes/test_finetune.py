@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import finetune
+import finetuning
 import pytest
 import torch
 from finetuning import TRAINING, train, write_captioned
@@ -77,7 +78,7 @@ def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, cap
     whole = train(base_folder, tmp_path / "whole", dataset=[str(captioned)])
     told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)]}
     for more in ({"kill": [1, 2]}, {"kill": [2, 3], "resume": True}, {"resume": True}):
-        command = [sys.executable, str(Path(__file__).with_name("finetuning.py")), json.dumps({**told, **more})]
+        command = [sys.executable, finetuning.__file__, json.dumps({**told, **more})]
         paths = os.pathsep.join(str(Path(__file__).parents[up] / name) for up, name in ((2, "recipes"), (1, "")))
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
         assert done.returncode == (-signal.SIGKILL if "kill" in more else 0), done.stderr[-2000:]
