@@ -279,7 +279,7 @@ def test_columns_are_added_to_each_source_behind_its_check(folder, collator):
 
     rows = samples(training_rows(sources, collator, CONTEXT, skip_bad_rows=True, encode=encode))
     assert [row["latents"] for row in rows] == [[2.0]] * 2 + [[4.0]] * 4
-    with pytest.raises(DatasetError, match="streaming with columns to add"):
+    with pytest.raises(DatasetError, match="streaming with something to add"):
         training_rows(sources, collator, CONTEXT, streaming=True, encode=encode)
 
 
