@@ -109,12 +109,14 @@ def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path):
     assert min(Image.open(files["chart"]).size) > 200
 
 
-def test_the_readme_quotes_the_committed_figures():
+@pytest.mark.parametrize(("text", "figures"), [("README.md", "benchmark-*.json"), ("docs/training.md", "training-*.json")])
+def test_the_docs_quote_the_committed_figures(text, figures):
     root = Path(__file__).parents[2]
-    readme = (root / "README.md").read_text()
-    for file in (root / "docs").glob("benchmark-*.json"):
+    quoted, files = (root / text).read_text(), list((root / "docs").glob(figures))
+    assert files
+    for file in files:
         for row in benchmark.markdown(json.loads(file.read_text())).splitlines()[2:]:
-            assert row.split("|", 2)[2] in readme, row  # the figures; the README has its own words for what they are of
+            assert row.split("|", 2)[2] in quoted, row  # the figures; the text has its own words for what they are of
 
 
 def test_benchmark_names_the_shapes_that_it_knows():
