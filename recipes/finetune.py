@@ -155,7 +155,8 @@ def train_stage_1(
     stage, training = TokenizerStage(model), copy.copy(training)
     training.output_dir = str(Path(training.output_dir, "stage1"))
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
-    training.per_device_train_batch_size, training.gradient_checkpointing = args.stage_1_batch_size, False
+    training.per_device_train_batch_size = args.stage_1_batch_size
+    training.gradient_checkpointing = training.activation_checkpointing = False  # the old name and the new
     folder = Path(training.output_dir)
     collator = ImageCollator(processor, model.family.geometry.code_width)
     trainer = TokenizerTrainer(model=stage, args=training, train_dataset=rows, data_collator=collator)

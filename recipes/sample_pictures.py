@@ -28,9 +28,10 @@ class SamplePictures(TrainerCallback):
         """`rows` makes the pictures of each row of the grid by its name, a column for each of `titles`."""
         self.every, self.folder, self.titles, self.rows = every, folder, titles, rows
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every or not state.is_world_process_zero:
             return
+        model.eval()  # the trainer's next step puts it back
         with torch.random.fork_rng(), torch.no_grad():  # a resumed run must see the same random numbers
             torch.manual_seed(0)
             rows = self.rows()

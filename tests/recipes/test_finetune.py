@@ -74,6 +74,16 @@ def test_sample_pictures_are_drawn_and_change_nothing(base_folder, captioned, tm
         assert min(Image.open(pictures[0]).size) > 200
 
 
+def test_sample_pictures_are_drawn_as_after_training(base_folder, captioned, tmp_path):
+    pictures = []
+    for checkpointing in (False, True):  # in training mode, checkpointing would draw without a cache
+        training = {"max_steps": 1, "learning_rate": 0.0, "gradient_checkpointing": checkpointing}
+        out = tmp_path / f"out-{checkpointing}"
+        folder = train(base_folder, out, dataset=[str(captioned)], sample_steps=1, stage_1_steps=1, training=training)
+        pictures.append((folder / "samples" / "step-000001.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, captioned, tmp_path):
     whole = train(base_folder, tmp_path / "whole", dataset=[str(captioned)])
     told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)]}
