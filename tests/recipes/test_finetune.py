@@ -231,6 +231,13 @@ def test_several_datasets_are_mixed_and_streamed(base_folder, captioned, tmp_pat
         train(base_folder, tmp_path / "endless", dataset=sources, streaming=True, training={"max_steps": -1})
 
 
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
+def test_options_for_small_hardware_train_in_both_stages(base_folder, captioned, tmp_path, options):
+    arguments = {"dataset": [str(captioned)], "dtype": "bfloat16" if "bf16" in options else "auto"}
+    folder = train(base_folder, tmp_path / "out", training={"max_steps": 2, **options}, **arguments)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(folder).values())
+
+
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_base_trains(base_folder, captioned, tmp_path, bits):
     folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], quantize=bits, training={"max_steps": 1})
