@@ -20,11 +20,8 @@ def with_latents(rows: Dataset, model: UniCompressModel, processor: ProcessorMix
     """Adds a column `latents` to rows of `conversations`, for the images of each first row; others' are empty."""
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        names = ("messages", "images")
-        images = [
-            decoded(dict(zip(names, row[:2], strict=True)))["images"] if row[2] else []
-            for row in zip(batch["messages"], batch["images"], batch["first"], strict=True)
-        ]
+        rows = zip(batch["images"], batch["first"], strict=True)
+        images = [decoded({"images": images})["images"] if first else [] for images, first in rows]
         every = [image for of_row in images for image in of_row]
         packed = iter(pack_latents(model.family, processor, every) if every else [])
         return {"latents": [[next(packed) for _ in of_row] for of_row in images]}

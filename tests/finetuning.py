@@ -55,6 +55,22 @@ def write_captioned(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+def say(text: str | None) -> dict:
+    """A part of a turn."""
+    return {"type": "text", "text": text}
+
+
+def turn(role: str, *parts: dict) -> dict:
+    """A turn of a conversation."""
+    return {"role": role, "content": list(parts)}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 class KillAt(TrainerCallback):
     """SIGKILL before a step of one of the stages is over."""
 

@@ -1,5 +1,4 @@
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 from conversations import CAPTION_REQUEST, DatasetError, conversations, samples, to_rgb
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
+from finetuning import say, turn, write_rows
 from helpers import rng
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,19 +15,6 @@ from PIL import Image
 IMAGE = {"type": "image"}
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "I;16B"]
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
-
-
-def say(text: str) -> dict:
-    return {"type": "text", "text": text}
-
-
-def turn(role: str, *parts: dict) -> dict:
-    return {"role": role, "content": list(parts)}
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (12, 8)) -> Image.Image:

@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from conversations import DatasetError, samples
 from datasets import Dataset, IterableDataset
+from finetuning import say, turn, write_rows
 from helpers import rng, small_config
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -19,19 +19,6 @@ from uc_adapters import UniCompressCollator
 CONTEXT = 100
 IMAGE = {"type": "image"}
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
-
-
-def say(text) -> dict:
-    return {"type": "text", "text": text}
-
-
-def turn(role: str, *parts: dict) -> dict:
-    return {"role": role, "content": list(parts)}
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def drawn(image: str | None, text: str | None = "a red 3") -> dict:
