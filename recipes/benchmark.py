@@ -29,7 +29,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 import transformers
-from evaluate import twin_of
+from contenders import twin_of
 from torch import nn
 from tqdm.auto import tqdm
 from training_benchmark import training_figures, training_rows

@@ -18,9 +18,10 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import transformers
+from contenders import Contender, answer, contenders, draw, drawn_steps, read_tokens
 from digits import QUESTION_KINDS, judge, random_scene, right_cells
-from evaluate import SPLIT, Contender, answer, contenders, draw, drawn_steps, read_tokens
 from PIL import Image
+from scene_scores import SPLIT
 from tqdm.auto import tqdm
 from trl import TrlParser
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import contenders
 import evaluate
 import pytest
 import torch
 from safetensors import safe_open
-from stock_calls import calls_of
+from stock_calls import calls_of, drawing_inputs
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 BASE, ADAPTER = str(CARDS / "tiny-janus"), str(CARDS / "tiny-janus-uc4x")
@@ -15,7 +16,7 @@ LIMIT = 12 * 2**20
 
 @pytest.fixture(scope="module")
 def pair():
-    return evaluate.contenders(BASE, ADAPTER)
+    return contenders.contenders(BASE, ADAPTER)
 
 
 @pytest.mark.parametrize("folder", [BASE, ADAPTER])
@@ -49,7 +50,7 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch(pair):
     ]
 
     def tokens(prompts: list[str]) -> torch.Tensor:
-        inputs = evaluate.drawing_inputs(adapter.processor, prompts, calls_of(adapter.model))
+        inputs = drawing_inputs(adapter.processor, prompts, calls_of(adapter.model))
         return adapter.model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=2.0)
 
     together = tokens(prompts)

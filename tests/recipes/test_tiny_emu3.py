@@ -1,5 +1,6 @@
 import json
 
+import contenders
 import evaluate
 import pretrain_tiny
 import pytest
@@ -49,8 +50,8 @@ def test_pretraining_writes_a_base_that_loads_and_draws(family, first_losses, tm
     pretrain_tiny.main(pretrain_tiny.PretrainArguments(family=family, output_dir=folder, work_dir=work, **few))
     (losses,) = json.loads((tmp_path / "work" / family / "joint.json").read_text())["log"]
     assert {name: losses[name] for name in first_losses} == pytest.approx(first_losses, rel=1e-3)
-    (base,) = evaluate.contenders(folder, None)
-    images, _ = evaluate.draw(base, ["a red 3 at the top left"])
+    (base,) = contenders.contenders(folder, None)
+    images, _ = contenders.draw(base, ["a red 3 at the top left"])
     assert images[0].size == (64, 64)
 
 

@@ -3,7 +3,8 @@
 import json
 
 import benchmark
-import evaluate
+import contenders
+import likelihood
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from uc_adapters import UniCompressCollator
 
 
 def make_sides(base, gradient_checkpointing: bool = False) -> dict[str, Trainee]:
-    return trainees({"base": base, "adapter": attach(evaluate.twin_of(base))}, gradient_checkpointing)
+    return trainees({"base": base, "adapter": attach(contenders.twin_of(base))}, gradient_checkpointing)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_steps_lower_the_loss_and_leave_the_base_alone(sides, words, pixels, nam
 
 
 def test_the_dense_drawing_loss_is_the_nats_of_the_dense_codes(fresh, processor, images, words, pixels):
-    nats = evaluate.dense_nats(evaluate.Contender("base", fresh(), processor), images[:1], CAPTIONS[1:2])
+    nats = likelihood.dense_nats(contenders.Contender("base", fresh(), processor), images[:1], CAPTIONS[1:2])
     assert make_sides(fresh())["base"].drawing_loss(words, pixels).item() == pytest.approx(nats / DENSE, rel=1e-5)
 
 

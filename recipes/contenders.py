@@ -1,0 +1,100 @@
+"""A bare base and an adapter on the same weights, and what both are asked alike: to answer, and to draw."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+from digits import IMAGE_SIZE
+from PIL import Image
+from stock_calls import calls_of, drawing_inputs, to_images
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+
+from uc_adapters import UniCompressModel
+from uc_adapters.families import family_of
+from uc_adapters.layers import Grid
+
+
+@dataclass
+class Contender:
+    """A model with the processor of its own placeholder count."""
+
+    name: str
+    model: torch.nn.Module
+    processor: ProcessorMixin
+
+
+def twin_of(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy that shares every weight: an adapter on it leaves the model itself bare."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Contender]:
+    """The bare base, as transformers loads it, and the adapter on the same weights."""
+    model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
+    dense = Contender("base", model, AutoProcessor.from_pretrained(base))
+    if adapter is None:
+        return [dense]
+    compact = UniCompressModel.from_pretrained(twin_of(model), adapter).eval()
+    return [dense, Contender("adapter", compact, AutoProcessor.from_pretrained(adapter))]
+
+
+def grid_of(contender: Contender) -> Grid:
+    """The grid of the codes of what it draws."""
+    calls = calls_of(contender.model)
+    return calls.grid(contender.model, drawing_inputs(contender.processor, ["a red 3"], calls))
+
+
+def reading_inputs(processor: ProcessorMixin, images: list[Image.Image], questions: list[str]) -> dict:
+    """A batch of questions, each about its image."""
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for question in questions
+    ]
+    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
+    """Answers, greedily."""
+    inputs = reading_inputs(contender.processor, images, questions).to(contender.model.device)
+    output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = contender.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()
+def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Image.Image], float]:
+    """Drawings, and the seconds of a prompt's way to pixels: language model, decompressor, image decoder."""
+    model = contender.model
+    calls = calls_of(model)
+    inputs = drawing_inputs(contender.processor, prompts, calls).to(model.device)
+    start = time.perf_counter()
+    tokens = calls.draw(model, inputs, **sampling)
+    pixels = calls.pixels(model, tokens, calls.grid(model, inputs))
+    if pixels.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return to_images(contender.processor, pixels), seconds
+
+
+def read_tokens(processor: ProcessorMixin) -> int:
+    """What the language model reads of a scene: its placeholders, and the ends of its rows where they are words."""
+    tokenizer = processor.tokenizer
+    block = processor.replace_image_token({"image_sizes": [[IMAGE_SIZE, IMAGE_SIZE]]}, 0)
+    of_image = {tokenizer.convert_tokens_to_ids(processor.image_token), getattr(tokenizer, "eol_token_id", None)}
+    return sum(token in of_image for token in tokenizer(block)["input_ids"])
+
+
+def drawn_steps(contender: Contender) -> int:
+    """Steps of the language model for a scene."""
+    grid = grid_of(contender)
+    if not isinstance(contender.model, UniCompressModel):
+        return family_of(contender.model).dense_placeholders(grid)
+    return contender.model.active_peft_config.num_image_tokens(grid) - 1  # the separator is known

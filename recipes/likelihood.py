@@ -1,0 +1,58 @@
+"""Negative log-likelihood of images given their captions, under a dense base and under an adapter."""
+
+from __future__ import annotations
+
+import torch
+from contenders import Contender, grid_of
+from PIL import Image
+from stock_calls import calls_of, drawing_inputs
+
+from uc_adapters import UniCompressCollator
+from uc_adapters.families import family_of
+
+
+@torch.no_grad()
+def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> float:
+    """Negative log-likelihood of the images' dense codes under the base, summed over the batch."""
+    base, family, (rows, columns) = contender.model, family_of(contender.model), grid_of(contender)
+    inputs = drawing_inputs(contender.processor, prompts, calls_of(base)).to(base.device)
+    pixels = contender.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(base.device)
+    codes = family.dense_codes(pixels)  # (B, T)
+    prompt = base.get_input_embeddings()(inputs["input_ids"])
+    drawn = family.embed_codes(codes)  # (B, T, D)
+    before_code = torch.ones(rows * columns, dtype=torch.bool)
+    if family.row_ends:  # what ends a row is given: it stands behind each, and is not scored
+        ends = family.row_end.expand(len(codes), rows, 1, -1)
+        drawn = torch.cat([drawn.unflatten(1, (rows, columns)), ends], 2).flatten(1, 2)  # (B, H * (W + 1), D)
+        before_code = (torch.arange(rows * (columns + 1)) + 1) % (columns + 1) != 0
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, drawn.shape[1] - 1), value=1)
+    hidden = family.language_model(inputs_embeds=torch.cat([prompt, drawn[:, :-1]], 1), attention_mask=mask)
+    before = hidden.last_hidden_state[:, prompt.shape[1] - 1 :][:, before_code]  # (B, T, D)
+    logits = family.code_logits(before)  # (B, T, K)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="sum").item()
+
+
+@torch.no_grad()
+def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> float:
+    """The adapter's: compact codes from the language model, and dense codes given them from the decompressor."""
+    model = contender.model
+    collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": prompt}]},
+                {"role": "assistant", "content": [{"type": "image"}]},
+            ],
+            "images": [image],
+        }
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+    batch = {name: value.to(model.device) for name, value in collator(rows).items()}
+    output = model(**batch)
+    nats = -(output.log_probs * batch["drawn_mask"][:, 1:]).sum().item()
+    drawing = model.drawing
+    if not drawing.module.in_loop:
+        codes = drawing.compress(batch["drawn_pixel_values"])
+        logits = drawing.reconstruction_logits(codes, drawing.entries(codes.cells.squeeze(2)), drawing.entries(codes.globals))
+        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), codes.dense.flatten(), reduction="sum").item()
+    return nats
