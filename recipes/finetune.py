@@ -112,6 +112,14 @@ class FinetuneArguments:
         return UniCompressConfig(**{name: getattr(self, name) for name in (*names, "r", "lora_alpha")})
 
 
+def leave_batches_to_the_collator(training: TrainingConfig) -> None:
+    """Rows reach the collator as they are, and its batches the model."""
+    training.max_length, training.packing, training.remove_unused_columns = None, False, False
+    training.dataset_kwargs = {"skip_prepare_dataset": True}
+    training.accelerator_config.dispatch_batches = False  # batches of unequal shapes are not cut up by one process
+    training.ddp_find_unused_parameters = False  # every weight has its gradient in every batch, whatever that holds
+
+
 def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedModel:
     """The dense base; quantised, it is loaded where it stays."""
     options = {"dtype": args.dtype}
@@ -146,8 +154,12 @@ def make_rows(
 
 def train_stage_1(
     args: FinetuneArguments, training: TrainingConfig, model: UniCompressModel, processor: ProcessorMixin, rows: AnyDataset
-) -> None:
-    """Trains and saves the tokenizer side, in OUTPUT_DIR/stage1."""
+) -> float | None:
+    """Trains the tokenizer side, with checkpoints in OUTPUT_DIR/stage1.
+
+    Returns:
+        The perplexity of the least used global token's codes; None where none is drawn.
+    """
     if isinstance(rows, Dataset) and not len(rows):
         raise TrainingError(
             "No row has an image, and stage 1 learns from images; expected some, or --adapter with stage 1 done."
@@ -174,15 +186,19 @@ def train_stage_1(
         )
     checkpoint = last_checkpoint(folder) if args.resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if model.drawing is not None and args.num_global_tokens:
-        perplexity = stage.least_perplexity(list(islice(rows, 512)), collator)
-        print(f"global codes: perplexity of the least used token {perplexity:.1f}")
-        if perplexity < ENOUGH_PERPLEXITY:
-            raise TrainingError(
-                f"A global token collapsed: perplexity {perplexity:.2f} over its codes, expected {ENOUGH_PERPLEXITY:g} or "
-                "more. Train longer (--stage_1_steps), or with a lower --stage_1_learning_rate."
-            )
-    model.save_pretrained(folder, processor=processor, base_model=args.base_id, is_main_process=training.should_save)
+    if model.drawing is None or not args.num_global_tokens:
+        return None
+    return stage.least_perplexity(list(islice(rows, 512)), collator)
+
+
+def check_global_codes(perplexity: float) -> None:
+    """Stops where a global token says the same of every image: stage 2 would learn to draw it in vain."""
+    print(f"global codes: perplexity of the least used token {perplexity:.1f}")
+    if perplexity < ENOUGH_PERPLEXITY:
+        raise TrainingError(
+            f"A global token collapsed: perplexity {perplexity:.2f} over its codes, expected {ENOUGH_PERPLEXITY:g} or "
+            "more. Train longer (--stage_1_steps), or with a lower --stage_1_learning_rate."
+        )
 
 
 def train_stage_2(
@@ -256,10 +272,7 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
         raise SystemExit(f"--streaming with --max_steps {training.max_steps}: nobody knows how long it is; expected a number.")
     set_seed(training.seed)
     push, training.push_to_hub = training.push_to_hub, False  # the finished adapter is pushed, not the trainer's folder
-    training.max_length, training.packing, training.remove_unused_columns = None, False, False
-    training.dataset_kwargs = {"skip_prepare_dataset": True}
-    training.accelerator_config.dispatch_batches = False  # batches of unequal shapes are not cut up by one process
-    training.ddp_find_unused_parameters = False  # every weight has its gradient in every batch, whatever that holds
+    leave_batches_to_the_collator(training)
     folder = Path(training.output_dir)
     stage_1 = Path(args.adapter or folder / "stage1")
     done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / "adapter_config.json").is_file())
@@ -278,7 +291,10 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     processor = model.compact_processor(dense)
     of_stage_1, of_stage_2 = make_rows(args, training, model, processor, dense)
     if not done:
-        train_stage_1(args, training, model, processor, of_stage_1)
+        perplexity = train_stage_1(args, training, model, processor, of_stage_1)
+        if perplexity is not None:
+            check_global_codes(perplexity)
+        model.save_pretrained(stage_1, processor=processor, base_model=args.base_id, is_main_process=training.should_save)
     if args.stage == 1:
         return
     train_stage_2(args, training, model, processor, dense, of_stage_2)

@@ -10,6 +10,7 @@ from torch import nn
 from .config import UniCompressConfig
 from .families import Geometry
 from .layers import (
+    AveragePool,
     CellDecompressor,
     GlobalExtractor,
     Grid,
@@ -27,13 +28,13 @@ class ReadCompressor(nn.Module):
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
         width, count = geometry.read_width, config.num_global_tokens
-        self.stride = config.stride
+        self.pool = AveragePool(config.stride)
         self.extractor = GlobalExtractor(width, width, count, geometry.read_side) if count else None
         self.separator = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, features: torch.Tensor, grid: Grid) -> torch.Tensor:
         """(B, T, read_width) -> (B, N_g + 1 + T', read_width)."""
-        parts = [self.separator.expand(len(features), 1, -1), average_pool(features, self.stride, grid)]
+        parts = [self.separator.expand(len(features), 1, -1), self.pool(features, grid)]
         if self.extractor is not None:
             parts.insert(0, self.extractor(features, grid))
         return torch.cat(parts, 1)

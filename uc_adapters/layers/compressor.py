@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..errors import InputError
 
@@ -41,3 +42,15 @@ def cells_to_raster(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
 def average_pool(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
     """X_cont = AvgPool(X, s): (B, T, d) -> (B, T', d)."""
     return raster_to_cells(x, stride, grid).mean(2)
+
+
+class AveragePool(nn.Module):
+    """`average_pool` as a module of `stride` s, which `recipes/ablate.py` puts others in the place of."""
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, T, d) -> (B, T', d)."""
+        return average_pool(x, self.stride, grid)

@@ -1,0 +1,181 @@
+"""The paper's ablations on a tiny base: trains and scores every variant for each seed, and writes one table.
+
+    python recipes/ablate.py --json docs/ablation.json
+    python recipes/ablate.py --axes decompressor stride --seeds 1 2 3 --max_steps 900 --stage_1_steps 500
+
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores, where a variant and seed takes about two
+minutes; the default adapter, which stands on every axis, is trained once a seed. What is finished stays in `--output_dir`:
+a run that was cut off goes on where it stopped, and two runs with other `--seeds` can share the folder.
+Variants are trained alike and briefly, so their scores compare with each other, not with the shipped adapter's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import transformers
+from ablation_variants import AXES, DEFAULT, Variant
+from contenders import Contender, contenders
+from digits import random_scene
+from finetune import (
+    FinetuneArguments,
+    TrainingConfig,
+    leave_batches_to_the_collator,
+    load_base,
+    make_rows,
+    train_stage_1,
+    train_stage_2,
+)
+from likelihood import compact_nats, dense_nats
+from scene_scores import SPLIT, score_drawing, score_reading
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, set_seed
+from trl import TrlParser
+
+from uc_adapters import get_uc_model
+
+SCORES = {"reading": "reading", "cells": "cells drawn right", "scenes": "whole scenes", "nats": "nats an image"}
+
+
+@dataclass
+class AblateArguments:
+    """What to vary, and how long to train and score each variant."""
+
+    base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
+    axes: list[str] = field(default_factory=lambda: list(AXES), metadata={"help": f"Of {', '.join(AXES)}. All, if not given."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of weights, data, scenes and sampling."})
+    stage_1_steps: int = field(default=250, metadata={"help": "Steps of stage 1."})
+    max_steps: int = field(default=200, metadata={"help": "Steps of stage 2."})
+    batch_size: int = field(default=16, metadata={"help": "Rows a step, of both stages."})
+    scenes: int = field(default=100, metadata={"help": "Held-out scenes to read, and prompts to draw, for each seed."})
+    output_dir: str = field(default="work/ablation", metadata={"help": "Where the scores of finished variants are kept."})
+    json: str | None = field(default=None, metadata={"help": "File to write all scores to."})
+
+    @property
+    def budget(self) -> dict:
+        """What scores must share to be compared."""
+        return {name: getattr(self, name) for name in ("base", "stage_1_steps", "max_steps", "batch_size", "scenes")}
+
+
+def runs_of(axes: list[str]) -> Iterator[tuple[str, Variant]]:
+    """Every variant of the axes once, with the name of its run."""
+    yield "default", DEFAULT
+    for axis in axes:
+        for name, variant in AXES[axis].items():
+            if variant is not DEFAULT:
+                yield f"{axis}, {name}", variant
+
+
+def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> tuple[Contender, float | None]:
+    """A variant's adapter, trained by `finetune.py`'s two stages, and the perplexity of its least used global token."""
+    options = FinetuneArguments(
+        base=args.base, stage_1_steps=args.stage_1_steps, stage_1_batch_size=args.batch_size, **variant.options
+    )
+    training = TrainingConfig(
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        save_strategy="no",
+        logging_steps=50,
+    )
+    leave_batches_to_the_collator(training)
+    set_seed(seed)
+    model = get_uc_model(load_base(options, training), options.config()).to(training.device)
+    if variant.change is not None:
+        variant.change(model)
+    dense = AutoProcessor.from_pretrained(args.base)
+    processor = model.compact_processor(dense)
+    of_stage_1, of_stage_2 = make_rows(options, training, model, processor, dense)
+    perplexity = train_stage_1(options, training, model, processor, of_stage_1)
+    train_stage_2(options, training, model, processor, dense, of_stage_2)
+    return Contender("adapter", model.eval(), processor), perplexity
+
+
+def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, float]:
+    """Reading, drawing and nats of held-out scenes: the same ones for every variant."""
+    rng = np.random.default_rng([seed, args.scenes])
+    scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
+    drawing = score_drawing([contender], scenes, seed, 25, do_sample=True, temperature=0.7, guidance_scale=2.0)
+    measure = dense_nats if contender.name == "base" else compact_nats
+    nats = measure(contender, [scene.image(SPLIT) for scene in scenes], [scene.caption() for scene in scenes])
+    return {
+        "reading": score_reading(contender, scenes, seed)["mean"],
+        "cells": drawing[contender.name]["cells"],
+        "scenes": drawing[contender.name]["scenes"],
+        "nats": nats / len(scenes),
+    }
+
+
+def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArguments) -> dict[str, float]:
+    """Of a variant, or of the base itself where there is none: from an earlier run, or by training it now."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+    file = Path(args.output_dir, f"{slug}-seed-{seed}.json")
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        if kept["budget"] != args.budget:
+            raise SystemExit(
+                f"{file} was made with {kept['budget']}; expected {args.budget}. Choose another --output_dir, or remove it."
+            )
+        return kept["scores"]
+    start, folder = time.perf_counter(), file.with_suffix("")
+    (contender,), perplexity = contenders(args.base, None), None
+    if variant is not None:
+        contender, perplexity = train(variant, seed, args, folder)
+    scores = score(contender, seed, args)
+    scores |= {"perplexity": perplexity, "minutes": (time.perf_counter() - start) / 60}
+    shutil.rmtree(folder, ignore_errors=True)  # not every variant could be loaded again: the package does not have it
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"name": name, "seed": seed, "budget": args.budget, "scores": scores}, indent=2) + "\n")
+    return scores
+
+
+def spread(values: list[float], score: str) -> str:
+    """Mean and standard deviation over seeds, as a table shows it."""
+    scale, unit = (1, "") if score == "nats" else (100, " %")
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{scale * statistics.mean(values):.1f}{unit} ± {scale * deviation:.1f}"
+
+
+def markdown(ablation: dict) -> str:
+    """One table, an axis after another."""
+    lines = [f"| | {' | '.join(SCORES.values())} |", "|---" * (len(SCORES) + 1) + "|"]
+
+    def row(title: str, run: str) -> str:
+        by_seed = ablation["runs"][run].values()
+        return f"| {title} | {' | '.join(spread([scores[score] for scores in by_seed], score) for score in SCORES)} |"
+
+    lines.append(row("the dense base", "base"))
+    for axis in ablation["axes"]:
+        lines.append(f"| **{axis}** |{' |' * len(SCORES)}")
+        for name, variant in AXES[axis].items():
+            ours = variant is DEFAULT
+            lines.append(row(f"{name} (default)" if ours else name, "default" if ours else f"{axis}, {name}"))
+    return "\n".join(lines)
+
+
+def main(args: AblateArguments) -> dict:
+    unknown = [axis for axis in args.axes if axis not in AXES]
+    if unknown or not args.seeds:
+        raise SystemExit(f"--axes {unknown}, --seeds {args.seeds}; expected axes of {list(AXES)}, and at least one seed.")
+    transformers.logging.set_verbosity_error()
+    runs: dict[str, dict[str, dict[str, float]]] = {}
+    todo = [(seed, run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes)]]
+    for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed: a part of the time gives a whole table
+        runs.setdefault(name, {})[str(seed)] = scores_of(name, variant, seed, args)
+    ablation = {"axes": args.axes, "runs": runs, "settings": asdict(args)}
+    print(markdown(ablation))
+    if args.json:
+        Path(args.json).write_text(json.dumps(ablation, indent=2) + "\n")
+    return ablation
+
+
+if __name__ == "__main__":
+    main(*TrlParser(AblateArguments).parse_args_and_config())

@@ -1,0 +1,110 @@
+import json
+
+import ablate
+import pytest
+import torch
+from ablation_variants import AXES, DEFAULT, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK
+from contenders import Contender, draw
+from helpers import attach
+from scenes_dataset import scene_row
+
+from uc_adapters import UniCompressCollator
+from uc_adapters.layers import average_pool
+
+GRID, STRIDE, WIDTH = (4, 6), 2, 16
+POOLS = {"max": MaxPool, "strided conv": StridedConv, "gated": GatedPool, "top-k selection": TopK}
+
+
+@pytest.fixture
+def features():
+    return torch.randn(3, 24, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pooling_gives_one_token_a_window_and_learns(features, name):
+    pool = POOLS[name](STRIDE, WIDTH)
+    pooled = pool(features.requires_grad_(), GRID)
+    assert pooled.shape == (3, 6, WIDTH)
+    pooled.square().sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in pool.parameters())
+
+
+@pytest.mark.parametrize("pool", [StridedConv, GatedPool])
+def test_a_learned_pooling_starts_as_the_average(features, pool):
+    torch.testing.assert_close(pool(STRIDE, WIDTH)(features, GRID), average_pool(features, STRIDE, GRID))
+
+
+def test_top_k_keeps_the_best_tokens_in_their_order():
+    features = torch.zeros(1, 24, WIDTH)
+    features[0, [3, 5, 8, 13, 17, 22], 0] = torch.arange(1.0, 7.0)
+    pool = TopK(STRIDE, WIDTH)
+    with torch.no_grad():
+        pool.score.zero_()[0] = 1.0
+    kept = pool(features, GRID)[0, :, 0]
+    assert (kept.diff() > 0).all()  # larger scores scale up
+    assert (kept > 0).all()
+
+
+@pytest.mark.parametrize("token", [MeanToken, ClsToken])
+def test_another_global_token_sees_every_dense_token(features, token):
+    features.requires_grad_()
+    token(WIDTH)(features, GRID)[..., 0].sum().backward()
+    assert (features.grad.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, variants in AXES.items() for name in variants])
+def test_every_variant_fits_an_adapter_which_then_scores_and_draws(base, processor, axis, name):
+    variant = AXES[axis][name]
+    model = attach(base, **variant.options)
+    if variant.change is not None:
+        variant.change(model)
+    compact = model.compact_processor(processor)
+    batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)(
+        [scene_row(0, "train"), scene_row(1, "train")]
+    )
+    model.train_only("language model")
+    model(**batch).loss.backward()
+    assert model.reading.active_module().separator.grad.abs().sum() > 0
+    (images, _) = draw(Contender("adapter", model.eval(), compact), ["a red 3 at the top left"], do_sample=False)
+    assert images[0].size == (64, 64)
+
+
+def test_the_default_is_on_every_axis_and_runs_once():
+    assert all(list(variants.values()).count(DEFAULT) == 1 for variants in AXES.values())
+    names = [name for name, _ in ablate.runs_of(list(AXES))]
+    assert len(set(names)) == len(names) == 1 + sum(len(variants) - 1 for variants in AXES.values())
+
+
+def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_budget(base_folder, tmp_path, capsys):
+    work, file = tmp_path / "work", tmp_path / "ablation.json"
+    options = {
+        "base": str(base_folder),
+        "axes": ["stride"],
+        "seeds": [1],
+        "stage_1_steps": 1,
+        "max_steps": 1,
+        "batch_size": 2,
+        "scenes": 2,
+        "output_dir": str(work),
+        "json": str(file),
+    }
+    first = ablate.main(ablate.AblateArguments(**options))
+    assert json.loads(file.read_text()) == first
+    assert first["runs"].keys() == {"base", "default", "stride, 1, no global tokens", "stride, 4"}
+    assert "| 2 (default) |" in capsys.readouterr().out
+    assert all(path.suffix == ".json" for path in work.iterdir())  # no adapter that nobody could load
+    (work / "stride--4-seed-1.json").unlink()
+    kept = (work / "default-seed-1.json").stat()
+    again = ablate.main(ablate.AblateArguments(**options))
+    assert (work / "default-seed-1.json").stat() == kept
+    for scores in (first["runs"]["stride, 4"]["1"], again["runs"]["stride, 4"]["1"]):
+        del scores["minutes"]
+    assert again == first
+    with pytest.raises(SystemExit, match="scenes"):
+        ablate.main(ablate.AblateArguments(**options | {"scenes": 3}))
+
+
+@pytest.mark.parametrize("given", [{"axes": ["flavour"]}, {"seeds": []}])
+def test_ablate_refuses_what_it_does_not_know(given):
+    with pytest.raises(SystemExit, match="expected axes"):
+        ablate.main(ablate.AblateArguments(**given))
