@@ -1,8 +1,9 @@
 """A step of training on a dense Janus and on compact images: what `benchmark.py --train` measures.
 
 Both sides are LoRA of one size in the language models of twins that share their weights. The dense side is stock PEFT and stock
-Janus; the compact side is stage 2, as `finetune.py` runs it. Where images become shorter is all that differs: each encodes its
-pixels itself, runs the head of the words only where an answer is, and updates with AdamW.
+Janus; the compact side is stage 2, as `finetune.py` runs it. Where images become shorter is all that differs: each encodes the
+pixels that it reads, takes the latents of what it draws from a cache, as `finetune.py` does, runs the head of the words only
+where an answer is, and updates with AdamW.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import JanusForConditionalGeneration
 
 from uc_adapters import UniCompressModel
 from uc_adapters.families import family_of
+from uc_adapters.layers import nearest_codes
 
 ANSWER_TOKENS = 16  # learned, behind an image and a question
 MEMORY = {
@@ -44,8 +46,8 @@ class Trainee(ABC):
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     @abstractmethod
-    def drawing_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Of drawing images (B, 3, H, W) behind prompts (B, W)."""
+    def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Of drawing images, of which the VQ tokenizer's latents (B, T, C) are given, behind prompts (B, W)."""
 
     @abstractmethod
     def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -66,9 +68,9 @@ class Trainee(ABC):
 class DenseLora(Trainee):
     """A Janus trained on all tokens of its images."""
 
-    def drawing_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         base = self.model.get_base_model()
-        codes = family_of(base).dense_codes(pixels)  # (B, T); transformers' own encode leaves out that Janus compares by cosine
+        codes = nearest_codes(latents, family_of(base).codebook)  # (B, T)
         drawn = base.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, T - 1, D)
         embeddings = torch.cat([base.get_input_embeddings()(words), drawn], 1)
         hidden = base.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
@@ -86,12 +88,12 @@ class DenseLora(Trainee):
 class Compact(Trainee):
     """An adapter in stage 2."""
 
-    def drawing_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         ids = self._with_images(words, self.model.num_image_tokens, words.shape[1])
         drawn = (torch.arange(ids.shape[1], device=ids.device) >= words.shape[1]).expand_as(ids)
         labels = ids.masked_fill(~drawn, -100)
         labels[:, words.shape[1] + self.model.active_peft_config.num_global_tokens] = -100  # the separator
-        return self.model(input_ids=ids, labels=labels, drawn_pixel_values=pixels, drawn_mask=drawn).loss
+        return self.model(input_ids=ids, labels=labels, drawn_latents=latents, drawn_mask=drawn).loss
 
     def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         ids = self._with_images(words, self.model.num_image_tokens, 1)
@@ -133,9 +135,11 @@ def training_figures(
         timed: Works by name -> the seconds of each. Told `what` they are.
     """
     sides = trainees(models, gradient_checkpointing)
+    with torch.no_grad():
+        latents = models["adapter"].family.latents(pixels)
     questions = torch.cat([prompts, prompts[:, -ANSWER_TOKENS:]], 1)  # an answer's words are as good as any
     losses = {
-        "drawing": {name: partial(side.drawing_loss, prompts, pixels) for name, side in sides.items()},
+        "drawing": {name: partial(side.drawing_loss, prompts, latents) for name, side in sides.items()},
         "reading": {name: partial(side.reading_loss, questions, pixels) for name, side in sides.items()},
     }
     training = {}
