@@ -50,7 +50,9 @@ class PretrainArguments:
         default=None, metadata={"help": "Captioned images: folder, file or Hub id. None: digit scenes."}
     )
     pool: int = field(default=16384, metadata={"help": "Images made or read once and drawn from at random, at most."})
-    vq_steps: int = field(default=900, metadata={"help": "Steps of the VQ tokenizer."})
+    vq_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the VQ tokenizer. None: 900 for digit scenes, 2,000 for a dataset."}
+    )
     vision_steps: int = field(default=1800, metadata={"help": "Steps in which the vision tower names what it sees."})
     joint_steps: int = field(default=1100, metadata={"help": "Steps of joint reading and drawing."})
 
@@ -91,15 +93,14 @@ def train_vq(tiny: JanusPretraining | Emu3Pretraining, steps: int, batch_size: i
             update_codebook(codebook, counts, sums, flat, codes.flatten(), restart=step < 0.8 * steps)
             latents = latents + (chosen - latents).detach()  # straight through
         restored = tiny.restore(latents)
-        error = (restored - pixels).square().mean()
-        loss = error + 0.3 * (restored - pixels).abs().mean() + 0.1 * commitment
+        loss = pool.restoration_loss(restored, pixels) + 0.1 * commitment
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 10 == 0:
-            psnr = -10 * math.log10(error.item() / 4)
+            psnr = -10 * math.log10((restored - pixels).detach().square().mean().item() / 4)
             progress.set_postfix(psnr=f"{psnr:.1f}", used=int((counts > 0.1).sum()))
     return {"psnr_last_batch": round(psnr, 2)}
 
@@ -200,7 +201,8 @@ def main(args: PretrainArguments) -> None:
     work.mkdir(parents=True, exist_ok=True)
     model = make.make_model(processor)
     tiny = pretraining(model, processor, pool)
-    stages = {"vq": lambda: train_vq(tiny, args.vq_steps)}
+    vq_steps = args.vq_steps or (900 if args.dataset is None else 2000)
+    stages = {"vq": lambda: train_vq(tiny, vq_steps)}
     if tiny.has_vision_tower:
         stages["vision"] = lambda: train_vision(tiny, args.vision_steps)
     stages["joint"] = lambda: train_joint(tiny, args.joint_steps)

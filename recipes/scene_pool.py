@@ -35,6 +35,11 @@ class ImagePool(ABC):
     def head(self, width: int) -> NamingHead:
         """A fresh head on hidden states of `width`."""
 
+    def restoration_loss(self, restored: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Of what a VQ tokenizer gives back of pixels (B, 3, 64, 64)."""
+        error = restored - pixels
+        return error.square().mean() + 0.3 * error.abs().mean()
+
     def draw(self, count: int) -> np.ndarray:
         """`count` rows, at random."""
         return self.rng.integers(len(self.pixels), size=count)

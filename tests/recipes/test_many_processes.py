@@ -68,9 +68,11 @@ def test_two_sharded_processes_train_as_one(base_folder, of_two, kind):
     assert_same_training(of_two("fsdp2") / f"{kind}-2.pt", *two_processes.train_sharded(str(base_folder), kind, 0, 1))
 
 
-def test_two_processes_write_the_adapter_that_one_does(base_folder, of_two, captioned, tmp_path):
-    train(base_folder, tmp_path / "one", dataset=[str(captioned)], stage_1_batch_size=8)
-    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", of_two("ddp") / "finetune"))
+@pytest.mark.parametrize("distill", [False, True])
+def test_two_processes_write_the_adapter_that_one_does(base_folder, of_two, captioned, tmp_path, distill):
+    of_one = train(base_folder, tmp_path, dataset=[str(captioned)], stage_1_batch_size=8, distill=distill)
+    folders = of_one, of_two("ddp") / f"finetune-{distill}"
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-3, rtol=1e-2)  # AdamW's first steps are of the rate itself

@@ -7,6 +7,7 @@ import pytest
 import torch
 from caption_pool import CaptionPool, WordHead, caption_words, captioned_rows
 from conversations import CAPTION_REQUEST, DatasetError
+from datasets import Dataset
 from helpers import DENSE, IMAGE, chat, draw, question_inputs, rng
 from PIL import Image, ImageDraw
 from tiny_janus import make_processor
@@ -73,6 +74,23 @@ def test_images_are_what_the_processor_makes_of_them(tmp_path):
     expected = processor.image_processor([image], return_tensors="pt")["pixel_values"]
     assert torch.allclose(pool.pixel_values([5]), expected, atol=1e-2)
     assert pool.captions[5] == rows[5]["caption"]
+
+
+def test_a_wrong_hue_costs_more_than_a_wrong_brightness_and_a_wrong_area_more_than_noise(processor):
+    greys = [Image.new("RGB", (64, 64), (value,) * 3) for value in range(0, 256, 8)]
+    tints = [Image.new("RGB", (64, 64), tint) for tint in [(150, 110, 110), (110, 150, 110), (110, 110, 150)] * 2]
+    rows = [{"images": [image], "caption": "a tint", "origin": ""} for image in greys + tints]
+    pool = CaptionPool(Dataset.from_list(rows), processor, rng(0))
+    right = torch.zeros(1, 3, 64, 64)
+
+    def loss(wrong: torch.Tensor) -> float:
+        return pool.restoration_loss(right + wrong, right).item()
+
+    brightness, hue = (torch.tensor(error).view(1, 3, 1, 1) * 0.1 for error in ([1.0, 1.0, 1.0], [1.0, -1.0, 0.0]))
+    noise = (torch.arange(64) % 2 * 2 - 1).float().view(1, 1, 1, 64)
+    assert loss(hue) > 1.5 * loss(brightness)  # though it is smaller by a third
+    assert loss(brightness) > loss(brightness * noise)
+    assert loss(0 * hue) == 0
 
 
 def test_a_conversation_is_what_the_chat_template_makes_of_it(pictures, processor):

@@ -118,5 +118,7 @@ if __name__ == "__main__":
             if distributed.get_rank() == 0:
                 torch.save({"log": json.dumps(log), "weights": weights}, f"{output}/{kind}-{stage}.pt")
     if how == "ddp":
-        finetuning.train(base, f"{output}/finetune", dataset=[dataset], training={"per_device_train_batch_size": 1})
+        for distill in (False, True):
+            options = {"dataset": [dataset], "distill": distill, "training": {"per_device_train_batch_size": 1}}
+            finetuning.train(base, f"{output}/finetune-{distill}", **options)
     distributed.destroy_process_group()
