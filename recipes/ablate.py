@@ -33,8 +33,7 @@ from finetune import (
     train_stage_1,
     train_stage_2,
 )
-from likelihood import compact_nats, dense_nats
-from scene_scores import SPLIT, score_drawing, score_reading
+from scene_scores import SPLIT, score_drawing, score_nats, score_reading
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, set_seed
 from trl import TrlParser
@@ -103,14 +102,13 @@ def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, f
     """Reading, drawing and nats of held-out scenes: the same ones for every variant."""
     rng = np.random.default_rng([seed, args.scenes])
     scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
-    drawing = score_drawing([contender], scenes, seed, 25, do_sample=True, temperature=0.7, guidance_scale=2.0)
-    measure = dense_nats if contender.name == "base" else compact_nats
-    nats = measure(contender, [scene.image(SPLIT) for scene in scenes], [scene.caption() for scene in scenes])
+    sampling = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}  # evaluate.py's
+    drawing = score_drawing([contender], scenes, seed, 25, **sampling)[contender.name].estimates
     return {
-        "reading": score_reading(contender, scenes, seed)["mean"],
-        "cells": drawing[contender.name]["cells"],
-        "scenes": drawing[contender.name]["scenes"],
-        "nats": nats / len(scenes),
+        "reading": score_reading(contender, scenes, seed).estimates["mean"].value,
+        "cells": drawing["cells"].value,
+        "scenes": drawing["scenes"].value,
+        "nats": score_nats(contender, scenes).mean(),
     }
 
 

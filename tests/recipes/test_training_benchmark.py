@@ -80,7 +80,7 @@ def test_steps_lower_the_loss_and_leave_the_base_alone(sides, words, shown, name
 def test_the_dense_drawing_loss_is_the_nats_of_the_dense_codes(fresh, processor, images, words, shown):
     nats = likelihood.dense_nats(contenders.Contender("base", fresh(), processor), images[:1], CAPTIONS[1:2])
     loss = make_sides(fresh())["base"].drawing_loss(words, shown["drawing_loss"])
-    assert loss.item() == pytest.approx(nats / DENSE, rel=1e-5)
+    assert loss.item() == pytest.approx(nats.item() / DENSE, rel=1e-5)
 
 
 def test_the_dense_reading_loss_is_the_bases_own(fresh, words, pixels):
