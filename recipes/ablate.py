@@ -3,10 +3,10 @@
     python recipes/ablate.py --json docs/ablation.json
     python recipes/ablate.py --axes decompressor stride --seeds 1 2 3 --max_steps 900 --stage_1_steps 500
 
-Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores, where a variant and seed takes about two
-minutes; the default adapter, which stands on every axis, is trained once a seed. What is finished stays in `--output_dir`:
-a run that was cut off goes on where it stopped, and two runs with other `--seeds` can share the folder.
-Variants are trained alike and briefly, so their scores compare with each other, not with the shipped adapter's.
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on CPU cores: a variant and seed takes one of them six minutes,
+all of them five hours; the default adapter, which stands on every axis, is trained once a seed. What is finished stays in
+`--output_dir`, and in `--json` for later runs: one that was cut off goes on where it stopped, and two with other `--seeds` can
+share a folder. Variants are trained alike and briefly, so their scores compare with each other, not with the shipped adapter's.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import transformers
 from ablation_variants import AXES, DEFAULT, Variant
+from benchmark import hardware
 from contenders import Contender, contenders
 from digits import random_scene
 from finetune import (
@@ -51,7 +54,7 @@ class AblateArguments:
     axes: list[str] = field(default_factory=lambda: list(AXES), metadata={"help": f"Of {', '.join(AXES)}. All, if not given."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of weights, data, scenes and sampling."})
     stage_1_steps: int = field(default=250, metadata={"help": "Steps of stage 1."})
-    max_steps: int = field(default=200, metadata={"help": "Steps of stage 2."})
+    max_steps: int = field(default=400, metadata={"help": "Steps of stage 2."})
     batch_size: int = field(default=16, metadata={"help": "Rows a step, of both stages."})
     scenes: int = field(default=100, metadata={"help": "Held-out scenes to read, and prompts to draw, for each seed."})
     output_dir: str = field(default="work/ablation", metadata={"help": "Where the scores of finished variants are kept."})
@@ -108,7 +111,7 @@ def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, f
         "reading": score_reading(contender, scenes, seed).estimates["mean"].value,
         "cells": drawing["cells"].value,
         "scenes": drawing["scenes"].value,
-        "nats": score_nats(contender, scenes).mean(),
+        "nats": float(score_nats(contender, scenes).mean()),
     }
 
 
@@ -118,10 +121,7 @@ def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArgumen
     file = Path(args.output_dir, f"{slug}-seed-{seed}.json")
     if file.is_file():
         kept = json.loads(file.read_text())
-        if kept["budget"] != args.budget:
-            raise SystemExit(
-                f"{file} was made with {kept['budget']}; expected {args.budget}. Choose another --output_dir, or remove it."
-            )
+        check_budget(file, kept["budget"], args)
         return kept["scores"]
     start, folder = time.perf_counter(), file.with_suffix("")
     (contender,), perplexity = contenders(args.base, None), None
@@ -131,8 +131,14 @@ def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArgumen
     scores |= {"perplexity": perplexity, "minutes": (time.perf_counter() - start) / 60}
     shutil.rmtree(folder, ignore_errors=True)  # not every variant could be loaded again: the package does not have it
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"name": name, "seed": seed, "budget": args.budget, "scores": scores}, indent=2) + "\n")
+    file.write_text(json.dumps({"budget": args.budget, "scores": scores}, indent=2) + "\n")
     return scores
+
+
+def check_budget(file: Path, budget: dict, args: AblateArguments) -> None:
+    """Scores of another budget do not compare."""
+    if budget != args.budget:
+        raise SystemExit(f"{file} was made with {budget}; expected {args.budget}. Name another file or folder, or remove it.")
 
 
 def spread(values: list[float], score: str) -> str:
@@ -164,11 +170,24 @@ def main(args: AblateArguments) -> dict:
     if unknown or not args.seeds:
         raise SystemExit(f"--axes {unknown}, --seeds {args.seeds}; expected axes of {list(AXES)}, and at least one seed.")
     transformers.logging.set_verbosity_error()
+    earlier: dict[str, dict[str, dict[str, float]]] = {}
+    if args.json and Path(args.json).is_file():
+        written = json.loads(Path(args.json).read_text())
+        check_budget(Path(args.json), written["budget"], args)
+        earlier = written["runs"]
     runs: dict[str, dict[str, dict[str, float]]] = {}
-    todo = [(seed, run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes)]]
+    todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes)]]
     for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed: a part of the time gives a whole table
-        runs.setdefault(name, {})[str(seed)] = scores_of(name, variant, seed, args)
-    ablation = {"axes": args.axes, "runs": runs, "settings": asdict(args)}
+        kept = earlier.get(name, {}).get(seed)
+        runs.setdefault(name, {})[seed] = kept or scores_of(name, variant, int(seed), args)
+    ablation = {
+        "budget": args.budget,
+        "axes": args.axes,
+        "runs": runs,
+        "hardware": hardware("cpu"),
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "uc-adapters")},
+        "date": date.today().isoformat(),
+    }
     print(markdown(ablation))
     if args.json:
         Path(args.json).write_text(json.dumps(ablation, indent=2) + "\n")
