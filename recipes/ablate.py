@@ -28,14 +28,13 @@ from benchmark import hardware
 from contenders import Contender, contenders
 from digits import random_scene
 from finetune import (
-    FinetuneArguments,
-    TrainingConfig,
     leave_batches_to_the_collator,
     load_base,
     make_rows,
     train_stage_1,
     train_stage_2,
 )
+from finetune_arguments import FinetuneArguments, TrainingConfig
 from scene_scores import SPLIT, score_drawing, score_nats, score_reading
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, set_seed
