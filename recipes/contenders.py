@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from digits import IMAGE_SIZE
 from PIL import Image
 from stock_calls import calls_of, drawing_inputs, to_images
+from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from uc_adapters import UniCompressModel
@@ -98,3 +100,21 @@ def drawn_steps(contender: Contender) -> int:
     if not isinstance(contender.model, UniCompressModel):
         return family_of(contender.model).dense_placeholders(grid)
     return contender.model.active_peft_config.num_image_tokens(grid) - 1  # the separator is known
+
+
+def draw_in_turn(
+    pair: list[Contender], captions: list[str], seed: int, batch_size: int, **sampling
+) -> Iterator[tuple[slice, Contender, list[Image.Image], float]]:
+    """Each batch of captions by every contender, from the same seed, behind a warm-up each: what was drawn, and its seconds."""
+    for contender in pair:
+        draw(contender, captions[:batch_size], **sampling)
+    for first in tqdm(range(0, len(captions), batch_size), desc="draw, in turn"):
+        batch = slice(first, first + batch_size)
+        for contender in pair:
+            torch.manual_seed(seed + first)
+            yield batch, contender, *draw(contender, captions[batch], **sampling)
+
+
+def side_by_side(scores: dict[str, dict]) -> dict[str, dict]:
+    """{contender: {score: value}} -> {score: {contender: value}}."""
+    return {what: {name: of_one[what] for name, of_one in scores.items()} for what in next(iter(scores.values()))}
