@@ -49,26 +49,21 @@ def grid_of(contender: Contender) -> Grid:
     return calls.grid(contender.model, drawing_inputs(contender.processor, ["a red 3"], calls))
 
 
-def reading_inputs(processor: ProcessorMixin, images: list[Image.Image], questions: list[str]) -> dict:
-    """A batch of questions, each about its image."""
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for question in questions
-    ]
-    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
+    """Answers, greedily, each question about its image."""
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]} for question in questions]
+    return reply(contender, [[turn] for turn in asked], images, max_new_tokens)
 
 
 @torch.no_grad()
-def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
-    """Answers, greedily."""
-    inputs = reading_inputs(contender.processor, images, questions).to(contender.model.device)
+def reply(contender: Contender, chats: list[list[dict]], images: list[Image.Image], max_new_tokens: int = 16) -> list[str]:
+    """The next turn of each conversation, greedily; `images` are those of all of them, in the order of their places."""
+    processor = contender.processor
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt").to(contender.model.device)
     output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = contender.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
 
 
 @torch.no_grad()

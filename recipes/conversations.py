@@ -201,10 +201,9 @@ def _asked(row: dict) -> list[list[dict]]:
 
 
 def _referenced(row: dict) -> list[list[dict]]:
-    """Each reference is a part of the answer: as words, or as VQA's {"answer": words}."""
-    (question, _), told = _asked(row | {"answer": None})[0], _list(row["answers"])
-    references = [_words(answer.get("answer") if isinstance(answer, dict) else answer) for answer in told]
-    return [[question, {"role": "assistant", "content": [{"type": "text", "text": text} for text in references]}]]
+    """Each answer, as words or as VQA's {"answer": words}, is a turn of its own behind the question."""
+    told = [_words(answer.get("answer") if isinstance(answer, dict) else answer) for answer in _list(row["answers"])]
+    return [[*_to_answer(row)[0], *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in told)]]
 
 
 def _to_answer(row: dict) -> list[list[dict]]:

@@ -17,7 +17,7 @@ scores. Base and adapter draw the same prompts in turn, from the same seeds.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +104,9 @@ def main(args: EvaluateDatasetArguments) -> dict:
     if questions:
         references = [question.references for question in questions]
         answers = {c.name: answer_questions(c, rows, questions, args.batch_size, args.max_new_tokens) for c in pair}
-        by_name = {name: vqa_scores(told, references, args.seed) for name, told in answers.items()}
-        scores["reading"] = {"n": len(questions), **side_by_side(by_name)}
+        estimates = {name: vqa_scores(told, references) for name, told in answers.items()}
+        written = {name: {what: asdict(x) for what, x in of_one.items()} for name, of_one in estimates.items()}
+        scores["reading"] = {"n": len(questions), **side_by_side(written)}
     if prompts:
         taken = draw_prompts(pair, prompts, args.samples, folder, args.seed, args.batch_size, **sampling)
         scores["geneval"] = {"prompts": len(prompts), "samples": args.samples, "seconds": taken}

@@ -78,7 +78,10 @@ def load_clip(name: str) -> tuple[ClipFeatures, CLIPProcessor] | None:
     if name == NO_METRIC:
         return None
     try:
-        return ClipFeatures.from_pretrained(name).eval(), CLIPProcessor.from_pretrained(name)
+        clip, loaded = ClipFeatures.from_pretrained(name, output_loading_info=True)
+        if loaded["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"{len(loaded['missing_keys'])} of a CLIPModel's weights are not in it")
+        return clip.eval(), CLIPProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"--clip {name} cannot be loaded: {error}. Expected a folder or Hub id of a CLIPModel and its processor; or pass "

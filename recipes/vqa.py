@@ -7,14 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from contenders import Contender
+from contenders import Contender, reply
 from conversations import DatasetError, decoded
 from datasets import Dataset
-from scipy.stats import binomtest, bootstrap
+from intervals import Estimate, mean, share
 from tqdm.auto import tqdm
 
-CONFIDENCE = 0.95
 ENOUGH_AGREE = 3  # people who gave an answer, for it to count whole
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
@@ -44,7 +42,7 @@ class Question:
 def questions_of(rows: Dataset) -> list[Question]:
     """Every turn in which the assistant answers in words, behind an image to read; what was said before stays before it.
 
-    A caption that an image is also drawn from is no answer.
+    An answer right behind another one is one more reference for it. A caption that an image is also drawn from is none.
 
     Args:
         rows: Of `conversations`.
@@ -54,55 +52,49 @@ def questions_of(rows: Dataset) -> list[Question]:
     """
     questions = []
     for index, (messages, origin, first) in enumerate(zip(rows["messages"], rows["origin"], rows["first"], strict=True)):
-        if not first:
-            continue
-        images = 0
-        for place, turn in enumerate(messages):
+        images, before = 0, None
+        for place, turn in enumerate(messages if first else []):
             parts = [part["type"] for part in turn["content"]]
-            if turn["role"] == "assistant":
-                if "image" in parts:  # drawn: what follows would be asked about the dataset's picture of it
-                    break
-                if images:
-                    asked = [
-                        part["text"] for message in messages[:place] for part in message["content"] if part["type"] == "text"
-                    ]
-                    told = [part["text"] for part in turn["content"]]
-                    if not told or not all(asked) or not all(told):
-                        raise DatasetError(f"{origin}: a question or an answer without words; expected both.")
-                    questions.append(Question(index, images, messages[:place], told))
-            images += parts.count("image")
+            if turn["role"] == "assistant" and "image" in parts:  # what follows would be asked about the dataset's drawing
+                break
+            if turn["role"] == "assistant" and images:
+                if not (_words(turn) and _words(messages[place - 1])):
+                    raise DatasetError(f"{origin}: a question or an answer without words; expected both.")
+                if before == "assistant":
+                    questions[-1].references.append(_words(turn))
+                else:
+                    questions.append(Question(index, images, messages[:place], [_words(turn)]))
+            images, before = images + parts.count("image"), turn["role"]
     return questions
 
 
-@torch.no_grad()
+def _words(turn: dict) -> str:
+    return " ".join(part["text"] or "" for part in turn["content"] if part["type"] == "text").strip()
+
+
 def answer_questions(
     contender: Contender, rows: Dataset, questions: list[Question], batch_size: int, max_new_tokens: int
 ) -> list[str]:
     """Answers, greedily."""
-    processor, answers = contender.processor, []
+    answers = []
     for first in tqdm(range(0, len(questions), batch_size), desc=f"{contender.name} answers", leave=False):
         batch = questions[first : first + batch_size]
-        seen = [decoded(rows[question.row] | {"messages": question.messages}) for question in batch]
-        texts = [processor.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False) for row in seen]
-        images = [image for row, question in zip(seen, batch, strict=True) for image in row["images"][: question.images]]
-        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt").to(contender.model.device)
-        output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        chats = [decoded({"messages": question.messages})["messages"] for question in batch]
+        images = [image for question in batch for image in decoded(rows[question.row])["images"][: question.images]]
+        answers += reply(contender, chats, images, max_new_tokens)
     return answers
 
 
-def vqa_scores(answers: list[str], references: list[list[str]], seed: int) -> dict[str, dict[str, float]]:
-    """Exact match and VQA accuracy of at least two answers, each {"value", "low", "high"}, with 95 % intervals.
+def vqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, Estimate]:
+    """Exact match, and VQA accuracy, of at least two answers. A question is a trial.
 
-    Exact match takes Wilson's interval, VQA accuracy a bootstrap's (percentiles).
+    Args:
+        references: The right answers to each: one, or those of several people.
     """
-    exact = [answer.strip() in told for answer, told in zip(answers, references, strict=True)]
-    soft = [vqa_accuracy(answer, told) for answer, told in zip(answers, references, strict=True)]
-    wilson = binomtest(sum(exact), len(exact)).proportion_ci(CONFIDENCE, method="wilson")
-    drawn_again = bootstrap((soft,), np.mean, confidence_level=CONFIDENCE, method="percentile", rng=seed).confidence_interval
+    pairs = list(zip(answers, references, strict=True))
     return {
-        "exact_match": {"value": float(np.mean(exact)), "low": float(wilson.low), "high": float(wilson.high)},
-        "vqa_accuracy": {"value": float(np.mean(soft)), "low": float(drawn_again.low), "high": float(drawn_again.high)},
+        "exact_match": share([answer in told for answer, told in pairs]),
+        "vqa_accuracy": mean(np.array([vqa_accuracy(answer, told) for answer, told in pairs])),
     }
 
 
