@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from digits import IMAGE_SIZE
 from PIL import Image
-from stock_calls import calls_of, drawing_inputs, to_images
+from stock_calls import base_of, calls_of, drawing_inputs, to_images
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
@@ -36,11 +36,26 @@ def twin_of(model: torch.nn.Module) -> torch.nn.Module:
 def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Contender]:
     """The bare base, as transformers loads it, and the adapter on the same weights."""
     model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
-    dense = Contender("base", model, AutoProcessor.from_pretrained(base))
+    dense = Contender("base", model, load_processor(base))
     if adapter is None:
         return [dense]
     compact = UniCompressModel.from_pretrained(twin_of(model), adapter).eval()
-    return [dense, Contender("adapter", compact, AutoProcessor.from_pretrained(adapter))]
+    return [dense, Contender("adapter", compact, load_processor(adapter))]
+
+
+def load_processor(source: str) -> ProcessorMixin:
+    """The processor in a folder or repo, with the chat template that prompts are written by."""
+    processor = AutoProcessor.from_pretrained(source)
+    if processor.chat_template is None:  # Chameleon's class keeps none: what was saved with it went to the tokenizer
+        processor.chat_template = processor.tokenizer.chat_template
+    if processor.chat_template is None:
+        raise SystemExit(f"{source} has no chat template; expected a file chat_template.jinja beside its processor's.")
+    return processor
+
+
+def why_no_drawing(contender: Contender) -> str | None:
+    """Why its base cannot draw; None where it can."""
+    return family_of(base_of(contender.model)).why_no_drawing
 
 
 def grid_of(contender: Contender) -> Grid:

@@ -157,12 +157,34 @@ def judge(images: np.ndarray) -> list[Scene]:
     return [Scene(tuple(read[i : i + 4])) for i in range(0, len(read), 4)]
 
 
+def right_by_aspect(asked: Scene, drawn: Scene) -> dict[str, list[bool]]:
+    """What is right of a drawn scene, by aspect: a value for each cell that the aspect is asked of, or one for the scene.
+
+    - digit, colour: of the cells where a digit was asked, those that show it, or its colour.
+    - position: of all cells, those that are filled where a digit was asked and empty elsewhere.
+    - emptiness: of the cells where nothing was asked, those that are empty.
+    - count: whether as many cells are filled as were asked.
+    - cells: of all cells, those with the asked digit in the asked colour, or empty where nothing was asked.
+    - scenes: whether all four cells are right.
+    """
+    pairs = list(zip(asked.cells, drawn.cells, strict=True))
+    filled = [(a, d) for a, d in pairs if a is not None]
+    position = [(a is None) == (d is None) for a, d in pairs]
+    cells = [p and (a is None or (a.digit, a.colour) == (d.digit, d.colour)) for p, (a, d) in zip(position, pairs, strict=True)]
+    return {
+        "digit": [d is not None and d.digit == a.digit for a, d in filled],
+        "colour": [d is not None and d.colour == a.colour for a, d in filled],
+        "position": position,
+        "emptiness": [d is None for a, d in pairs if a is None],
+        "count": [sum(d is not None for _, d in pairs) == len(filled)],
+        "cells": cells,
+        "scenes": [all(cells)],
+    }
+
+
 def right_cells(asked: Scene, drawn: Scene) -> int:
     """How many of the four cells are right: the asked digit in the asked colour, or empty where nothing was asked."""
-    return sum(
-        (a is None and d is None) or (a is not None and d is not None and (a.digit, a.colour) == (d.digit, d.colour))
-        for a, d in zip(asked.cells, drawn.cells, strict=True)
-    )
+    return sum(right_by_aspect(asked, drawn)["cells"])
 
 
 def _nearest_hue(rgb: np.ndarray) -> str:

@@ -23,19 +23,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from contenders import contenders, side_by_side
+from contenders import contenders, side_by_side, why_no_drawing
 from conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations, decoded
 from datasets import Dataset
 from geneval import draw_prompts, free_folder, read_prompts
 from picture_metrics import load_clip, load_features, score_pictures
 from sample_pictures import is_drawn
-from stock_calls import base_of
 from tqdm.auto import tqdm
 from trl import TrlParser
 from vqa import answer_questions, questions_of, vqa_scores
 
 import uc_adapters
-from uc_adapters.families import family_of
 
 LABELS = {
     "fid": "drawing: FID",
@@ -91,10 +89,10 @@ def main(args: EvaluateDatasetArguments) -> dict:
         )
     features, clip = (load_features(args.features), load_clip(args.clip)) if drawn else (None, None)
     pair = contenders(args.base, args.adapter, args.device)
-    why_not = family_of(base_of(pair[0].model)).why_no_drawing
-    if why_not and (drawn or prompts):
+    reason = why_no_drawing(pair[0])
+    if reason is not None and (drawn or prompts):
         raise SystemExit(
-            f"{args.adapter or args.base} cannot draw: {why_not}. It reads; expected a dataset of questions, and no --prompts."
+            f"{args.adapter or args.base} cannot draw: {reason}. It reads; expected a dataset of questions, and no --prompts."
         )
     sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
     scores: dict = {"dataset": args.dataset, "drawing": {}, "reading": {}, "geneval": {}}

@@ -7,13 +7,19 @@ from contenders import Contender, grid_of
 from PIL import Image
 from stock_calls import calls_of, drawing_inputs
 
-from uc_adapters import UniCompressCollator
+from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.families import family_of
 
 
+def image_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    """Nats of each image, (B,): `dense_nats` of a bare base, `compact_nats` of an adapter."""
+    measure = compact_nats if isinstance(contender.model, UniCompressModel) else dense_nats
+    return measure(contender, images, prompts)
+
+
 @torch.no_grad()
-def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> float:
-    """Negative log-likelihood of the images' dense codes under the base, summed over the batch."""
+def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    """Negative log-likelihood of each image's dense codes under a bare base, (B,)."""
     base, family, (rows, columns) = contender.model, family_of(contender.model), grid_of(contender)
     inputs = drawing_inputs(contender.processor, prompts, calls_of(base)).to(base.device)
     pixels = contender.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(base.device)
@@ -29,12 +35,16 @@ def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[st
     hidden = family.language_model(inputs_embeds=torch.cat([prompt, drawn[:, :-1]], 1), attention_mask=mask)
     before = hidden.last_hidden_state[:, prompt.shape[1] - 1 :][:, before_code]  # (B, T, D)
     logits = family.code_logits(before)  # (B, T, K)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="sum").item()
+    return _code_nats(logits, codes)
 
 
 @torch.no_grad()
-def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> float:
-    """The adapter's: compact codes from the language model, and dense codes given them from the decompressor."""
+def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    """Nats of each image's dense codes under an adapter, (B,).
+
+    -log p(compact codes | text) - log p(dense codes | compact codes). With `cell` both are one: the dense codes of the cells
+    are what is sampled, behind the global codes, and this is their exact likelihood.
+    """
     model = contender.model
     collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0)
     rows = [
@@ -49,10 +59,15 @@ def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[
     ]
     batch = {name: value.to(model.device) for name, value in collator(rows).items()}
     output = model(**batch)
-    nats = -(output.log_probs * batch["drawn_mask"][:, 1:]).sum().item()
+    nats = -(output.log_probs * batch["drawn_mask"][:, 1:]).sum(1)  # (B,)
     drawing = model.drawing
     if not drawing.module.in_loop:
         codes = drawing.compress(batch["drawn_pixel_values"])
         logits = drawing.reconstruction_logits(codes, drawing.entries(codes.cells.squeeze(2)), drawing.entries(codes.globals))
-        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), codes.dense.flatten(), reduction="sum").item()
+        nats += _code_nats(logits, codes.dense)
     return nats
+
+
+def _code_nats(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, K) and codes (B, T) -> nats of each row, (B,)."""
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none").sum(1)

@@ -50,7 +50,7 @@ def save_grid(rows: Rows, titles: list[str], path: Path) -> None:
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(textwrap.fill(title[:120], 28), fontsize=8)
+        axis.set_title(textwrap.fill(title[:160], 28), fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -94,9 +94,9 @@ def test_results_become_a_model_index(config, tmp_path, as_file):
     file.write_text(json.dumps(EVALUATION))
     data = ModelCard(render_card(config, NAME, CardFacts(evaluation=file if as_file else EVALUATION))).data
     assert data.model_name == "foxes"
-    assert {(result.metric_type, result.metric_value) for result in data.eval_results} == {
-        ("reading", 0.98765),
-        ("seconds per image", 0.1),
+    assert {(result.metric_type, result.metric_name, result.metric_value) for result in data.eval_results} == {
+        ("reading", "reading", 0.98765),
+        ("seconds_per_image", "seconds per image", 0.1),
     }
     assert {(result.task_type, result.dataset_name) for result in data.eval_results} == {
         ("any-to-any", "digit scenes, n = 500")
@@ -161,6 +161,14 @@ def test_results_that_a_person_added_are_kept(config, change, facts):
     results = ModelCard(render_card(change(config), NAME, facts, [str(card)])).data.eval_results
     assert theirs in results
     assert len(results) == len({(result.dataset_name, result.metric_type) for result in results})
+
+
+def test_results_of_a_card_of_version_0_2_are_replaced_and_not_doubled(config):
+    """Its metrics had spaces in their types, and no names."""
+    card = ModelCard(render_card(config, NAME, FACTS))
+    for result in card.data.eval_results:
+        result.metric_type, result.metric_name = result.metric_name, None
+    assert render_card(config, NAME, NOTHING, [str(card)]) == render_card(config, NAME, FACTS)
 
 
 def test_a_second_evaluation_replaces_the_first(config):

@@ -70,7 +70,7 @@ def test_steps_lower_the_loss_and_leave_the_base_alone(sides, words, pixels, nam
 
 def test_the_dense_drawing_loss_is_the_nats_of_the_dense_codes(fresh, processor, images, words, pixels):
     nats = likelihood.dense_nats(contenders.Contender("base", fresh(), processor), images[:1], CAPTIONS[1:2])
-    assert make_sides(fresh())["base"].drawing_loss(words, pixels).item() == pytest.approx(nats / DENSE, rel=1e-5)
+    assert make_sides(fresh())["base"].drawing_loss(words, pixels).item() == pytest.approx(nats.item() / DENSE, rel=1e-5)
 
 
 def test_the_dense_reading_loss_is_the_bases_own(fresh, words, pixels):

@@ -205,18 +205,24 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
             task_type="any-to-any",
             dataset_type="custom",
             dataset_name=record["dataset"],
-            metric_type=metric,
+            metric_type=_metric_id(metric),
+            metric_name=metric,
             metric_value=adapter,
         )
         for metric, (_, adapter) in record["metrics"].items()
     ]
     if "model-index" in fields:  # a person's own results stay; ours are of the weights that they were measured on
-        ours = {(before.get("dataset"), metric) for metric in before.get("metrics", {})}
+        ours = {(before.get("dataset"), _metric_id(metric)) for metric in before.get("metrics", {})}
         _, there = model_index_to_eval_results(fields.pop("model-index"))
-        results += [result for result in there if (result.dataset_name, result.metric_type) not in ours]
+        results += [result for result in there if (result.dataset_name, _metric_id(result.metric_type)) not in ours]
     if not results:
         return ModelCardData(**fields)
     return ModelCardData(**fields, model_name=Path(record["source"]).name, eval_results=results)
+
+
+def _metric_id(name: str) -> str:
+    """A metric's name as an id of the model-index; cards of version 0.2.0 have it with spaces there."""
+    return name.replace(" ", "_")
 
 
 def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[str, list[float]]]:
