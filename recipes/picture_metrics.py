@@ -108,7 +108,7 @@ class PictureMetrics:
             self.clip.update(pixels, captions)
 
     def compute(self) -> dict[str, float]:
-        """fid: 0 is best. clip_score: 100 times the cosine, at most 100."""
+        """fid: 0 is best. clip_score: 100 times the mean cosine, from 0 to 100."""
         scores = {"fid": self.fid, "clip_score": self.clip}
         return {name: metric.compute().item() for name, metric in scores.items() if metric is not None}
 

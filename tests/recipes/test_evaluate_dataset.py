@@ -3,7 +3,6 @@ import json
 import evaluate_dataset
 import numpy as np
 import pytest
-import tiny_chameleon
 import torch
 from contenders import Contender, answer, contenders
 from conversations import DatasetError, conversations
@@ -27,6 +26,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def adapter_folder(base_folder, short_processor, tmp_path_factory):
+    """With `cell` alone: how codes are decompressed does not matter here."""
     folder = tmp_path_factory.mktemp("adapter")
     attach(AutoModelForImageTextToText.from_pretrained(base_folder)).save_pretrained(folder)
     short_processor.save_pretrained(folder)
@@ -40,7 +40,13 @@ def clip_folder(tmp_path_factory):
     tokenizer = word_tokenizer({}, DIGITS_AND_WORDS)
     width = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
-        text_config={"vocab_size": len(tokenizer), "max_position_embeddings": 64, **width},
+        text_config={
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **width,
+        },
         vision_config={"image_size": 64, "patch_size": 16, **width},
         projection_dim=16,
     )
@@ -91,9 +97,9 @@ def fid(drawn: list[Image.Image], real: list[Image.Image]) -> float:
 
 
 def test_fid_of_images_with_themselves_is_zero_and_of_blanks_large():
-    real = scenes(60, 0)
-    same, others = fid(real, real), fid(scenes(60, 100), real)
-    blanks = fid([Image.new("RGB", (64, 64))] * 60, real)
+    real = scenes(300, 0)
+    same, others = fid(real, real), fid(scenes(300, 1000), real)
+    blanks = fid([Image.new("RGB", (64, 64))] * 300, real)
     assert same == pytest.approx(0, abs=0.01)
     assert same < others < blanks / 10
 
@@ -112,6 +118,7 @@ def test_clip_score_is_100_times_the_cosine_of_the_clip_model(clip_folder):
     with torch.no_grad():
         output = model(**processor(text=captions, images=drawn, padding=True, return_tensors="pt"))
     cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds).mean()
+    assert cosine > 0  # torchmetrics cuts a mean below 0
     assert metrics.compute() == {"clip_score": pytest.approx(100 * cosine.item(), abs=1e-3)}
 
 
@@ -259,20 +266,3 @@ def test_too_few_rows_and_empty_ones_are_refused(tmp_path, images, rows, message
 def test_nothing_to_score_is_refused(arguments):
     with pytest.raises(SystemExit, match="expected"):
         run(base="not-there", **arguments)
-
-
-def test_an_adapter_of_a_family_that_only_reads_is_not_asked_to_draw(tmp_path, pictures):
-    processor = tiny_chameleon.make_processor()
-    base = tiny_chameleon.make_model(processor)
-    base.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
-    model = attach(base)
-    model.save_pretrained(tmp_path / "adapter")
-    model.compact_processor(processor).save_pretrained(tmp_path / "adapter")
-    models = {"base": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter")}
-    with pytest.raises(SystemExit, match=r"adapter cannot draw: transformers' Chameleon has no decoder.*dataset of questions"):
-        run(**models, dataset=str(pictures), features="none", clip="none")
-    file = write_rows(tmp_path / "prompts.jsonl", PROMPTS)
-    with pytest.raises(SystemExit, match="cannot draw"):
-        run(**models, prompts=file, output_dir=str(tmp_path / "drawn"))
-    assert not (tmp_path / "drawn").exists()
