@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from digits import COLOURS, PLACES, QUESTION_KINDS, Cell, Scene, judge, load_scans, random_scene, right_cells
+from digits import COLOURS, PLACES, QUESTION_KINDS, Cell, Scene, judge, load_scans, random_scene, right_by_aspect, right_cells
 from helpers import rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +100,47 @@ def test_right_cells():
     assert right_cells(asked, scene_of({1: red_4})) == 3
     assert right_cells(asked, scene_of({0: red_3, 1: red_4, 3: red_3})) == 3
     assert right_cells(asked, scene_of({0: red_4, 1: red_3})) == 2
+
+
+ALL = {"digit", "colour", "position", "emptiness", "count", "cells", "scenes"}
+
+
+@pytest.mark.parametrize(
+    ("drawn", "wrong"),
+    [
+        ({0: Cell(3, "red"), 1: Cell(4, "blue")}, set()),
+        ({0: Cell(8, "red"), 1: Cell(4, "blue")}, {"digit", "cells", "scenes"}),
+        ({0: Cell(3, "cyan"), 1: Cell(4, "blue")}, {"colour", "cells", "scenes"}),
+        ({0: Cell(3, "blue"), 1: Cell(4, "red")}, {"colour", "cells", "scenes"}),
+        ({0: Cell(4, "red"), 1: Cell(3, "blue")}, {"digit", "cells", "scenes"}),
+        ({0: Cell(3, "red")}, ALL - {"emptiness"}),
+        ({0: Cell(3, "red"), 1: Cell(4, "blue"), 3: Cell(1, "red")}, {"position", "emptiness", "count", "cells", "scenes"}),
+        ({0: Cell(3, "red"), 2: Cell(4, "blue")}, ALL - {"count"}),
+        ({}, ALL - {"emptiness"}),
+    ],
+    ids=["all right", "digit", "colour", "colours swapped", "digits swapped", "one missing", "one more", "moved", "blank"],
+)
+def test_each_confusion_shows_in_its_own_aspects(drawn, wrong):
+    right = right_by_aspect(scene_of({0: Cell(3, "red"), 1: Cell(4, "blue")}), scene_of(drawn))
+    assert right.keys() == ALL
+    assert {aspect for aspect, values in right.items() if not all(values)} == wrong
+
+
+SCENES = st.tuples(*[st.none() | st.builds(Cell, st.integers(0, 9), st.sampled_from(list(COLOURS)))] * 4).map(Scene)
+
+
+@given(asked=SCENES, drawn=SCENES)
+def test_what_the_aspects_owe_each_other(asked, drawn):
+    right = right_by_aspect(asked, drawn)
+    filled = [place for place in range(4) if asked.cells[place] is not None]
+    assert len(right["digit"]) == len(right["colour"]) == len(filled) == 4 - len(right["emptiness"])
+    for place, digit, colour in zip(filled, right["digit"], right["colour"], strict=True):
+        assert right["cells"][place] == (digit and colour)
+        assert right["position"][place] or not (digit or colour)
+    assert sum(right["position"]) == sum(right["emptiness"]) + sum(right["position"][place] for place in filled)
+    assert right["scenes"] == [all(right["cells"])]
+    assert right["count"] == [True] or not all(right["position"])
+    assert right_cells(asked, drawn) == sum(right["cells"])
 
 
 def test_colours_are_told_apart_by_hue():

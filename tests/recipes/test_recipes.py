@@ -8,38 +8,8 @@ import evaluate
 import finetune
 import pytest
 import quickstart
-from helpers import attach
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 from trl import TrlParser
-
-
-@pytest.fixture(scope="module", params=["cell", "phase"])
-def adapter_folder(request, base_folder, short_processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    base = AutoModelForImageTextToText.from_pretrained(base_folder)
-    attach(base, decompressor=request.param).save_pretrained(folder)
-    short_processor.save_pretrained(folder)
-    return folder
-
-
-def test_evaluate_writes_the_scores_of_base_and_adapter(base_folder, adapter_folder, tmp_path):
-    file = tmp_path / "scores.json"
-    arguments = {"scenes": 4, "seed": 1, "batch_size": 4, "json": str(file)}
-    evaluate.main(evaluate.EvaluateArguments(base=str(base_folder), adapter=str(adapter_folder), **arguments))
-    scores = json.loads(file.read_text())
-    for what in ("reading", "drawing", "seconds_per_image", "nats_per_image"):
-        assert scores[what].keys() == {"base", "adapter"}
-    assert all(0 <= scores[what][name] <= 1 for what in ("reading", "drawing") for name in ("base", "adapter"))
-    assert scores["tokens"]["read"] == {"base": 64, "adapter": 21}
-    assert scores["tokens"]["drawn"] == {"base": 64, "adapter": 20}
-
-
-def test_evaluate_draws_the_same_from_the_same_seed(base_folder, adapter_folder):
-    arguments = evaluate.EvaluateArguments(base=str(base_folder), adapter=str(adapter_folder), scenes=3, seed=5, batch_size=3)
-    first, again = evaluate.main(arguments), evaluate.main(arguments)
-    for what in ("reading", "drawing", "nats_per_image"):
-        assert first[what] == again[what]
 
 
 def test_quickstart_writes_a_picture_and_a_table(base_folder, adapter_folder, tmp_path, capsys):

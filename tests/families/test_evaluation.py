@@ -1,0 +1,42 @@
+"""A family that only reads is scored for what it reads."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from evaluate import EvaluateArguments, main
+from helpers import attach
+from tiny_chameleon import make_model, make_processor
+
+
+@pytest.fixture(scope="module")
+def chameleon(tmp_path_factory):
+    """A base that only reads, and an adapter of it, as folders."""
+    folder, adapter = tmp_path_factory.mktemp("chameleon"), tmp_path_factory.mktemp("chameleon-adapter")
+    torch.manual_seed(0)
+    processor = make_processor()
+    base = make_model(processor).eval()
+    base.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    base.name_or_path = str(folder)
+    model = attach(base)
+    model.save_pretrained(adapter, processor=processor)
+    return SimpleNamespace(base=str(folder), adapter=str(adapter))
+
+
+def test_an_adapter_that_cannot_draw_is_scored_for_what_it_reads(chameleon, capsys):
+    scores = main(EvaluateArguments(base=chameleon.base, adapter=chameleon.adapter, scenes=2))
+    assert scores["tokens"] == {"read": {"base": 64, "adapter": 21}}
+    assert scores["reading"].keys() == {"base", "adapter"}
+    assert not {"drawing", "nats", "reconstruction"} & scores.keys()
+    printed = capsys.readouterr().out
+    assert f"Only reading is scored: {chameleon.base} cannot draw" in printed
+    assert "reading: colour" in printed
+    assert "drawing" not in printed.split("|", 1)[1]
+
+
+def test_a_picture_of_drawings_is_refused_where_there_are_none(chameleon, tmp_path):
+    arguments = EvaluateArguments(base=chameleon.base, adapter=chameleon.adapter, grid=str(tmp_path / "drawings.png"))
+    with pytest.raises(SystemExit, match=r"--grid .*cannot draw: transformers' Chameleon .*Leave it out"):
+        main(arguments)
+    assert list(tmp_path.iterdir()) == []
