@@ -72,10 +72,7 @@ class EvaluateDatasetArguments:
 def main(args: EvaluateDatasetArguments) -> dict:
     # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
     transformers.logging.set_verbosity_error()
-    if not args.dataset and not args.prompts:
-        raise SystemExit("Nothing to score; expected --dataset, or --prompts with --output_dir.")
-    if bool(args.prompts) != bool(args.output_dir):
-        raise SystemExit("One of --prompts and --output_dir; expected both, or none.")
+    check(args)
     prompts = read_prompts(args.prompts) if args.prompts else []
     folder = free_folder(args.output_dir) if args.output_dir else None
     rows = checked_rows(args) if args.dataset else None
@@ -117,9 +114,23 @@ def main(args: EvaluateDatasetArguments) -> dict:
     }
     print(markdown(scores))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def check(args: EvaluateDatasetArguments) -> None:
+    """Stops on what would fail after minutes, or would say nothing."""
+    if not args.dataset and not args.prompts:
+        raise SystemExit("Nothing to score; expected --dataset, or --prompts with --output_dir.")
+    if bool(args.prompts) != bool(args.output_dir):
+        raise SystemExit("One of --prompts and --output_dir; expected both, or none.")
+    for option in ("batch_size", "samples", "max_new_tokens"):
+        if getattr(args, option) < 1:
+            raise SystemExit(f"--{option} {getattr(args, option)}: expected 1 or more.")
+    if args.limit is not None and args.limit < 2:
+        raise SystemExit(f"--limit {args.limit}: expected 2 or more; one row alone has no spread.")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise SystemExit(f"--json {args.json}: the folder {Path(args.json).parent} does not exist; make it first.")
 
 
 def checked_rows(args: EvaluateDatasetArguments) -> Dataset:
@@ -135,10 +146,13 @@ def checked_rows(args: EvaluateDatasetArguments) -> Dataset:
         rows = rows.select(sorted(chosen))
     for row in tqdm(rows, desc="check rows", leave=False):
         try:
-            decoded(row)
+            row = decoded(row)
         except Exception as error:  # whatever a file may hold: PIL's, datasets'
             raise DatasetError(f"{row['origin']}: {type(error).__name__}: {error}") from error
-        if is_drawn(row) and not all((part["text"] or "").strip() for part in row["messages"][0]["content"]):
+        places = sum(part["type"] == "image" for turn in row["messages"] for part in turn["content"])
+        if places != len(row["images"]):
+            raise DatasetError(f"{row['origin']}: {len(row['images'])} image(s) for {places} place(s) in the messages.")
+        if is_drawn(row) and not all(part.get("text", "").strip() for part in row["messages"][0]["content"]):
             raise DatasetError(f"{row['origin']}: a caption without words; expected a text to draw the image from.")
     return rows
 

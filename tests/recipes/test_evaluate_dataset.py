@@ -8,7 +8,7 @@ from contenders import Contender, answer, contenders
 from conversations import DatasetError, conversations
 from digit_features import digit_features
 from digits import random_scene
-from finetuning import write_captioned, write_rows
+from finetuning import say, turn, write_captioned, write_rows
 from helpers import attach, rng
 from picture_metrics import PictureMetrics, load_clip, score_pictures
 from PIL import Image
@@ -123,7 +123,7 @@ def test_clip_score_is_100_times_the_cosine_of_the_clip_model(clip_folder):
 
 
 def test_captions_are_drawn_and_scored_by_both(models, pictures, clip_folder, tmp_path, capsys):
-    file = tmp_path / "new" / "scores.json"
+    file = tmp_path / "scores.json"
     run(**models, dataset=str(pictures), features=FEATURES, clip=str(clip_folder), batch_size=4, json=str(file))
     drawing = json.loads(file.read_text())["drawing"]
     assert drawing["n"] == 6
@@ -254,15 +254,26 @@ def test_a_damaged_image_is_named_before_a_model_is_loaded(tmp_path):
         ([{"image": "0.png", "text": "a red 3"}], r"1 caption\(s\).* and 0 question\(s\)"),
         ([{"image": "0.png", "question": "?", "answer": "3"}], r"0 caption\(s\).* and 1 question\(s\)"),
         ([{"image": "0.png", "text": " "}] * 2, "a caption without words"),
+        ([{"messages": [turn("user", say("hello"))], "images": ["0.png"]}] * 2, r"row 0 \(0.png\): 1 image\(s\) for 0 place"),
     ],
 )
-def test_too_few_rows_and_empty_ones_are_refused(tmp_path, images, rows, message):
+def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, message):
     images[0].save(tmp_path / "0.png")
     with pytest.raises(DatasetError, match=message):
         run(base="not-there", dataset=write_rows(tmp_path / "rows.jsonl", rows))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"prompts": "prompts.jsonl"}, {"output_dir": "drawn"}])
-def test_nothing_to_score_is_refused(arguments):
-    with pytest.raises(SystemExit, match="expected"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Nothing to score"),
+        ({"prompts": "prompts.jsonl"}, "--prompts and --output_dir; expected both"),
+        ({"dataset": "rows", "output_dir": "drawn"}, "--prompts and --output_dir; expected both"),
+        ({"dataset": "rows", "batch_size": 0}, "--batch_size 0: expected 1 or more"),
+        ({"dataset": "rows", "limit": 1}, "--limit 1: expected 2 or more"),
+        ({"dataset": "rows", "json": "not/there/scores.json"}, "--json .*make it first"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(SystemExit, match=message):
         run(base="not-there", **arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
@@ -47,6 +48,8 @@ class UcAdapters(lmms):
         super().__init__()
         if pretrained is None and base is None:
             raise ValueError("Neither pretrained nor base; expected --model_args pretrained=ADAPTER, base=BASE, or both.")
+        # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+        transformers.logging.set_verbosity_error()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if base is None:
             model = UniCompressModel.from_pretrained(pretrained, dtype=dtype)
