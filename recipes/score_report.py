@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from digits import QUESTION_KINDS, Scene
@@ -11,7 +11,6 @@ from sample_pictures import save_grid
 from scene_scores import DrawingScore, drawing_prompts, render
 
 ASPECTS = {
-    "cells": "cells right",
     "digit": "the digit, where one was asked",
     "colour": "the colour, where one was asked",
     "position": "filled where asked, empty elsewhere",
@@ -19,60 +18,72 @@ ASPECTS = {
     "count": "number of digits, of scenes",
     "scenes": "whole scenes right",
 }
-COLUMNS = 8  # of the picture
+RECONSTRUCTION = {
+    "cells": ("cells right", "{:.1f} %", 100),
+    "psnr": ("PSNR (dB)", "{:.1f}", 1),
+    "ssim": ("SSIM", "{:.3f}", 1),
+    "feature_distance": ("feature distance", "{:.2f}", 1),
+}
+DIFFERENCE = "adapter - base"
+PICTURES = 8  # in a row
 
 
 def markdown(scores: dict) -> str:
     """The table of the scores that `evaluate.py --json` writes: a column for each contender, and what differs."""
-    names, differences = list(scores["reading"]), scores.get("differences", {})
-    rows: list[tuple[str, list[str], str]] = []
-
-    def add(label: str, cells: Callable[[str], str], difference: str = "") -> None:
-        rows.append((label, [cells(name) for name in names], difference))
-
-    def shares(label: str, key: str, what: str, headline: str = "") -> None:
-        difference = _estimate(differences[headline], 100) if headline in differences else ""
-        add(label, lambda name: _share(scores[key][name].get(what)), difference)
-
-    add("tokens to read an image", lambda name: str(scores["tokens"]["read"][name]))
-    if "drawing" in scores:
-        add("steps of the language model to draw one", lambda name: str(scores["tokens"]["drawn"][name]))
-    shares("reading: mean of three kinds", "reading_by_kind", "mean", "reading")
-    for kind in QUESTION_KINDS:
-        shares(f"reading: {kind}", "reading_by_kind", kind)
-    if "drawing" in scores:
-        for aspect, label in ASPECTS.items():
-            shares(f"drawing: {label}", "drawing_by_aspect", aspect, "drawing" if aspect == "cells" else "")
-        nats = _estimate(differences["nats_per_image"]) if differences else ""
-        add("nats an image", lambda name: _estimate(scores["nats"][name]), nats)
-        real = scores["feature_distance_of_real"]
-        add(f"drawing: feature distance (other real scans: {real:.2f})", lambda name: f"{scores['feature_distance'][name]:.2f}")
-        restored = scores["reconstruction"]
-        add("reconstruction: cells right", lambda name: f"{100 * restored[name]['cells']:.1f} %")
-        add("reconstruction: PSNR (dB)", lambda name: f"{restored[name]['psnr']:.1f}")
-        add("reconstruction: SSIM", lambda name: f"{restored[name]['ssim']:.3f}")
-        add("reconstruction: feature distance", lambda name: f"{restored[name]['feature_distance']:.2f}")
-        batch = scores["settings"]["batch_size"]
-        add(f"ms an image, batches of {batch}", lambda name: f"{1000 * scores['seconds_per_image'][name]:.1f}")
-    head = ["", *names, *(["adapter - base"] if differences else [])]
-    lines = [[label, *cells, *([difference] if differences else [])] for label, cells, difference in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    columns = [*scores["reading"], *([DIFFERENCE] if "differences" in scores else [])]
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[label, *(cells.get(column, "") for column in columns)] for label, cells in _rows(scores)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     environment = ", ".join(f"{name} {value}" for name, value in scores["environment"].items())
     return f"{table}\n\n{scores['dataset']}; in brackets, 95 % intervals; {environment}"
 
 
+def _rows(scores: dict) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each line of the table: its label, and its cells by column."""
+
+    def differing(what: str, scale: float) -> dict[str, str]:
+        return {DIFFERENCE: _estimate(scores["differences"][what], scale)} if "differences" in scores else {}
+
+    def figures(values: dict[str, float], form: str, scale: float = 1) -> dict[str, str]:
+        return {name: form.format(scale * value) for name, value in values.items()}
+
+    def shares(key: str, what: str) -> dict[str, str]:
+        return {name: _share(estimates[what]) for name, estimates in scores[key].items() if what in estimates}
+
+    yield "tokens to read an image", figures(scores["tokens"]["read"], "{}")
+    if "drawing" in scores:
+        yield "steps of the language model to draw one", figures(scores["tokens"]["drawn"], "{}")
+    yield "reading: mean of three kinds", shares("reading_by_kind", "mean") | differing("reading", 100)
+    for kind in QUESTION_KINDS:
+        yield f"reading: {kind}", shares("reading_by_kind", kind)
+    if "drawing" not in scores:
+        return
+    yield "drawing: cells right", shares("drawing_by_aspect", "cells") | differing("drawing", 100)
+    for aspect, label in ASPECTS.items():
+        yield f"drawing: {label}", shares("drawing_by_aspect", aspect)
+    nats = {name: _estimate(estimate) for name, estimate in scores["nats"].items()}
+    yield "nats an image", nats | differing("nats_per_image", 1)
+    other_scans = scores["feature_distance_of_real"]
+    yield f"drawing: feature distance (other real scans: {other_scans:.2f})", figures(scores["feature_distance"], "{:.2f}")
+    for what, (label, form, scale) in RECONSTRUCTION.items():
+        values = {name: restored[what] for name, restored in scores["reconstruction"].items()}
+        yield f"reconstruction: {label}", figures(values, form, scale)
+    batches = f"batches of {scores['settings']['batch_size']}"
+    yield f"ms an image, {batches}", figures(scores["seconds_per_image"], "{:.1f}", 1000)
+
+
 def save_drawings(scenes: list[Scene], seed: int, drawn: dict[str, DrawingScore], path: Path) -> None:
     """A PNG of the first scenes: real above, then what each contender drew for the same prompt, which is the title."""
-    rows = {"the scene (real scans)": [Image.fromarray(pixels) for pixels in render(scenes[:COLUMNS])]}
+    rows = {"the scene (real scans)": [Image.fromarray(pixels) for pixels in render(scenes[:PICTURES])]}
     for name, score in drawn.items():
         cells, whole = (100 * score.estimates[aspect].value for aspect in ("cells", "scenes"))
         label = f"{name}: {score.seconds:.3f} s an image\n{cells:.1f} % of cells, {whole:.1f} % of scenes"
-        rows[label] = [Image.fromarray(pixels) for pixels in score.images[:COLUMNS]]
-    save_grid(rows, drawing_prompts(scenes, seed)[:COLUMNS], path)
+        rows[label] = [Image.fromarray(pixels) for pixels in score.images[:PICTURES]]
+    save_grid(rows, drawing_prompts(scenes, seed)[:PICTURES], path)
 
 
-def _share(estimate: dict | None) -> str:
-    return "" if estimate is None else f"{100 * estimate['value']:.1f} % {_interval(estimate, 100)}"
+def _share(estimate: dict) -> str:
+    return f"{100 * estimate['value']:.1f} % {_interval(estimate, 100)}"
 
 
 def _estimate(estimate: dict, scale: float = 1) -> str:

@@ -10,7 +10,7 @@ import pytest
 import score_report
 import torch
 from contenders import Contender, contenders
-from digits import QUESTION_KINDS, Scene, random_scene
+from digits import QUESTION_KINDS, Cell, Scene, random_scene
 from evaluate import EvaluateArguments, main, score_scenes
 from helpers import rng
 from huggingface_hub import ModelCard
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from likelihood import image_nats
 from PIL import Image
-from scene_scores import DrawingScore, ReadingScore, feature_distance, judge_drawings, render, with_other_scans
+from scene_scores import ReadingScore, feature_distance, judge_drawings, render, score_reading, with_other_scans
 
 PAIRS = ("reading", "drawing", "whole_scenes", "nats_per_image", "feature_distance", "seconds_per_image")
 CHANCE = {  # of a drawer of `random_scene`s that are not what was asked: 1 to 4 digits, so that 5/8 of the cells are filled
@@ -90,10 +90,17 @@ def test_what_scenes_give_to_the_reading_score_adds_up_to_it(right):
     assert [score.estimates[kind].n for kind in QUESTION_KINDS] == [(~np.isnan(row)).sum() for row in right]
 
 
+def test_a_kind_of_question_that_no_scene_settles_has_no_score(base_folder):
+    twice = Scene((Cell(3, "red", 0), Cell(3, "blue", 1), None, None))  # which 3 has which colour?
+    (base,) = contenders(str(base_folder), None)
+    score = score_reading(base, [twice, twice], seed=0)
+    assert score.estimates.keys() == {"mean", "digit", "count"}
+    assert score.by_scene.mean() == pytest.approx(score.estimates["mean"].value)
+
+
 def test_what_scenes_give_to_the_drawing_score_adds_up_to_it():
     scenes = random_scenes(5, 60)
     score = judge_drawings(scenes, render(random_scenes(6, 60)), 1.0)
-    assert isinstance(score, DrawingScore)
     assert score.by_scene.mean() == pytest.approx(score.estimates["cells"].value)
 
 
