@@ -14,6 +14,8 @@ from helpers import attach
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from uc_adapters import UniCompressModel
+
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
 model = pytest.importorskip("uc_lmms.model", reason="the plugin is not installed: pip install -e recipes/lmms_plugin")
 
@@ -73,6 +75,12 @@ def test_lmms_eval_scores_an_adapter_as_it_answers(base_folder, adapter_folder, 
 
 def test_lmms_eval_scores_the_bare_base_beside_it(base_folder, questions):
     assert run(questions, f"base={base_folder}") == 1
+
+
+def test_an_adapter_knows_its_base(adapter_folder):
+    asked = model.UcAdapters(pretrained=str(adapter_folder), device="cpu")
+    assert isinstance(asked.model, UniCompressModel)
+    assert asked.model.num_image_tokens == 21
 
 
 def test_what_it_cannot_do_is_said(base_folder):
