@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from digits import IMAGE_SIZE
 from PIL import Image
@@ -116,12 +117,13 @@ def draw_in_turn(
     pair: list[Contender], captions: list[str], seed: int, batch_size: int, **sampling
 ) -> Iterator[tuple[slice, Contender, list[Image.Image], float]]:
     """Each batch of captions by every contender, from the same seed, behind a warm-up each: what was drawn, and its seconds."""
+    seeds = np.random.default_rng(seed).integers(2**31, size=len(captions)).tolist()
     for contender in pair:
         draw(contender, captions[:batch_size], **sampling)
     for first in tqdm(range(0, len(captions), batch_size), desc="draw, in turn"):
         batch = slice(first, first + batch_size)
         for contender in pair:
-            torch.manual_seed(seed + first)
+            torch.manual_seed(seeds[first])
             yield batch, contender, *draw(contender, captions[batch], **sampling)
 
 
