@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import scene_questions
+import scenes_folder
 from contenders import answer, contenders
 from finetuning import write_rows
 from helpers import attach
@@ -35,7 +35,7 @@ def questions(base_folder, tmp_path_factory):
     """A folder to run in, with the questions of the task, whose right answers are what the base says."""
     root = tmp_path_factory.mktemp("root")
     folder = root / "work" / "digit-questions"
-    scene_questions.main(scene_questions.SceneQuestionsArguments(output_dir=str(folder), scenes=3, seed=1))
+    scenes_folder.main(scenes_folder.ScenesFolderArguments(output_dir=str(folder), scenes=3, seed=1))
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (base,) = contenders(str(base_folder), None)
     for row in rows:
