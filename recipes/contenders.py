@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from digits import IMAGE_SIZE
 from PIL import Image
 from stock_calls import base_of, calls_of, drawing_inputs, to_images
+from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from uc_adapters import UniCompressModel
@@ -62,26 +65,21 @@ def grid_of(contender: Contender) -> Grid:
     return calls.grid(contender.model, drawing_inputs(contender.processor, ["a red 3"], calls))
 
 
-def reading_inputs(processor: ProcessorMixin, images: list[Image.Image], questions: list[str]) -> dict:
-    """A batch of questions, each about its image."""
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for question in questions
-    ]
-    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
+    """Answers, greedily, each question about its image."""
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]} for question in questions]
+    return reply(contender, [[turn] for turn in asked], images, max_new_tokens)
 
 
 @torch.no_grad()
-def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
-    """Answers, greedily."""
-    inputs = reading_inputs(contender.processor, images, questions).to(contender.model.device)
+def reply(contender: Contender, chats: list[list[dict]], images: list[Image.Image], max_new_tokens: int = 16) -> list[str]:
+    """The next turn of each conversation, greedily; `images` are those of all of them, in the order of their places."""
+    processor = contender.processor
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt").to(contender.model.device)
     output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = contender.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
 
 
 @torch.no_grad()
@@ -113,3 +111,22 @@ def drawn_steps(contender: Contender) -> int:
     if not isinstance(contender.model, UniCompressModel):
         return family_of(contender.model).dense_placeholders(grid)
     return contender.model.active_peft_config.num_image_tokens(grid) - 1  # the separator is known
+
+
+def draw_in_turn(
+    pair: list[Contender], captions: list[str], seed: int, batch_size: int, **sampling
+) -> Iterator[tuple[slice, Contender, list[Image.Image], float]]:
+    """Each batch of captions by every contender, from the same seed, behind a warm-up each: what was drawn, and its seconds."""
+    seeds = np.random.default_rng(seed).integers(2**31, size=len(captions)).tolist()
+    for contender in pair:
+        draw(contender, captions[:batch_size], **sampling)
+    for first in tqdm(range(0, len(captions), batch_size), desc="draw, in turn"):
+        batch = slice(first, first + batch_size)
+        for contender in pair:
+            torch.manual_seed(seeds[first])
+            yield batch, contender, *draw(contender, captions[batch], **sampling)
+
+
+def side_by_side(scores: dict[str, dict]) -> dict[str, dict]:
+    """{contender: {score: value}} -> {score: {contender: value}}."""
+    return {what: {name: of_one[what] for name, of_one in scores.items()} for what in next(iter(scores.values()))}

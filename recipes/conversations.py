@@ -41,15 +41,16 @@ class DatasetError(ValueError):
     """A dataset that cannot be trained on; says what was found, what was expected, and what to do."""
 
 
-def conversations(source: str, streaming: bool = False, unfinished: bool = False) -> AnyDataset:
-    """The "train" split of a Hub id, a folder or a file as rows of ROW's columns.
+def conversations(source: str, streaming: bool = False, forms: Forms | None = None, split: str = "train") -> AnyDataset:
+    """A split of a Hub id, a folder or a file as rows of ROW's columns.
 
     A source row is never refused here: what it lacks is None, or an empty list, and `training_rows` names it.
 
     Args:
         source: A Hub id, a folder, or a .jsonl, .json or .parquet file. Paths of images are relative to the folder.
         streaming: Reads rows as they are asked for, instead of all into datasets' cache.
-        unfinished: Takes UNFINISHED_FORMS, too: rows that lack an answer, or the image to draw.
+        forms: The columns that rows may come in, those that are preferred first. Default: FORMS.
+        split: Default "train", which is all that a file has.
 
     Returns:
         messages: Turns of {"role", "content"}, the content always a list of {"type", "text"}.
@@ -60,14 +61,14 @@ def conversations(source: str, streaming: bool = False, unfinished: bool = False
     Raises:
         DatasetError: Nothing to load, no rows, or columns of no known form.
     """
-    dataset, columns = _open(source, streaming)
-    known = FORMS | (UNFINISHED_FORMS if unfinished else {})
+    dataset, columns = _open(source, streaming, split)
+    known = forms or FORMS
     form = next((form for form in known if set(form) <= set(columns)), None)
     if form is None:
-        forms = "; ".join(f"{' + '.join(form)} ({what})" for form, (what, _) in known.items())
+        expected = "; ".join(f"{' + '.join(form)} ({what})" for form, (what, _) in known.items())
         raise DatasetError(
-            f"{source} has the columns {', '.join(columns)}; expected one of: {forms}. Rename them; a folder of images needs "
-            "a metadata.jsonl with file_name (it becomes image) or file_names (images)."
+            f"{source} has the columns {', '.join(columns)}; expected one of: {expected}. Rename them; a folder of images "
+            "needs a metadata.jsonl with file_name (it becomes image) or file_names (images)."
         )
     dataset = dataset.select_columns(list(form))
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
@@ -93,21 +94,21 @@ def conversations(source: str, streaming: bool = False, unfinished: bool = False
     return dataset.map(rows, **options, new_fingerprint=fingerprint, desc=f"read {source}")
 
 
-def _open(source: str, streaming: bool) -> tuple[AnyDataset, list[str]]:
+def _open(source: str, streaming: bool, split: str) -> tuple[AnyDataset, list[str]]:
     """A source with its images still encoded, and the names of its columns."""
     path = Path(source)
     if path.is_file() and path.suffix not in _BUILDERS:
         raise DatasetError(f"{source} ends in {path.suffix!r}; expected {', '.join(_BUILDERS)}, a folder, or a Hub id.")
     builder = {"path": _BUILDERS[path.suffix], "data_files": source} if path.is_file() else {"path": source}
     try:
-        dataset = _undecoded(load_dataset(**builder, split="train", streaming=streaming))
+        dataset = _undecoded(load_dataset(**builder, split=split, streaming=streaming))
         columns = list(next(iter(dataset)))
     except StopIteration:  # of an empty dataset; load_dataset itself raises it for an empty file
-        raise DatasetError(f"{source} has no rows; expected at least one in its split 'train'.") from None
+        raise DatasetError(f"{source} has no rows; expected at least one in its split {split!r}.") from None
     except (DatasetsError, OSError, ValueError) as error:
         why = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise DatasetError(
-            f"{source} cannot be loaded as a dataset; expected a file, a folder or a Hub id, with a split 'train': {why}"
+            f"{source} cannot be loaded as a dataset; expected a file, a folder or a Hub id, with a split {split!r}: {why}"
         ) from error
     return dataset, columns
 
@@ -199,6 +200,12 @@ def _asked(row: dict) -> list[list[dict]]:
     return [_exchange(question, [{"type": "text", "text": _words(row["answer"])}])]
 
 
+def _referenced(row: dict) -> list[list[dict]]:
+    """Each answer, as words or as VQA's {"answer": words}, is a turn of its own behind the question."""
+    told = [_words(answer.get("answer") if isinstance(answer, dict) else answer) for answer in _list(row["answers"])]
+    return [[*_to_answer(row)[0], *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in told)]]
+
+
 def _to_answer(row: dict) -> list[list[dict]]:
     return [_asked(row | {"answer": None})[0][:1]]
 
@@ -216,12 +223,16 @@ def _exchange(question: list[dict], answer: list[dict]) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-FORMS: dict[tuple[str, ...], tuple[str, Callable[[dict], list[list[dict]]]]] = {
+Forms = dict[tuple[str, ...], tuple[str, Callable[[dict], list[list[dict]]]]]
+FORMS: Forms = {
     ("messages", "images"): ("TRL's: images of user turns are read, those of assistant turns drawn", _told),
     ("image", "question", "answer"): ("the image is read", _asked),
     ("image", "text"): ("each image is drawn from its text, and described by it", _drawn_and_described),
 }
-UNFINISHED_FORMS = {
+REFERENCED_FORMS: Forms = {  # to score, not to train on
+    ("image", "question", "answers"): ("the image is read, and scored by several reference answers", _referenced),
+}
+UNFINISHED_FORMS: Forms = {  # rows that lack an answer, or the image to draw
     ("image", "question"): ("a teacher answers", _to_answer),
     ("text",): ("a teacher draws the text", _to_draw),
 }

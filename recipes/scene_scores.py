@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from contenders import Contender, answer, draw, grid_of
+from contenders import Contender, answer, draw_in_turn, grid_of
 from digit_features import digit_features, to_tensor
 from digits import QUESTION_KINDS, Scene, judge, load_scans, right_by_aspect, right_cells
 from intervals import Estimate, mean_share, share
@@ -124,18 +124,11 @@ def score_drawing(
         batch_size: Prompts drawn at once.
         **sampling: Arguments of `generate`.
     """
-    prompts = drawing_prompts(scenes, seed)
-    seeds = np.random.default_rng(seed).integers(2**31, size=len(scenes)).tolist()
     drawn = {contender.name: [] for contender in pair}
     total = dict.fromkeys(drawn, 0.0)
-    for contender in pair:
-        draw(contender, prompts[:batch_size], **sampling)  # warm-up
-    for first in tqdm(range(0, len(scenes), batch_size), desc="draw, in turn"):
-        for contender in pair:
-            torch.manual_seed(seeds[first])
-            images, seconds = draw(contender, prompts[first : first + batch_size], **sampling)
-            drawn[contender.name] += images
-            total[contender.name] += seconds
+    for _, contender, images, seconds in draw_in_turn(pair, drawing_prompts(scenes, seed), seed, batch_size, **sampling):
+        drawn[contender.name] += images
+        total[contender.name] += seconds
     return {name: judge_drawings(scenes, np.stack(drawn[name]), total[name] / len(scenes)) for name in drawn}
 
 

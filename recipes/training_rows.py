@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from conversations import ROW, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
+from conversations import FORMS, ROW, UNFINISHED_FORMS, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
@@ -73,7 +73,7 @@ def _check(
     source: str, collator: UniCompressCollator, context: int, skip: bool, fill_in: Callable[[Dataset], Dataset] | None
 ) -> Dataset:
     """All rows at once, before training starts; what was found is kept in datasets' cache."""
-    dataset = fill_in(conversations(source, unfinished=True)) if fill_in else conversations(source)
+    dataset = fill_in(conversations(source, forms=FORMS | UNFINISHED_FORMS)) if fill_in else conversations(source)
     settings = (collator.config.stride, collator.config.num_global_tokens, state_of(collator.processor), context)
     versions = [__version__, *map(version, ("transformers", "pillow"))]
     problems = dataset.map(

@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from evaluate import EvaluateArguments, main
+from evaluate_dataset import EvaluateDatasetArguments
+from evaluate_dataset import main as score_dataset
+from finetuning import write_captioned, write_rows
 from helpers import attach
 from tiny_chameleon import make_model, make_processor
 
@@ -40,3 +43,25 @@ def test_a_picture_of_drawings_is_refused_where_there_are_none(chameleon, tmp_pa
     with pytest.raises(SystemExit, match=r"--grid .*cannot draw: transformers' Chameleon .*Leave it out"):
         main(arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_cannot_draw_answers_a_datasets_questions(chameleon, images, tmp_path):
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+    rows = [{"image": f"{index}.png", "question": "What digit is at the top left?", "answer": "3"} for index in range(4)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    models = {"base": chameleon.base, "adapter": chameleon.adapter}
+    scores = score_dataset(EvaluateDatasetArguments(**models, dataset=source, max_new_tokens=2))
+    assert scores["reading"]["exact_match"].keys() == {"base", "adapter"}
+    assert scores["drawing"] == {}
+
+
+def test_an_adapter_that_cannot_draw_is_not_asked_to_by_a_dataset_or_prompts(chameleon, tmp_path):
+    pictures = str(write_captioned(tmp_path / "pictures", 2))
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a 3", "tag": "x", "include": [{"class": "3", "count": 1}]}])
+    models = {"base": chameleon.base, "adapter": chameleon.adapter}
+    with pytest.raises(SystemExit, match=r"chameleon-adapter0 cannot draw: transformers' Chameleon .*a dataset of questions"):
+        score_dataset(EvaluateDatasetArguments(**models, dataset=pictures, features="none", clip="none"))
+    with pytest.raises(SystemExit, match="cannot draw"):
+        score_dataset(EvaluateDatasetArguments(**models, prompts=prompts, output_dir=str(tmp_path / "drawn")))
+    assert not (tmp_path / "drawn").exists()

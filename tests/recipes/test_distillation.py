@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conversations import DatasetError, conversations
+from conversations import UNFINISHED_FORMS, DatasetError, conversations
 from distillation import DistillingTrainer, filled_in
 from finetuning import TRAINING, train, write_captioned
 from helpers import assert_same, attach, base_weights, drawing_inputs, question_inputs
@@ -62,7 +62,7 @@ def distiller(base, processor, short_processor, tmp_path):
 
 
 def test_the_base_answers_what_has_no_answer(base, pristine, processor, asked, images):
-    rows = filled_in(conversations(str(asked), unfinished=True), attach(base), processor)
+    rows = filled_in(conversations(str(asked), forms=UNFINISHED_FORMS), attach(base), processor)
     for row in rows:
         question, answer = row["messages"]
         image = Image.open(row["images"][0]["path"])
@@ -74,7 +74,7 @@ def test_the_base_answers_what_has_no_answer(base, pristine, processor, asked, i
 
 
 def test_the_base_draws_what_has_no_image(base, pristine, processor, prompts):
-    rows = filled_in(conversations(str(prompts), unfinished=True), attach(base), processor, seed=3)
+    rows = filled_in(conversations(str(prompts), forms=UNFINISHED_FORMS), attach(base), processor, seed=3)
     torch.manual_seed(3 * 1_000_003 + 1)
     tokens = pristine.generate(**drawing_inputs(processor, ["a red 1"]), generation_mode="image", do_sample=True)
     pixels = pristine.decode_image_tokens(tokens).permute(0, 3, 1, 2)
@@ -89,9 +89,9 @@ def test_what_is_complete_is_left_alone_and_nothing_is_asked_twice(base, process
     whole = conversations(str(pictures))
     assert filled_in(whole, model, processor)[:] == whole[:]
     assert not calls
-    first = filled_in(conversations(str(asked), unfinished=True), model, processor)
+    first = filled_in(conversations(str(asked), forms=UNFINISHED_FORMS), model, processor)
     count = len(calls)
-    again = filled_in(conversations(str(asked), unfinished=True), model, processor)
+    again = filled_in(conversations(str(asked), forms=UNFINISHED_FORMS), model, processor)
     assert first[:] == again[:]
     assert len(calls) == count > 0
 

@@ -1,0 +1,182 @@
+"""Scores a base and an adapter side by side on any dataset: FID and CLIP score of drawings, accuracy of answers.
+
+    python recipes/evaluate_dataset.py --base B --adapter A --dataset pictures --json scores.json
+    python recipes/evaluate_dataset.py --base B --adapter A --prompts evaluation_metadata.jsonl --output_dir work/geneval
+
+Needs: pip install -c constraints.txt -e ".[recipes]"; FID's own Inception also pip install torch-fidelity.
+
+`--dataset` is a Hub id, a folder or a file, with columns as `finetune.py` takes them (`conversations.py`)
+    image + text, messages       captions are drawn: FID (--features) and CLIP score (--clip)
+    image + question + answer,   questions are answered greedily: exact match, and accuracy as VQA counts it
+    image + question + answers,  (several people's answers, as in VQA v2)
+    messages
+`--prompts` draws a prompt file in GenEval's format into OUTPUT_DIR/base and OUTPUT_DIR/adapter, which GenEval's own evaluator
+scores. Base and adapter draw the same prompts in turn, from the same seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from contenders import contenders, side_by_side, why_no_drawing
+from conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations, decoded
+from datasets import Dataset
+from geneval import draw_prompts, free_folder, read_prompts
+from picture_metrics import load_clip, load_features, score_pictures
+from sample_pictures import is_drawn
+from tqdm.auto import tqdm
+from trl import TrlParser
+from vqa import answer_questions, questions_of, vqa_scores
+
+import uc_adapters
+
+LABELS = {
+    "fid": "drawing: FID",
+    "clip_score": "drawing: CLIP score",
+    "seconds": "drawing: seconds an image",
+    "exact_match": "answers: exact match (95 %)",
+    "vqa_accuracy": "answers: VQA accuracy (95 %)",
+}
+
+
+@dataclass
+class EvaluateDatasetArguments:
+    """What to score, and how."""
+
+    base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
+    adapter: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id. None: the base alone."})
+    dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or file."})
+    split: str = field(default="train", metadata={"help": "Of the dataset; a file or a plain folder has train alone."})
+    limit: int | None = field(default=None, metadata={"help": "Rows at most, chosen by --seed. None: all."})
+    features: str = field(default="inception", metadata={"help": "FID's extractor: inception, module:factory, or none."})
+    clip: str = field(
+        default="openai/clip-vit-base-patch16", metadata={"help": "CLIP score's CLIPModel: folder or Hub id, or none."}
+    )
+    prompts: str | None = field(default=None, metadata={"help": "A prompt file in GenEval's format (JSONL) to draw."})
+    samples: int = field(default=4, metadata={"help": "Drawings of each of the prompts."})
+    output_dir: str | None = field(default=None, metadata={"help": "A new folder for the drawings of --prompts."})
+    seed: int = field(default=0, metadata={"help": "Of the rows and of the sampling."})
+    batch_size: int = field(default=8, metadata={"help": "Rows at once."})
+    guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance, base and adapter alike."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of drawings, base and adapter alike."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Of an answer."})
+    device: str = field(default="cpu", metadata={"help": "Where both run."})
+    json: str | None = field(default=None, metadata={"help": "File to write the scores to."})
+
+
+def main(args: EvaluateDatasetArguments) -> dict:
+    # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+    transformers.logging.set_verbosity_error()
+    check(args)
+    prompts = read_prompts(args.prompts) if args.prompts else []
+    folder = free_folder(args.output_dir) if args.output_dir else None
+    rows = checked_rows(args) if args.dataset else None
+    drawn = rows.select([index for index, row in enumerate(rows) if is_drawn(row)]) if rows else []
+    questions = questions_of(rows) if rows else []
+    counts = len(drawn), len(questions)
+    if rows and (1 in counts or not any(counts)):  # one alone has no spread
+        raise DatasetError(
+            f"{args.dataset} has {counts[0]} caption(s) with an image to draw, and {counts[1]} question(s) about an image with "
+            "an answer; expected two or more of one of them, or of both."
+        )
+    features, clip = (load_features(args.features), load_clip(args.clip)) if drawn else (None, None)
+    pair = contenders(args.base, args.adapter, args.device)
+    reason = why_no_drawing(pair[0])
+    if reason is not None and (drawn or prompts):
+        raise SystemExit(
+            f"{args.adapter or args.base} cannot draw: {reason}. It reads; expected a dataset of questions, and no --prompts."
+        )
+    sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
+    scores: dict = {"dataset": args.dataset, "drawing": {}, "reading": {}, "geneval": {}}
+    if drawn:
+        scored = score_pictures(pair, drawn, features, clip, args.seed, args.batch_size, **sampling)
+        scores["drawing"] = {"n": len(drawn), **scored}
+    if questions:
+        references = [question.references for question in questions]
+        answers = {c.name: answer_questions(c, rows, questions, args.batch_size, args.max_new_tokens) for c in pair}
+        estimates = {name: vqa_scores(told, references) for name, told in answers.items()}
+        written = {name: {what: asdict(x) for what, x in of_one.items()} for name, of_one in estimates.items()}
+        scores["reading"] = {"n": len(questions), **side_by_side(written)}
+    if prompts:
+        taken = draw_prompts(pair, prompts, args.samples, folder, args.seed, args.batch_size, **sampling)
+        scores["geneval"] = {"prompts": len(prompts), "samples": args.samples, "seconds": taken}
+    scores["settings"] = vars(args)
+    scores["environment"] = {
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "uc_adapters": uc_adapters.__version__,
+    }
+    print(markdown(scores))
+    if args.json:
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def check(args: EvaluateDatasetArguments) -> None:
+    """Stops on what would fail after minutes, or would say nothing."""
+    if not args.dataset and not args.prompts:
+        raise SystemExit("Nothing to score; expected --dataset, or --prompts with --output_dir.")
+    if bool(args.prompts) != bool(args.output_dir):
+        raise SystemExit("One of --prompts and --output_dir; expected both, or none.")
+    for option in ("batch_size", "samples", "max_new_tokens"):
+        if getattr(args, option) < 1:
+            raise SystemExit(f"--{option} {getattr(args, option)}: expected 1 or more.")
+    if args.limit is not None and args.limit < 2:
+        raise SystemExit(f"--limit {args.limit}: expected 2 or more; one row alone has no spread.")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise SystemExit(f"--json {args.json}: the folder {Path(args.json).parent} does not exist; make it first.")
+
+
+def checked_rows(args: EvaluateDatasetArguments) -> Dataset:
+    """The dataset's rows, still encoded, all of which can be decoded and say what is asked.
+
+    Raises:
+        DatasetError: Nothing to load, other columns, or a row with a damaged image or without words.
+    """
+    rows = conversations(args.dataset, forms=REFERENCED_FORMS | FORMS, split=args.split)
+    if args.limit is not None:
+        firsts = [index for index, first in enumerate(rows["first"]) if first]
+        chosen = np.random.default_rng(args.seed).permutation(firsts)[: args.limit]
+        rows = rows.select(sorted(chosen))
+    for row in tqdm(rows, desc="check rows", leave=False):
+        try:
+            row = decoded(row)
+        except Exception as error:  # whatever a file may hold: PIL's, datasets'
+            raise DatasetError(f"{row['origin']}: {type(error).__name__}: {error}") from error
+        places = sum(part["type"] == "image" for turn in row["messages"] for part in turn["content"])
+        if places != len(row["images"]):
+            raise DatasetError(f"{row['origin']}: {len(row['images'])} image(s) for {places} place(s) in the messages.")
+        if is_drawn(row) and not all(part.get("text", "").strip() for part in row["messages"][0]["content"]):
+            raise DatasetError(f"{row['origin']}: a caption without words; expected a text to draw the image from.")
+    return rows
+
+
+def markdown(scores: dict) -> str:
+    """A table with a column each for base and adapter, and a row a score."""
+    table = [
+        (LABELS[what], figures) for part in ("drawing", "reading") for what, figures in scores[part].items() if what != "n"
+    ]
+    if scores["geneval"]:
+        table.append(("GenEval prompts: seconds an image", scores["geneval"]["seconds"]))
+    names = list(table[0][1])
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {label} | " + " | ".join(figure(figures[name]) for name in names) + " |" for label, figures in table]
+    counts = {"drawings": scores["drawing"].get("n"), "answers": scores["reading"].get("n")}
+    return "\n".join(lines) + "\n\n" + ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+
+
+def figure(value: float | dict[str, float]) -> str:
+    """A figure, or a share with its interval, in words."""
+    if isinstance(value, dict):
+        return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * value[name] for name in ("value", "low", "high")))
+    return f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main(*TrlParser(EvaluateDatasetArguments).parse_args_and_config())
