@@ -104,13 +104,26 @@ def test_without_global_tokens_a_static_cache_draws_the_same(base, short_process
     assert torch.equal(draw(model, inputs, cache_implementation="static"), draw(model, inputs))
 
 
-def test_compiled_it_draws_the_same_and_compiles_once(base, short_processor):
+def test_compiled_it_draws_the_same_and_compiles_only_what_is_new(base, short_processor):
     model, graphs = attach(base), Graphs()
-    for first, expected in ((0, 3), (2, 0)):  # another length of prompt needs nothing new
-        inputs, before = drawing_inputs(short_processor, CAPTIONS[first : first + 1]), graphs.count
-        compiled = draw(model, inputs, **graphs.options())
-        assert graphs.count - before == expected  # a step of one token, one of two, and a cell's codes
-        assert torch.equal(compiled, draw(model, inputs))
+    calls = [
+        (0, [], None, 3),  # a step of one token, one of two, and a cell's codes
+        (2, [], None, 0),  # another length of prompt
+        (0, [Forbid()], 5, 0),  # with a generator, the language model alone is compiled
+        (0, [Forbid()], None, 1),  # a user's processor is part of a cell's codes
+    ]
+    for caption, processors, seed, new in calls:
+        inputs, before = drawing_inputs(short_processor, CAPTIONS[caption : caption + 1]), graphs.count
+
+        def drawn(inputs=inputs, processors=processors, seed=seed, **chosen) -> torch.Tensor:
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            options = {"logits_processor": LogitsProcessorList(processors), "do_sample": seed is not None}
+            return draw(model, inputs, generator=generator, **options, **chosen)
+
+        compiled = drawn(**graphs.options())
+        assert graphs.count - before == new
+        assert torch.equal(compiled, drawn())
+        assert compiled.max() < (256 if processors else 512)
 
 
 def test_compiled_it_draws_the_same_with_row_ends(emu3):
@@ -119,20 +132,6 @@ def test_compiled_it_draws_the_same_with_row_ends(emu3):
     compiled = draw(model, inputs, guidance_scale=3.0, **graphs.options())
     assert graphs.count == 3
     assert torch.equal(compiled, draw(model, inputs, guidance_scale=3.0))
-
-
-def test_compiled_it_obeys_a_users_processor_and_generator(base, short_processor):
-    model, inputs, graphs = attach(base), drawing_inputs(short_processor, CAPTIONS[:1]), Graphs()
-    options = {"logits_processor": LogitsProcessorList([Forbid()]), "do_sample": True}
-    plain, compiled = (
-        draw(model, inputs, generator=torch.Generator().manual_seed(5), **options, **chosen)
-        for chosen in ({}, graphs.options())
-    )
-    assert graphs.count == 2  # the language model alone
-    assert torch.equal(plain, compiled)
-    assert compiled.max() < 256
-    assert draw(model, inputs, **options, **graphs.options()).max() < 256
-    assert graphs.count == 3
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])

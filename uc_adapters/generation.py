@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerationMode
 
 from .drawing import Drawing
-from .errors import InputError, UnsupportedError
+from .errors import BaseModelError, InputError, UnsupportedError
 from .families import Family
 from .hosts import ReadHost
 from .layers import Grid, cells_of
@@ -69,6 +69,7 @@ def draw(
         InputError: A prompt that is empty or does not end in the image's begin, a size that the stride does not divide, or an
             unknown argument.
         UnsupportedError: Beam search, structured outputs, or a cache that is neither "dynamic" nor "static".
+        BaseModelError: The language model's states are no finite numbers.
     """
     family, base = drawing.family, drawing.family.base
     config, unknown = base._prepare_generation_config(generation_config, **kwargs)
@@ -146,7 +147,8 @@ def _draw_compact(
     inputs = prompts
     globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
     for index in range(count):
-        codes = globals_[:, index] = sample(family.code_logits(step(inputs)))
+        codes = sample(family.code_logits(step(inputs)))
+        globals_[:, index] = codes
         inputs = family.embed_codes(codes).unsqueeze(1)
         bar.update()
     # The separator is known, as a row's end is: it rides along with the token before it and costs no step.
@@ -159,9 +161,15 @@ def _draw_compact(
             inputs = drawing.embed_cells(cells[:, index - 1 : index])  # (B, 1, k) -> (B, 1, D)
             if family.row_ends and index % columns == 0:
                 inputs = torch.cat([inputs, row_end], 1)
-        cells[:, index] = draw_cell(step(inputs), entries, sample)
+        hidden = step(inputs)
+        cells[:, index] = draw_cell(hidden, entries, sample)
         bar.update()
     bar.close()
+    if not bool(hidden.isfinite().all()):  # once, behind the loop: keys and values that are no numbers spoil all that follows
+        raise BaseModelError(
+            f"The language model's last states are no finite numbers in {hidden.dtype}; expected numbers. Load the base with "
+            "dtype=torch.bfloat16 or torch.float32, and check its weights."
+        )
     return globals_, cells
 
 
