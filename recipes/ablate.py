@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 from ablation_variants import AXES, DEFAULT, Variant
-from benchmark import hardware
+from benchmark_report import hardware
 from contenders import Contender, contenders
 from digits import random_scene
 from finetune import (

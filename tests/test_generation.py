@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from uc_adapters.compression import CompactCodes
+from uc_adapters.errors import BaseModelError
 from uc_adapters.layers import raster_to_cells
 
 each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
@@ -260,6 +261,15 @@ def test_the_decompressor_after_the_loop_scores_what_it_drew(base, short_process
         compact = CompactCodes(globals_, cells.unsqueeze(-1), dense, (8, 8))
         scores = drawing.reconstruction_logits(compact, drawing.entries(cells), drawing.entries(globals_))
     assert torch.equal(scores.argmax(-1), dense)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_language_model_whose_states_are_no_numbers_is_told_of(base, prompts, do_sample):
+    model = attach(base)
+    with torch.no_grad():
+        base.model.language_model.layers[0].input_layernorm.weight[0] = float("nan")
+    with pytest.raises(BaseModelError, match=r"no finite numbers in torch.float32.*bfloat16"):
+        draw(model, prompts, do_sample=do_sample)
 
 
 def test_progress_shows_a_bar(base, prompts, capsys):

@@ -110,13 +110,13 @@ class Drawing:
         return self.family.code_logits(features)
 
     def draw_cell(self, hidden: torch.Tensor, globals_: torch.Tensor, sample: Sampler) -> torch.Tensor:
-        """The codes of the next cell (B, k), from hidden states (B, D) and global codes (B, N_g)."""
+        """The codes of the next cell (B, k), from hidden states (B, D) and the entries of the global codes (B, N_g, C)."""
         if not self.module.in_loop:
             return sample(self.family.code_logits(hidden)).unsqueeze(-1)
         return self.module.decompressor.draw(
-            self.codebook.to(self.dtype),
+            self.codebook,
             hidden.to(self.dtype),
-            self.entries(globals_),
+            globals_,
             lambda features: sample(self.family.code_logits(features)),
         )
 
@@ -125,7 +125,7 @@ class Drawing:
         if self.module.in_loop:
             return cells_to_raster(cells, self.module.stride, grid)
         return self.module.decompressor.draw(
-            self.codebook.to(self.dtype),
+            self.codebook,
             self.entries(cells.squeeze(2)),
             self.entries(globals_),
             grid,

@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
-from transformers.generation import ClassifierFreeGuidanceLogitsProcessor, GenerationMode
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import GenerationMode
 
-from .drawing import Drawing, Sampler
-from .errors import InputError, UnsupportedError
+from .drawing import Drawing
+from .errors import BaseModelError, InputError, UnsupportedError
 from .families import Family
 from .hosts import ReadHost
 from .layers import Grid, cells_of
+from .sampling import CodeSampler
+from .steps import Steps
 
 
 def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +59,7 @@ def draw(
         generator: Source of randomness for `do_sample=True`; default torch's global one.
         progress: Shows a bar over the steps.
         **kwargs: Fields of the generation config: `do_sample`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
-            `num_return_sequences`.
+            `num_return_sequences`; `cache_implementation`, `compile_config` and `disable_compile`, see `Steps`.
 
     Returns:
         Tokens of the dense images (B * num_return_sequences, T') for the base's `decode_image_tokens`, as the base itself
@@ -66,7 +68,8 @@ def draw(
     Raises:
         InputError: A prompt that is empty or does not end in the image's begin, a size that the stride does not divide, or an
             unknown argument.
-        UnsupportedError: Beam search, or structured outputs.
+        UnsupportedError: Beam search, structured outputs, or a cache that is neither "dynamic" nor "static".
+        BaseModelError: The language model's states are no finite numbers.
     """
     family, base = drawing.family, drawing.family.base
     config, unknown = base._prepare_generation_config(generation_config, **kwargs)
@@ -105,29 +108,7 @@ def draw(
         prompts, blank = (F.pad(part, (0, 0, length - part.shape[1], 0)) for part in (prompts, blank))
         attention_mask, blank_mask = (F.pad(part, (length - part.shape[1], 0)) for part in (attention_mask, blank_mask))
 
-    def sampler(ids: torch.Tensor, guided: bool) -> Sampler:
-        processors = LogitsProcessorList()
-        if guided:
-            processors.append(ClassifierFreeGuidanceLogitsProcessor(guidance))
-        processors.extend(logits_processor or [])
-        processors = base._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=ids.shape[1],
-            encoder_input_ids=ids,
-            logits_processor=processors,
-            device=ids.device,
-        )
-
-        def sample(logits: torch.Tensor) -> torch.Tensor:
-            scores = processors(ids, logits.float())  # guided: (2B, K) -> (B, K)
-            if config.do_sample:
-                codes = torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
-            else:
-                codes = scores.argmax(-1)
-            return codes.repeat(2) if guided else codes
-
-        return sample
-
+    sampling = {"base": base, "config": config, "processors": logits_processor, "generator": generator}
     repeats = config.num_return_sequences
     tokens: dict[int, torch.Tensor] = {}
     for grid in dict.fromkeys(grids):  # images of one size are drawn at once
@@ -135,8 +116,10 @@ def draw(
         inputs, mask, ids = prompts[rows], attention_mask[rows], input_ids[rows]
         if guided:  # twice as many: with the prompt, and with the blank one
             inputs, mask = torch.cat([inputs, blank[rows]]), torch.cat([mask, blank_mask[rows]])
-        globals_, cells = _draw_compact(drawing, inputs, mask, grid, sampler(ids, guided), progress)
-        codes = drawing.expand(globals_[: len(rows)], cells[: len(rows)], grid, sampler(ids, False))
+        guided_sample = CodeSampler(prompts=ids, guidance=guidance if guided else None, **sampling)
+        globals_, cells = _draw_compact(drawing, inputs, mask, grid, guided_sample, config, progress)
+        plain_sample = CodeSampler(prompts=ids, guidance=None, **sampling)
+        codes = drawing.expand(globals_[: len(rows)], cells[: len(rows)], grid, plain_sample)
         places = [int(row) * repeats + index % repeats for index, row in enumerate(rows)]
         tokens.update(zip(places, family.to_tokens(codes, grid), strict=True))
     in_order = [tokens[place] for place in range(len(tokens))]
@@ -144,50 +127,50 @@ def draw(
 
 
 def _draw_compact(
-    drawing: Drawing, prompts: torch.Tensor, mask: torch.Tensor, grid: Grid, sample: Sampler, progress: bool
+    drawing: Drawing,
+    prompts: torch.Tensor,
+    mask: torch.Tensor,
+    grid: Grid,
+    sample: CodeSampler,
+    config: GenerationConfig,
+    progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The language model's loop: global codes (B, N_g) and cells (B, T', k)."""
     family, module = drawing.family, drawing.module
-    cache = DynamicCache(config=family.base.config.get_text_config())
-    rows, columns = cells_of(grid, module.stride)
+    count, (rows, columns) = module.num_global_tokens, cells_of(grid, module.stride)
     row_end = family.row_end.expand(len(prompts), 1, -1) if family.row_ends else None
-    # The whole sequence's mask and positions at once: padding takes no position
-    places = module.num_global_tokens + 1 + rows * (columns + family.row_ends)
-    mask = F.pad(mask, (0, places), value=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    step = Steps(family, mask, count + 1 + rows * (columns + family.row_ends), config)
+    # A generator cannot be compiled: its codes are then drawn as they are uncompiled, and the language model alone is
+    draw_cell = step.compiled(drawing.draw_cell) if sample.generator is None else drawing.draw_cell
 
-    def step(inputs: torch.Tensor) -> torch.Tensor:
-        """Feeds inputs (B, n, D) behind what the cache holds; returns the last hidden state (B, D)."""
-        seen = cache.get_seq_length()
-        output = family.language_model(
-            inputs_embeds=inputs,
-            attention_mask=mask[:, : seen + inputs.shape[1]],
-            position_ids=positions[:, seen : seen + inputs.shape[1]],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
-
-    bar = tqdm(total=module.num_global_tokens + rows * columns, desc="draw", disable=not progress)
+    bar = tqdm(total=count + rows * columns, desc="draw", disable=not progress)
     inputs = prompts
-    globals_ = torch.zeros(len(prompts), 0, dtype=torch.long, device=prompts.device)
-    for _ in range(module.num_global_tokens):
+    globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
+    for index in range(count):
         codes = sample(family.code_logits(step(inputs)))
-        globals_ = torch.cat([globals_, codes.unsqueeze(1)], 1)
+        globals_[:, index] = codes
         inputs = family.embed_codes(codes).unsqueeze(1)
         bar.update()
     # The separator is known, as a row's end is: it rides along with the token before it and costs no step.
     inputs = torch.cat([inputs, drawing.separator.expand(len(inputs), 1, -1)], 1)
-    cells: list[torch.Tensor] = []
+    width = module.stride**2 if module.in_loop else 1
+    cells = globals_.new_empty(len(prompts), rows * columns, width)
+    entries = drawing.entries(globals_)
     for index in range(rows * columns):
         if index:
-            inputs = drawing.embed_cells(cells[-1].unsqueeze(1))  # (B, 1, k) -> (B, 1, D)
+            inputs = drawing.embed_cells(cells[:, index - 1 : index])  # (B, 1, k) -> (B, 1, D)
             if family.row_ends and index % columns == 0:
                 inputs = torch.cat([inputs, row_end], 1)
-        cells.append(drawing.draw_cell(step(inputs), globals_, sample))
+        hidden = step(inputs)
+        cells[:, index] = draw_cell(hidden, entries, sample)
         bar.update()
     bar.close()
-    return globals_, torch.stack(cells, 1)
+    if not bool(hidden.isfinite().all()):  # once, behind the loop: keys and values that are no numbers spoil all that follows
+        raise BaseModelError(
+            f"The language model's last states are no finite numbers in {hidden.dtype}; expected numbers. Load the base with "
+            "dtype=torch.bfloat16 or torch.float32, and check its weights."
+        )
+    return globals_, cells
 
 
 def _negative_prompts(

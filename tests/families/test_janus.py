@@ -1,14 +1,9 @@
 import pytest
 import torch
+from benchmark_models import SHAPES, janus_config
 from helpers import CAPTIONS, DECOMPRESSORS, DENSE, attach, drawing_inputs
 from tiny_janus import make_processor
-from transformers import (
-    JanusConfig,
-    JanusForConditionalGeneration,
-    JanusVisionConfig,
-    JanusVQVAEConfig,
-    LlamaConfig,
-)
+from transformers import JanusForConditionalGeneration
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, get_uc_model
 from uc_adapters.compression import DrawCompressor, ReadCompressor
@@ -102,34 +97,16 @@ def test_pixels_of_another_shape_are_refused(family, shape):
         family.check_pixels(torch.zeros(shape), None)
 
 
-def janus_pro(hidden: int, layers: int, heads: int, mlp: int) -> JanusForConditionalGeneration:
+def janus_pro(shape: str) -> JanusForConditionalGeneration:
     """A published Janus-Pro by its shapes, without weights."""
-    config = JanusConfig(
-        text_config=LlamaConfig(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            intermediate_size=mlp,
-            vocab_size=102_400,
-            max_position_embeddings=16_384,
-        ),
-        vision_config=JanusVisionConfig(projection_dim=hidden),
-        vq_config=JanusVQVAEConfig(projection_dim=hidden, image_token_embed_dim=hidden),
-        tie_word_embeddings=False,
-    )
     with torch.device("meta"):
-        return JanusForConditionalGeneration(config)
+        return JanusForConditionalGeneration(janus_config(*SHAPES[shape]))
 
 
-PUBLISHED = {"Janus-Pro-1B": (2048, 24, 16, 5632), "Janus-Pro-7B": (4096, 30, 32, 11_008)}
-
-
-@pytest.fixture(scope="module", params=PUBLISHED, ids=str)
+@pytest.fixture(scope="module", params=SHAPES)
 def published(request):
     """Name, language model's shape, and the model on the meta device with a default adapter."""
-    shape = PUBLISHED[request.param]
-    return request.param, shape, get_uc_model(janus_pro(*shape), UniCompressConfig())
+    return request.param, SHAPES[request.param], get_uc_model(janus_pro(request.param), UniCompressConfig())
 
 
 def module_of(model, kind):
@@ -171,6 +148,7 @@ def test_published_models_gain_at_most_three_per_cent(published):
     base = count(model, lambda name: "lora_" not in name)
     compression = count(model, lambda name: ".lora_uc." in name)
     lora = count(model, lambda name: ".lora_A." in name or ".lora_B." in name)
+    assert round(base / 1e9, 2) == {"janus-pro-1b": 2.08, "janus-pro-7b": 7.41}[name]
     print(f"{name}: base {base:,}, compression {compression:,} ({compression / base:.2%}), LoRA at r=8 {lora:,}")
     assert 0 < compression <= 0.03 * base
     assert lora > 0
@@ -178,7 +156,7 @@ def test_published_models_gain_at_most_three_per_cent(published):
 
 @pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 def test_every_decompressor_stays_within_three_per_cent_of_the_smaller_model(decompressor):
-    model = get_uc_model(janus_pro(*PUBLISHED["Janus-Pro-1B"]), UniCompressConfig(decompressor=decompressor))
+    model = get_uc_model(janus_pro("janus-pro-1b"), UniCompressConfig(decompressor=decompressor))
     base = count(model, lambda name: "lora_" not in name)
     compression = count(model, lambda name: ".lora_uc." in name)
     print(f"{decompressor}: compression {compression:,} ({compression / base:.2%})")

@@ -1,9 +1,7 @@
 """The scripts run from their arguments; what they reach is on the cards, not here."""
 
-import json
 from pathlib import Path
 
-import benchmark
 import evaluate
 import finetune
 import pytest
@@ -65,30 +63,3 @@ def test_every_config_is_one_of_finetunes(file):
     if file.stem == "tiny":
         assert args == finetune.FinetuneArguments()
         assert training.to_dict() == finetune.TrainingConfig(use_cpu=True).to_dict()
-
-
-def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path):
-    files = {"json": str(tmp_path / "figures.json"), "chart": str(tmp_path / "figures.png")}
-    benchmark.main(benchmark.BenchmarkArguments(repeats=1, **files))
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert all(figures["drawing"]["seconds"][name] > 0 for name in ("base", "adapter"))
-    assert sum(figures["drawing"]["adapter_shares"].values()) == pytest.approx(1)
-    assert min(figures["drawing"]["adapter_shares"].values()) > 0
-    assert figures["reading"]["seconds"].keys() == {"prefill", "first token", "answer"}
-    assert figures["memory"]["cache_bytes"]["adapter"] * 64 == figures["memory"]["cache_bytes"]["base"] * 21
-    assert min(Image.open(files["chart"]).size) > 200
-
-
-@pytest.mark.parametrize(("text", "figures"), [("README.md", "benchmark-*.json"), ("docs/training.md", "training-*.json")])
-def test_the_docs_quote_the_committed_figures(text, figures):
-    root = Path(__file__).parents[2]
-    quoted, files = (root / text).read_text(), list((root / "docs").glob(figures))
-    assert files
-    for file in files:
-        for row in benchmark.markdown(json.loads(file.read_text())).splitlines()[2:]:
-            assert row.split("|", 2)[2] in quoted, row  # the figures; the text has its own words for what they are of
-
-
-def test_benchmark_names_the_shapes_that_it_knows():
-    with pytest.raises(SystemExit, match=r"'huge'.*tiny.*janus-pro-1b"):
-        benchmark.main(benchmark.BenchmarkArguments(shape="huge"))

@@ -115,17 +115,19 @@ class BlockDecoder(nn.Module):
         """
         memories = [layer.cross_attention.keys_values(memory) for layer in self.layers]
         pasts: list = [None] * len(self.layers)
-        before = self.start.expand(len(condition), block, -1)
-        drawn = []
+        drawn: list[torch.Tensor] = []
         for first in range(0, len(positions), block):
             here = slice(first, first + block)
+            if drawn:
+                before = self.code_in(codebook[drawn[-1]].to(self.start.dtype))
+            else:
+                before = self.start.expand(len(condition), block, -1)
             x = before + positions[here] + condition[:, here]
             for index, layer in enumerate(self.layers):
                 x, pasts[index] = layer(x, memories[index], pasts[index])
             features = self.out(self.norm(x))  # (B, block, D)
             codes = pick(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (B, block)
             drawn.append(codes)
-            before = self.code_in(codebook[codes])
         return torch.cat(drawn, 1)
 
 

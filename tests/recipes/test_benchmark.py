@@ -1,0 +1,156 @@
+"""Base and adapter are measured alike, what does not fit is told, and the docs quote what was measured."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import benchmark
+import benchmark_models
+import benchmark_report
+import drawing_benchmark
+import pytest
+import reading_benchmark
+import stopwatch
+import torch
+from PIL import Image
+
+SIDES = ("base", "adapter")
+NEVER_FITS = 10**12  # prompts, whose words alone are more bytes than a process can address
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with torch.no_grad():
+        yield benchmark_models.pair("tiny", "cell", torch.float32, "cpu")
+
+
+def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
+    files = {"json": str(tmp_path / "figures.json"), "chart": str(tmp_path / "figures.png")}
+    arguments = {"repeats": 1, "warm_up": False, "batch_sizes": [1, 2], "alternatives": ["dynamic", "static"]}
+    benchmark.main(benchmark.BenchmarkArguments(**arguments, **files))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    drawing, reading, memory = figures["drawing"], figures["reading"], figures["memory"]
+    assert drawing["alternatives"].keys() == {"dynamic", "static"}
+    for by_batch in (drawing["by_batch"], *drawing["alternatives"].values()):
+        assert all(by_batch[batch][name] > 0 for batch in ("1", "2") for name in SIDES)
+    assert drawing["seconds"] == drawing["by_batch"]["1"]
+    assert drawing["shares"]["base"].keys() == {"language model", "code head", "image decoder", "everything else"}
+    assert drawing["shares"]["adapter"].keys() == {*drawing["shares"]["base"], "decompressor"}
+    for name in SIDES:
+        assert sum(drawing["shares"][name].values()) == pytest.approx(1)
+        assert min(drawing["shares"][name].values()) > 0
+    assert reading["by_batch"]["2"].keys() == {"prefill", "first token", "answer"}
+    assert reading["seconds"] == reading["by_batch"]["1"]
+    assert all(pair.keys() == set(SIDES) for pair in reading["tokens_per_second"].values())
+    assert memory["cache_bytes"]["adapter"] * 64 == memory["cache_bytes"]["base"] * 21
+    assert figures["batches"]["adapter"] == {"out_of_memory": [], "largest_that_fits": 2}
+    table = capsys.readouterr().out
+    assert "| drawing, static caches, batch 2 (s) |" in table
+    assert "| keys and values, of a drawing, batch 2 (MB) |" in table
+    assert min(Image.open(files["chart"]).size) > 200
+
+
+def test_the_bytes_of_a_drawings_cache_are_those_of_the_real_one(tiny):
+    found = {}
+    for name, model in tiny.items():
+        language_model = (model.get_base_model() if name == "adapter" else model).model.language_model
+
+        def look(module, args, kwargs, name=name):
+            found[name] = kwargs["past_key_values"]
+
+        handle = language_model.register_forward_pre_hook(look, with_kwargs=True)
+        drawing_benchmark.draw(model, 2)
+        handle.remove()
+    real = {name: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for name, cache in found.items()}
+    assert drawing_benchmark.drawing_cache_bytes(tiny["adapter"], 2) == real
+
+
+def test_the_bytes_of_a_read_image_are_those_it_adds_to_the_cache(tiny):
+    expected = reading_benchmark.image_cache_bytes(tiny["adapter"])
+    works = reading_benchmark.reading_works(tiny, 1)["prefill"]
+    text = benchmark_models.TEXT_TOKENS * drawing_benchmark.token_bytes(tiny["adapter"])
+    for name, work in works.items():
+        cache = work().past_key_values
+        assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) - text == expected[name]
+
+
+def test_the_peak_counts_what_a_turn_needs():
+    megabytes = {"little": 60, "much": 300}
+    works = {name: partial(torch.ones, size * 2**18) for name, size in megabytes.items()}
+    measured = stopwatch.in_turn(works, 2, "turn")
+    if measured["much"].peak_bytes is None:
+        pytest.skip("this system does not tell a process's peak")
+    for name, size in megabytes.items():
+        assert measured[name].peak_bytes == pytest.approx(size * 2**20, rel=0.1)
+
+
+def test_what_runs_out_of_memory_drops_out_of_the_turns():
+    turns = []
+    works = {"small": lambda: turns.append("small"), "big": lambda: (turns.append("big"), torch.empty(2**50))}
+    measured = stopwatch.in_turn(works, 2, "turn")
+    assert measured["big"] is None
+    assert measured["small"].seconds > 0
+    assert turns == ["small", "big", "small", "small"]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shape"):
+        stopwatch.fitting(lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))
+
+
+def test_a_batch_that_does_not_fit_is_reported_and_the_others_are_measured(tmp_path, capsys):
+    chart = str(tmp_path / "figures.png")
+    figures = benchmark.main(benchmark.BenchmarkArguments(repeats=1, warm_up=False, batch_sizes=[NEVER_FITS, 1], chart=chart))
+    for name in SIDES:
+        assert figures["batches"][name] == {"out_of_memory": [NEVER_FITS], "largest_that_fits": 1}
+        assert figures["drawing"]["by_batch"][str(NEVER_FITS)][name] is None
+        assert figures["drawing"]["by_batch"]["1"][name] > 0
+        assert figures["reading"]["by_batch"]["1"]["answer"][name] > 0
+    assert figures["drawing"]["ratio"] is None
+    table = capsys.readouterr().out
+    assert f"batch {NEVER_FITS} (s) | out of memory | out of memory |  |" in table
+    assert f"adapter, batch {NEVER_FITS}: out of memory; the largest that fits is 1." in table
+    assert Path(chart).exists()
+
+
+def test_training_that_does_not_fit_says_so():
+    with pytest.raises(SystemExit, match=r"out of memory.*smaller"):
+        benchmark.main(benchmark.BenchmarkArguments(train=True, repeats=1, warm_up=False, batch_sizes=[NEVER_FITS]))
+
+
+def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    drawing = drawing_benchmark.drawing_figures(tiny, [1], 1, False, ["compiled"])
+    assert drawing["alternatives"] == {}
+    assert "no-such-compiler" in drawing["left_out"]["compiled"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shape": "huge"}, r"--shape 'huge'.*tiny, janus-pro-1b, janus-pro-7b"),
+        ({"decompressor": "magic"}, r"--decompressor 'magic'.*cell, phase, raster"),
+        ({"dtype": "int7"}, r"--dtype 'int7'.*float32"),
+        ({"device": "cuda:99"}, r"--device 'cuda:99'.*cpu"),
+        ({"device": "toaster"}, r"--device 'toaster'.*cpu"),
+        ({"repeats": 0}, r"--repeats 0.*1 or more"),
+        ({"batch_sizes": [1, 0]}, r"--batch_sizes \[1, 0\].*1 or more"),
+        ({"batch_sizes": []}, r"--batch_sizes \[\].*1 or more"),
+        ({"alternatives": ["quantum"]}, r"--alternatives \['quantum'\].*dynamic, static, compiled"),
+        ({"json": "no/such/folder/figures.json"}, r"--json .*a folder that is there"),
+        ({"gradient_checkpointing": True}, "expected both"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(given, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark.BenchmarkArguments(**given)
+
+
+@pytest.mark.parametrize(("text", "figures"), [("README.md", "benchmark-*.json"), ("docs/training.md", "training-*.json")])
+def test_the_docs_quote_the_committed_figures(text, figures):
+    root = Path(__file__).parents[2]
+    quoted, files = (root / text).read_text(), list((root / "docs").glob(figures))
+    assert files
+    for file in files:
+        for row in benchmark_report.markdown(json.loads(file.read_text())).splitlines()[2:]:
+            assert row.split("|", 2)[2] in quoted, row  # the figures; the text has its own words for what they are of
