@@ -17,16 +17,14 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import transformers
 from ablation_variants import AXES, DEFAULT, Variant
-from benchmark_report import hardware
 from contenders import Contender, contenders
 from digits import random_scene
+from environment import environment
 from finetune import (
     leave_batches_to_the_collator,
     load_base,
@@ -183,9 +181,7 @@ def main(args: AblateArguments) -> dict:
         "budget": args.budget,
         "axes": args.axes,
         "runs": runs,
-        "hardware": hardware("cpu"),
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "uc-adapters")},
-        "date": date.today().isoformat(),
+        "environment": environment(),
     }
     print(markdown(ablation))
     if args.json:

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
 from benchmark_models import SHAPES, pair, prompts, random_pixels
-from benchmark_report import draw_chart, hardware, markdown
+from benchmark_report import draw_chart, markdown
 from drawing_benchmark import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
+from environment import environment
 from reading_benchmark import disabled_over_bare, image_cache_bytes, reading_figures
 from stopwatch import Work, fitting, in_turn
 from torch import nn
@@ -143,12 +142,7 @@ def main(args: BenchmarkArguments) -> dict:
     set_seed(0)
     models = pair(args.shape, args.decompressor, getattr(torch, args.dtype), args.device)
     figures = training_speed(models, args) if args.train else speed_figures(models, args)
-    figures |= {
-        "hardware": hardware(args.device),
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "uc-adapters")},
-        "date": date.today().isoformat(),
-        "settings": vars(args),
-    }
+    figures |= environment(args.device) | {"settings": vars(args)}
     text = json.dumps(figures, indent=2)
     print(f"{text}\n\n{markdown(figures)}")
     if args.json:

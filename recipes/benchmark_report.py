@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
 import matplotlib as mpl
-import torch
 from training_benchmark import training_rows
 
 mpl.use("Agg")
@@ -14,16 +10,6 @@ import matplotlib.pyplot as plt  # behind the choice of backend: no screen is ne
 
 Pair = dict[str, float | None]
 WAYS = {"dynamic": "dynamic caches", "static": "static caches", "compiled": "compiled"}
-
-
-def hardware(device: str) -> str:
-    """The machine, in words."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line for line in lines if line.startswith("model name")), "")
-    return f"{torch.get_num_threads()} CPU cores, {model.partition(': ')[2] or platform.processor() or platform.machine()}"
 
 
 def rows(figures: dict) -> list[tuple[str, str, Pair, bool]]:

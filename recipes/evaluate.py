@@ -13,16 +13,14 @@ decompressor, image decoder), after a warm-up batch each. docs/evaluation.md say
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
 from contenders import Contender, contenders, drawn_steps, read_tokens, why_no_drawing
 from digits import Scene, random_scene
+from environment import environment
 from intervals import mean
 from scene_scores import (
     SPLIT,
@@ -40,7 +38,6 @@ from scipy.stats import sem
 from score_report import markdown, save_drawings
 from trl import TrlParser
 
-import uc_adapters
 from uc_adapters import CardFacts
 from uc_adapters.hub.card import update_card
 
@@ -78,13 +75,7 @@ def main(args: EvaluateArguments) -> dict:
         "dataset": f"digit scenes of held-out scans, n = {args.scenes}, seed {args.seed}",
         **scores,
         "settings": vars(args),
-        "environment": {
-            "date": date.today().isoformat(),
-            "device": f"{torch.get_num_threads()} CPU threads, {platform.processor() or platform.machine()}",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "uc_adapters": uc_adapters.__version__,
-        },
+        "environment": environment(),
     }
     print(markdown(scores))
     if args.json:

@@ -21,19 +21,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
 from contenders import contenders, side_by_side, why_no_drawing
 from conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations, decoded
 from datasets import Dataset
+from environment import environment
 from geneval import draw_prompts, free_folder, read_prompts
 from picture_metrics import load_clip, load_features, score_pictures
 from sample_pictures import is_drawn
 from tqdm.auto import tqdm
 from trl import TrlParser
 from vqa import answer_questions, questions_of, vqa_scores
-
-import uc_adapters
 
 LABELS = {
     "fid": "drawing: FID",
@@ -106,12 +104,7 @@ def main(args: EvaluateDatasetArguments) -> dict:
         taken = draw_prompts(pair, prompts, args.samples, folder, args.seed, args.batch_size, **sampling)
         scores["geneval"] = {"prompts": len(prompts), "samples": args.samples, "seconds": taken}
     scores["settings"] = vars(args)
-    scores["environment"] = {
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "uc_adapters": uc_adapters.__version__,
-    }
+    scores["environment"] = environment(args.device)
     print(markdown(scores))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")

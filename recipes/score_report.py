@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from digits import QUESTION_KINDS, Scene
+from environment import in_words
 from PIL import Image
 from sample_pictures import save_grid
 from scene_scores import DrawingScore, drawing_prompts, render
@@ -34,8 +35,7 @@ def markdown(scores: dict) -> str:
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     lines += [[label, *(cells.get(column, "") for column in columns)] for label, cells in _rows(scores)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    environment = ", ".join(f"{name} {value}" for name, value in scores["environment"].items())
-    return f"{table}\n\n{scores['dataset']}; in brackets, 95 % intervals; {environment}"
+    return f"{table}\n\n{scores['dataset']}; in brackets, 95 % intervals; {in_words(scores['environment'])}"
 
 
 def _rows(scores: dict) -> Iterator[tuple[str, dict[str, str]]]:

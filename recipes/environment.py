@@ -1,0 +1,34 @@
+"""What figures are quoted with: the machine, the versions, the day."""
+
+from __future__ import annotations
+
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "uc-adapters")
+
+
+def environment(device: str = "cpu") -> dict:
+    """For a file of figures: "hardware" in words, "versions" by package, "date"."""
+    versions = {package: version(package) for package in PACKAGES}
+    return {"hardware": hardware(device), "versions": versions, "date": date.today().isoformat()}
+
+
+def hardware(device: str) -> str:
+    """The machine, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line for line in lines if line.startswith("model name")), "")
+    return f"{torch.get_num_threads()} CPU cores, {model.partition(': ')[2] or platform.processor() or platform.machine()}"
+
+
+def in_words(found: dict) -> str:
+    """An `environment` in a line."""
+    versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    return f"{found['hardware']}; {versions}; {found['date']}"
