@@ -54,7 +54,10 @@ class PretrainArguments:
         default=None, metadata={"help": "Steps of the VQ tokenizer. None: 900 for digit scenes, 2,000 for a dataset."}
     )
     vision_steps: int = field(default=1800, metadata={"help": "Steps in which the vision tower names what it sees."})
-    joint_steps: int = field(default=1100, metadata={"help": "Steps of joint reading and drawing."})
+    joint_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of joint reading and drawing. None: 1,100 for digit scenes, 2,000 for a dataset."},
+    )
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50):
@@ -201,11 +204,11 @@ def main(args: PretrainArguments) -> None:
     work.mkdir(parents=True, exist_ok=True)
     model = make.make_model(processor)
     tiny = pretraining(model, processor, pool)
-    vq_steps = args.vq_steps or (900 if args.dataset is None else 2000)
-    stages = {"vq": lambda: train_vq(tiny, vq_steps)}
+    vq_steps, joint_steps = (900, 1100) if args.dataset is None else (2000, 2000)
+    stages = {"vq": lambda: train_vq(tiny, args.vq_steps or vq_steps)}
     if tiny.has_vision_tower:
         stages["vision"] = lambda: train_vision(tiny, args.vision_steps)
-    stages["joint"] = lambda: train_joint(tiny, args.joint_steps)
+    stages["joint"] = lambda: train_joint(tiny, args.joint_steps or joint_steps)
     for index, (name, train) in enumerate(stages.items()):
         if index:  # a stage's own seed: resuming gives what one run gives
             set_seed(args.seed + index)

@@ -1,4 +1,4 @@
-"""Base and adapter are measured alike, what does not fit is told, and the docs quote what was measured."""
+"""Base and adapter are measured alike, and what does not fit is told."""
 
 import json
 from functools import partial
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import benchmark
 import benchmark_models
-import benchmark_report
 import drawing_benchmark
 import pytest
 import reading_benchmark
@@ -144,13 +143,3 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny, m
 def test_arguments_that_cannot_be_are_refused(given, message):
     with pytest.raises(SystemExit, match=message):
         benchmark.BenchmarkArguments(**given)
-
-
-@pytest.mark.parametrize(("text", "figures"), [("README.md", "benchmark-*.json"), ("docs/training.md", "training-*.json")])
-def test_the_docs_quote_the_committed_figures(text, figures):
-    root = Path(__file__).parents[2]
-    quoted, files = (root / text).read_text(), list((root / "docs").glob(figures))
-    assert files
-    for file in files:
-        for row in benchmark_report.markdown(json.loads(file.read_text())).splitlines()[2:]:
-            assert row.split("|", 2)[2] in quoted, row  # the figures; the text has its own words for what they are of
