@@ -132,6 +132,20 @@ def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArgumen
     return scores
 
 
+def check(args: AblateArguments) -> None:
+    """Stops on what would fail after hours, or would say nothing."""
+    unknown = [axis for axis in args.axes if axis not in AXES]
+    if unknown or not args.axes:
+        raise SystemExit(f"--axes {unknown or '(none)'}: expected one or more of {', '.join(AXES)}.")
+    if not args.seeds:
+        raise SystemExit("--seeds (none): expected one or more.")
+    for option, least in (("stage_1_steps", 1), ("max_steps", 1), ("batch_size", 1), ("scenes", 2)):
+        if getattr(args, option) < least:
+            raise SystemExit(f"--{option} {getattr(args, option)}: expected {least} or more.")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise SystemExit(f"--json {args.json}: the folder {Path(args.json).parent} does not exist; make it first.")
+
+
 def check_budget(file: Path, budget: dict, args: AblateArguments) -> None:
     """Scores of another budget do not compare."""
     if budget != args.budget:
@@ -163,9 +177,7 @@ def markdown(ablation: dict) -> str:
 
 
 def main(args: AblateArguments) -> dict:
-    unknown = [axis for axis in args.axes if axis not in AXES]
-    if unknown or not args.seeds:
-        raise SystemExit(f"--axes {unknown}, --seeds {args.seeds}; expected axes of {list(AXES)}, and at least one seed.")
+    check(args)
     transformers.logging.set_verbosity_error()
     earlier: dict[str, dict[str, dict[str, float]]] = {}
     if args.json and Path(args.json).is_file():

@@ -104,7 +104,17 @@ def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_bud
         ablate.main(ablate.AblateArguments(**options | {"scenes": 3}))
 
 
-@pytest.mark.parametrize("given", [{"axes": ["flavour"]}, {"seeds": []}])
-def test_ablate_refuses_what_it_does_not_know(given):
-    with pytest.raises(SystemExit, match="expected axes"):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"axes": ["flavour"]}, "flavour.*expected one or more of global tokens"),
+        ({"axes": []}, "none.*expected one or more"),
+        ({"seeds": []}, "--seeds"),
+        ({"max_steps": 0}, "--max_steps 0: expected 1 or more"),
+        ({"scenes": 1}, "--scenes 1: expected 2 or more"),
+        ({"json": "nowhere/ablation.json"}, "nowhere does not exist"),
+    ],
+)
+def test_ablate_refuses_before_it_trains_anything(given, told):
+    with pytest.raises(SystemExit, match=told):
         ablate.main(ablate.AblateArguments(**given))
