@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,7 @@ def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> t
     return Contender("adapter", model.eval(), processor), perplexity
 
 
-def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, float]:
+def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, float | None]:
     """Reading, drawing and nats of held-out scenes: the same ones for every variant."""
     rng = np.random.default_rng([seed, args.scenes])
     scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
@@ -112,7 +111,7 @@ def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, f
     }
 
 
-def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArguments) -> dict[str, float]:
+def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArguments) -> dict[str, float | None]:
     """Of a variant, or of the base itself where there is none: from an earlier run, or by training it now."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in name)
     file = Path(args.output_dir, f"{slug}-seed-{seed}.json")
@@ -120,12 +119,12 @@ def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArgumen
         kept = json.loads(file.read_text())
         check_budget(file, kept["budget"], args)
         return kept["scores"]
-    start, folder = time.perf_counter(), file.with_suffix("")
+    folder = file.with_suffix("")
     (contender,), perplexity = contenders(args.base, None), None
     if variant is not None:
         contender, perplexity = train(variant, seed, args, folder)
     scores = score(contender, seed, args)
-    scores |= {"perplexity": perplexity, "minutes": (time.perf_counter() - start) / 60}
+    scores["perplexity"] = perplexity
     shutil.rmtree(folder, ignore_errors=True)  # not every variant could be loaded again: the package does not have it
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"budget": args.budget, "scores": scores}, indent=2) + "\n")
@@ -179,12 +178,12 @@ def markdown(ablation: dict) -> str:
 def main(args: AblateArguments) -> dict:
     check(args)
     transformers.logging.set_verbosity_error()
-    earlier: dict[str, dict[str, dict[str, float]]] = {}
+    earlier: dict[str, dict[str, dict[str, float | None]]] = {}
     if args.json and Path(args.json).is_file():
         written = json.loads(Path(args.json).read_text())
         check_budget(Path(args.json), written["budget"], args)
         earlier = written["runs"]
-    runs: dict[str, dict[str, dict[str, float]]] = {}
+    runs: dict[str, dict[str, dict[str, float | None]]] = {}
     todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes)]]
     for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed: a part of the time gives a whole table
         kept = earlier.get(name, {}).get(seed)
