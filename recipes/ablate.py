@@ -152,10 +152,10 @@ def check_budget(file: Path, budget: dict, args: AblateArguments) -> None:
 
 
 def spread(values: list[float], score: str) -> str:
-    """Mean and standard deviation over seeds, as a table shows it."""
+    """Mean over seeds, and their standard deviation where there are several, as a table shows it."""
     scale, unit = (1, "") if score == "nats" else (100, " %")
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{scale * statistics.mean(values):.1f}{unit} ± {scale * deviation:.1f}"
+    mean = f"{scale * statistics.mean(values):.1f}{unit}"
+    return f"{mean} ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def markdown(ablation: dict) -> str:
