@@ -121,8 +121,9 @@ def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArgumen
         check_budget(file, kept["budget"], args)
         return kept["scores"]
     folder = file.with_suffix("")
-    (contender,), perplexity = contenders(args.base, None), None
-    if variant is not None:
+    if variant is None:
+        (contender,), perplexity = contenders(args.base, None), None
+    else:
         contender, perplexity = train(variant, seed, args, folder)
     scores = score(contender, seed, args)
     scores["perplexity"] = perplexity

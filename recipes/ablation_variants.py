@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from uc_adapters import UniCompressModel
+from uc_adapters.compression import after_loop
 from uc_adapters.layers import Grid, RasterDecompressor, raster_to_cells
 from uc_adapters.layers.attention import Attention
 
@@ -121,15 +122,7 @@ def summarise_with(make: Callable[[int], nn.Module], model: UniCompressModel) ->
 
 def decompress_at_once(model: UniCompressModel) -> None:
     """One step, in the place of `raster`'s T."""
-    config, geometry, module = model.active_peft_config, model.family.geometry, model.drawing.module
-    module.decompressor = OneShotDecompressor(
-        config.stride,
-        geometry.draw_side,
-        geometry.code_width,
-        config.decompressor_width,
-        geometry.hidden_size,
-        config.decompressor_layers,
-    )
+    model.drawing.module.decompressor = after_loop(OneShotDecompressor, model.active_peft_config, model.family.geometry)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch.distributed.nn.functional import all_reduce
 from transformers import ProcessorMixin, Trainer
 
 from uc_adapters import UniCompressModel
+from uc_adapters.compression import after_loop
 from uc_adapters.drawing import Drawing
 from uc_adapters.images import unpack_latents
 from uc_adapters.layers import Grid, PhaseDecompressor, average_pool, cells_to_raster, nearest_codes, straight_through
@@ -103,14 +104,7 @@ class TokenizerStage(nn.Module):
             if not module.in_loop:
                 self.trained["decompressor"] = module.decompressor
             else:
-                self.trained["decompressor"] = PhaseDecompressor(
-                    config.stride,
-                    geometry.draw_side,
-                    geometry.code_width,
-                    config.decompressor_width,
-                    geometry.hidden_size,
-                    config.decompressor_layers,
-                )
+                self.trained["decompressor"] = after_loop(PhaseDecompressor, config, geometry)
         if not self.trained:
             raise TrainingError(
                 "num_global_tokens=0 on a base that cannot draw: stage 1 has nothing to learn. Skip it with --stage 2."

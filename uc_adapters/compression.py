@@ -12,6 +12,7 @@ from .families import Geometry
 from .layers import (
     AveragePool,
     CellDecompressor,
+    CompactDecompressor,
     GlobalExtractor,
     Grid,
     PhaseDecompressor,
@@ -81,6 +82,12 @@ class CompactCodes:
     grid: Grid
 
 
+def after_loop(kind: type[CompactDecompressor], config: UniCompressConfig, geometry: Geometry) -> CompactDecompressor:
+    """A fresh decompressor that works after the language model's loop, as an adapter's config and its base shape it."""
+    width, layers = config.decompressor_width, config.decompressor_layers
+    return kind(config.stride, geometry.draw_side, geometry.code_width, width, geometry.hidden_size, layers)
+
+
 class DrawCompressor(nn.Module):
     """Latents of the base's VQ tokenizer -> compact codes, and the decompressor back to dense codes."""
 
@@ -90,17 +97,13 @@ class DrawCompressor(nn.Module):
         width, code_width, side = config.decompressor_width, geometry.code_width, geometry.draw_side
         self.extractor = GlobalExtractor(code_width, width, self.num_global_tokens, side) if self.num_global_tokens else None
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
-        shape = {
-            "code_width": code_width,
-            "width": width,
-            "out_width": geometry.hidden_size,
-            "layers": config.decompressor_layers,
-        }
         if config.decompressor == "cell":
-            self.decompressor = CellDecompressor(config.stride, **shape)
+            self.decompressor = CellDecompressor(
+                config.stride, code_width, width, geometry.hidden_size, config.decompressor_layers
+            )
         else:
-            after_loop = {"phase": PhaseDecompressor, "raster": RasterDecompressor}[config.decompressor]
-            self.decompressor = after_loop(config.stride, side, **shape)
+            kind = {"phase": PhaseDecompressor, "raster": RasterDecompressor}[config.decompressor]
+            self.decompressor = after_loop(kind, config, geometry)
 
     @property
     def in_loop(self) -> bool:

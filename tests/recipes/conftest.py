@@ -5,10 +5,18 @@ from helpers import attach
 from transformers import AutoModelForImageTextToText
 
 
+def saved(base_folder, processor, folder, decompressor: str):
+    attach(AutoModelForImageTextToText.from_pretrained(base_folder), decompressor=decompressor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", params=["cell", "phase"])
 def adapter_folder(request, base_folder, short_processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    base = AutoModelForImageTextToText.from_pretrained(base_folder)
-    attach(base, decompressor=request.param).save_pretrained(folder)
-    short_processor.save_pretrained(folder)
-    return folder
+    return saved(base_folder, short_processor, tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def cell_folder(base_folder, short_processor, tmp_path_factory):
+    """Where it does not matter how codes are decompressed."""
+    return saved(base_folder, short_processor, tmp_path_factory.mktemp("adapter"), "cell")

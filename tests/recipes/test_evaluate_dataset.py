@@ -9,12 +9,12 @@ from conversations import DatasetError, conversations
 from digit_features import digit_features
 from digits import random_scene
 from finetuning import say, turn, write_captioned, write_rows
-from helpers import attach, rng
+from helpers import rng
 from picture_metrics import PictureMetrics, load_clip, score_pictures
 from PIL import Image
 from sample_pictures import is_drawn
 from tiny_words import DIGITS_AND_WORDS, word_tokenizer
-from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 FEATURES = "digit_features:digit_features"
 QUESTION = "What digit is at the top left?"
@@ -22,15 +22,6 @@ PROMPTS = [
     {"prompt": "a red 3", "tag": "colors", "include": [{"class": "3", "count": 1, "color": "red"}]},
     {"prompt": "a 1", "tag": "single_object", "include": [{"class": "1", "count": 1}], "exclude": [{"class": "1", "count": 2}]},
 ]
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(base_folder, short_processor, tmp_path_factory):
-    """With `cell` alone: how codes are decompressed does not matter here."""
-    folder = tmp_path_factory.mktemp("adapter")
-    attach(AutoModelForImageTextToText.from_pretrained(base_folder)).save_pretrained(folder)
-    short_processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +55,8 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(base_folder, adapter_folder):
-    return {"base": str(base_folder), "adapter": str(adapter_folder)}
+def models(base_folder, cell_folder):
+    return {"base": str(base_folder), "adapter": str(cell_folder)}
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ import pytest
 import scenes_folder
 from contenders import answer, contenders
 from finetuning import write_rows
-from helpers import attach
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 
 from uc_adapters import UniCompressModel
 
@@ -20,14 +18,6 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
 model = pytest.importorskip("uc_lmms.model", reason="the plugin is not installed: pip install -e recipes/lmms_plugin")
 
 TASKS = Path(__file__).parents[2] / "recipes" / "lmms_plugin" / "tasks"
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(base_folder, short_processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter")
-    attach(AutoModelForImageTextToText.from_pretrained(base_folder)).save_pretrained(folder)
-    short_processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +54,21 @@ def run(root: Path, model_args: str) -> float:
     return json.loads(newest.read_text())["results"]["digit_scenes"]["exact_match,none"]
 
 
-def test_lmms_eval_scores_an_adapter_as_it_answers(base_folder, adapter_folder, questions):
+def test_lmms_eval_scores_an_adapter_as_it_answers(base_folder, cell_folder, questions):
     folder = questions / "work" / "digit-questions"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    _, adapter = contenders(str(base_folder), str(adapter_folder))
+    _, adapter = contenders(str(base_folder), str(cell_folder))
     right = sum(told(adapter, folder, row) == row["answer"] for row in rows)
     assert right < len(rows)
-    assert run(questions, f"pretrained={adapter_folder},base={base_folder}") == pytest.approx(right / len(rows))
+    assert run(questions, f"pretrained={cell_folder},base={base_folder}") == pytest.approx(right / len(rows))
 
 
 def test_lmms_eval_scores_the_bare_base_beside_it(base_folder, questions):
     assert run(questions, f"base={base_folder}") == 1
 
 
-def test_an_adapter_knows_its_base(adapter_folder):
-    asked = model.UcAdapters(pretrained=str(adapter_folder), device="cpu")
+def test_an_adapter_knows_its_base(cell_folder):
+    asked = model.UcAdapters(pretrained=str(cell_folder), device="cpu")
     assert isinstance(asked.model, UniCompressModel)
     assert asked.model.num_image_tokens == 21
 

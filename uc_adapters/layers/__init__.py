@@ -5,13 +5,14 @@ of the base's codebook, C their dimension, D width of the language model; W also
 """
 
 from .compressor import AveragePool, Grid, average_pool, cells_of, cells_to_raster, raster_to_cells
-from .decompressor import CellDecompressor, PhaseDecompressor, RasterDecompressor
+from .decompressor import CellDecompressor, CompactDecompressor, PhaseDecompressor, RasterDecompressor
 from .extractor import GlobalExtractor
 from .quantiser import nearest_codes, straight_through, unit
 
 __all__ = [
     "AveragePool",
     "CellDecompressor",
+    "CompactDecompressor",
     "GlobalExtractor",
     "Grid",
     "PhaseDecompressor",
