@@ -1,25 +1,31 @@
 """The dense base as a teacher (`finetune.py --distill`): it answers, it draws, and its words are learned as it weighs them.
 
 The teacher is the base itself: the adapter disabled, the inputs rebuilt with the base's placeholder count. What a dataset
-leaves out the teacher fills in (`filled_in`): answers to questions, drawings of prompts. What is read is then learned from the
-teacher's distribution over the words, KL(teacher || student), in place of the one word that the row names.
+leaves out the teacher fills in (`filled_in`): answers to questions, drawings of prompts. Words are then learned from the
+teacher's distribution over them, KL(teacher || student), in place of the one word that the row names. So are codes that "strip"
+draws, since it draws them in the base's own order: token by token from the teacher's distribution, and each hidden state from
+the teacher's at the same place (`Drawing.divergence`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from conversations import decoded, fingerprint_of
 from datasets import Dataset
 from joint_stage import JointTrainer, NamingCollator
 from stock_calls import calls_of, drawing_inputs, to_images
+from torch.nn.utils.rnn import pad_sequence
 from training_rows import state_of
 from transformers import ProcessorMixin
 
 from uc_adapters import UniCompressCollator, UniCompressModel
+from uc_adapters.families import Family
+from uc_adapters.images import Images
+from uc_adapters.layers import nearest_codes
 
 ANSWER_TOKENS = 64
 
@@ -85,36 +91,25 @@ def _drawing(base, processor: ProcessorMixin, messages: list[dict]) -> bytes:
 
 
 class TeacherCollator(NamingCollator):
-    """Batches that bring the teacher's inputs, too: under `teacher`, those of the rows that only read; None where none does.
+    """Batches that bring the teacher's inputs, too, under `teacher`: the same rows as the dense base reads and draws them.
 
     Args:
         collator: The adapter's.
-        processor: The base's own: its placeholder count is what the teacher reads.
+        processor: The base's own: its placeholder count is what the teacher reads and draws.
     """
 
     def __init__(self, collator: UniCompressCollator, processor: ProcessorMixin):
         super().__init__(collator)
-        self.dense = UniCompressCollator(processor, collator.config, caption_dropout=0.0)
+        dense = replace(collator.config, stride=1, num_global_tokens=0)
+        self.dense = UniCompressCollator(processor, dense, collator.caption_dropout)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        reading = [row for row in rows if not _draws(row)]
-        return super().__call__(rows) | {
-            "teacher": self.dense(reading) if reading else None,
-            "teaches": torch.tensor([not _draws(row) for row in rows]),  # (B,)
-        }
-
-
-def _draws(row: dict) -> bool:
-    return any(
-        part["type"] == "image"
-        for turn in row["messages"]
-        if turn["role"] == "assistant" and not isinstance(turn["content"], str)
-        for part in turn["content"]
-    )
+        self.dense.epoch = self.collator.epoch  # the same rows lose their captions
+        return super().__call__(rows) | {"teacher": self.dense(rows)}
 
 
 class DistillingTrainer(JointTrainer):
-    """A `JointTrainer` whose words are learned from the dense base; drawn codes and the words of other rows as ever.
+    """A `JointTrainer` whose words, and codes drawn by "strip", are learned from the dense base.
 
     Args:
         teacher_processor: The base's own processor.
@@ -125,23 +120,56 @@ class DistillingTrainer(JointTrainer):
         self.data_collator = TeacherCollator(data_collator, teacher_processor)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        teacher, teaches = inputs.pop("teacher"), inputs.pop("teaches")
-        if teacher is not None:
-            inputs["word_probs"] = self._word_probs(teacher, teaches, inputs)
+        inputs |= self.taught(inputs.pop("teacher"))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @torch.no_grad()
-    def _word_probs(self, teacher: dict, teaches: torch.Tensor, inputs: dict) -> torch.Tensor:
-        """Probabilities of all labelled words of the batch, (N, vocabulary): the teacher's, or the label's in other rows."""
-        labels = inputs["labels"][:, 1:]  # (B, L - 1)
-        words = labels != -100
-        if "drawn_mask" in inputs:
-            words &= ~inputs["drawn_mask"][:, 1:]
-        family, of_teacher = self.model.family, teacher.pop("labels")[:, 1:] != -100
-        with self.model.disable_adapter():
-            hidden = family.base.model(**teacher).last_hidden_state[:, :-1]  # (B', L' - 1, D)
-            taught = family.text_logits(hidden[of_teacher]).float().softmax(-1)  # (N', vocabulary)
-        self.model.train_only("language model")  # leaving disable_adapter makes all of the adapter trainable
-        probs = F.one_hot(labels[words], taught.shape[-1]).float()  # (N, vocabulary)
-        probs[(words & teaches[:, None])[words]] = taught
-        return probs
+    def taught(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the dense base says of a batch of its own inputs, for the adapter to learn.
+
+        Returns:
+            `word_probs`, its probabilities of the N labelled words, (N, vocabulary); where "strip" draws, also `drawn_states`,
+            its last hidden states before each dense code of the images to draw, (M, T, D).
+        """
+        model, family = self.model, self.model.family
+        drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+        drawn = Images(*(batch.get(f"drawn_{name}") for name in ("pixel_values", "image_sizes", "latents")))
+        codes = dense_codes(family, drawn)
+        words = (batch["labels"] != -100) & ~drawn_mask
+        with model.disable_adapter():
+            hidden = self._dense_hidden(batch, drawn_mask, codes)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
+            told = {"word_probs": family.text_logits(hidden[words[:, 1:]]).float().softmax(-1)}
+        model.train_only("language model")  # leaving disable_adapter makes all of the adapter trainable
+        if codes and model.active_peft_config.decompressor == "strip":
+            states = hidden[drawn_mask[:, 1:]].split([len(of_image) for of_image in codes])  # M times (T, D)
+            told["drawn_states"] = pad_sequence(states, batch_first=True)
+        return told
+
+    def _dense_hidden(
+        self, batch: dict[str, torch.Tensor], drawn_mask: torch.Tensor, codes: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """The dense base's last hidden states, (B, L, D), the codes of drawn images at their places."""
+        family, ids, mask = self.model.family, batch["input_ids"], batch["attention_mask"]
+        read = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
+        if family.codes_are_words:
+            ids = ids.masked_scatter(drawn_mask, family.words[torch.cat(codes)]) if codes else ids
+            return family.base.model(input_ids=ids, attention_mask=mask, use_cache=False, **read).last_hidden_state
+        to_read = (ids == family.image_token_id) & ~drawn_mask
+        embeddings = self.model.reading.embed_prompt(ids, read.get("pixel_values"), None, to_read)  # (B, L, D)
+        if codes:
+            drawn = family.embed_codes(torch.cat(codes)[None])[0]  # (M * T, D)
+            embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), drawn.to(embeddings.dtype))
+        return family.language_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def dense_codes(family: Family, images: Images) -> list[torch.Tensor]:
+    """The base's own codes of each image to draw, M times (T,)."""
+    grids = [family.draw_grid(size) for size in images.sizes(family)]
+    if images.latents is not None:
+        lengths = [rows * columns for rows, columns in grids]
+        return [nearest_codes(one[:length], family.codebook) for one, length in zip(images.latents, lengths, strict=True)]
+    codes: dict[int, torch.Tensor] = {}
+    if images.pixel_values is not None:
+        for rows, pixels, _ in family.by_size(images.pixel_values, images.image_sizes):
+            codes.update(zip(rows, family.dense_codes(pixels), strict=True))
+    return [codes[row] for row in range(len(grids))]

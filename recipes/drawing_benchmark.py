@@ -139,7 +139,7 @@ def drawing_cache_bytes(model: UniCompressModel, batch: int) -> dict[str, int]:
     """Keys and values of a whole guided drawing: each prompt and its blank one, and what is fed behind them."""
     geometry, config = model.family.geometry, model.active_peft_config
     grid = (geometry.draw_side, geometry.draw_side)
-    fed = {"base": geometry.draw_side**2, "adapter": config.num_image_tokens(grid)}
+    fed = {"base": geometry.draw_side**2, "adapter": config.num_drawn_tokens(grid)}
     # transformers' static cache has room for the last token, too; ours never feeds it
     places = {"base": TEXT_TOKENS + fed["base"], "adapter": TEXT_TOKENS + fed["adapter"] - 1}
     return {name: 2 * batch * count * token_bytes(model) for name, count in places.items()}

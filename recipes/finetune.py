@@ -109,7 +109,7 @@ def train_stage_1(
     trainer = TokenizerTrainer(model=stage, args=training, train_dataset=rows, data_collator=collator)
     if training.fsdp:
         raise TrainingError("Stage 1 trains some millions of weights and is not sharded: run it with --stage 1 and torchrun.")
-    if args.sample_steps and model.drawing is not None:
+    if args.sample_steps and "decompressor" in stage.trained:
         shown = [row["images"][0] for row in islice(rows, SHOWN)]
         trainer.add_callback(
             SamplePictures(
@@ -121,7 +121,7 @@ def train_stage_1(
         )
     checkpoint = last_checkpoint(folder) if args.resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if model.drawing is None or not args.num_global_tokens:
+    if model.drawing is None or not model.drawing.module.num_global_codes:
         return None
     return stage.least_perplexity(list(islice(rows, 512)), collator)
 

@@ -57,7 +57,7 @@ class FinetuneArguments:
     stage_1_learning_rate: float = field(default=1e-3, metadata={"help": "Peak of stage 1."})
     stride: int = field(default=2, metadata={"help": "See UniCompressConfig."})
     num_global_tokens: int = field(default=4, metadata={"help": "See UniCompressConfig."})
-    decompressor: str = field(default="cell", metadata={"help": "See UniCompressConfig."})
+    decompressor: str = field(default="strip", metadata={"help": "See UniCompressConfig."})
     decompressor_layers: int = field(default=2, metadata={"help": "See UniCompressConfig."})
     decompressor_width: int = field(default=192, metadata={"help": "See UniCompressConfig."})
     codebook_weight: float = field(default=1.0, metadata={"help": "See UniCompressConfig."})

@@ -7,8 +7,9 @@
   them near their codes and a usage term (what a code tells of its image, over the batch) keeps them from collapsing.
 - reading: the extractor of global tokens, by regression of the dense features (of the vision tower, or the embeddings of
   the codes) from {G, X_cont} with a readout that is thrown away. It is all there is for a base that cannot draw.
-With decompressor="cell" the decoder learns from the language model's hidden states, which stage 1 does not have: it is
-left for stage 2, and the drawing extractor learns with a "phase" decompressor that is thrown away.
+With decompressor="strip" or "cell" the decoder learns from the language model's hidden states, which stage 1 does not have:
+it is left for stage 2. Of drawing, "strip" then has nothing to learn here; the extractor of "cell" learns with a "phase"
+decompressor that is thrown away.
 """
 
 from __future__ import annotations
@@ -103,11 +104,12 @@ class TokenizerStage(nn.Module):
                 self.trained["draw_extractor"] = module.extractor
             if not module.in_loop:
                 self.trained["decompressor"] = module.decompressor
-            else:
+            elif module.extractor is not None:
                 self.trained["decompressor"] = after_loop(PhaseDecompressor, config, geometry)
         if not self.trained:
             raise TrainingError(
-                "num_global_tokens=0 on a base that cannot draw: stage 1 has nothing to learn. Skip it with --stage 2."
+                "num_global_tokens=0, and nothing to learn of how codes are drawn: stage 1 has nothing to learn. Skip it with "
+                "--stage 2."
             )
 
     @property

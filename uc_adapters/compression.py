@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from .layers import (
     Grid,
     PhaseDecompressor,
     RasterDecompressor,
+    StripDecompressor,
     average_pool,
+    cells_of,
     nearest_codes,
     raster_to_cells,
 )
@@ -71,9 +74,9 @@ class CodeReadCompressor(nn.Module):
 class CompactCodes:
     """One batch of images of one size, as the language model draws them.
 
-    `globals` are codes Z_g (B, N_g). `cells` are, for the decompressors after the loop, the pooled codes Z_x
-    (B, T', 1); for "cell", the dense codes of each cell (B, T', s^2). `dense` are the base's codes,
-    (B, T), of a `grid` of H x W.
+    `globals` are codes Z_g (B, N), N = 0 with "strip", else N_g. `cells` are what each further step draws: for the
+    decompressors after the loop the pooled codes Z_x (B, T', 1), for those inside it dense codes (B, T', s^2). `dense` are the
+    base's codes, (B, T), of a `grid` of H x W.
     """
 
     globals: torch.Tensor
@@ -88,27 +91,36 @@ def after_loop(kind: type[CompactDecompressor], config: UniCompressConfig, geome
     return kind(config.stride, geometry.draw_side, geometry.code_width, width, geometry.hidden_size, layers)
 
 
+IN_LOOP = {"strip": StripDecompressor, "cell": CellDecompressor}
+AFTER_LOOP = {"phase": PhaseDecompressor, "raster": RasterDecompressor}
+
+
 class DrawCompressor(nn.Module):
     """Latents of the base's VQ tokenizer -> compact codes, and the decompressor back to dense codes."""
 
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
-        self.stride, self.num_global_tokens = config.stride, config.num_global_tokens
+        self.stride, self.num_global_codes = config.stride, config.num_global_codes
         width, code_width, side = config.decompressor_width, geometry.code_width, geometry.draw_side
-        self.extractor = GlobalExtractor(code_width, width, self.num_global_tokens, side) if self.num_global_tokens else None
+        self.extractor = GlobalExtractor(code_width, width, self.num_global_codes, side) if self.num_global_codes else None
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
-        if config.decompressor == "cell":
-            self.decompressor = CellDecompressor(
+        if config.decompressor in IN_LOOP:
+            self.decompressor = IN_LOOP[config.decompressor](
                 config.stride, code_width, width, geometry.hidden_size, config.decompressor_layers
             )
         else:
-            kind = {"phase": PhaseDecompressor, "raster": RasterDecompressor}[config.decompressor]
-            self.decompressor = after_loop(kind, config, geometry)
+            self.decompressor = after_loop(AFTER_LOOP[config.decompressor], config, geometry)
 
     @property
     def in_loop(self) -> bool:
         """Whether dense codes come back inside the language model's loop."""
-        return isinstance(self.decompressor, CellDecompressor)
+        return isinstance(self.decompressor, StripDecompressor)
+
+    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
+        """By how many positions each token of `G [IMG_SEP] X` stands behind the one before it, N + 1 + T' of them."""
+        ones = [1] * math.prod(cells_of(grid, self.stride))
+        cells = self.decompressor.advances(grid, row_ends) if self.in_loop else ones
+        return [1] * (self.num_global_codes + 1) + cells
 
     def globals_of(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Global tokens before quantisation: (B, T, C) -> (B, N_g, C)."""
@@ -120,7 +132,7 @@ class DrawCompressor(nn.Module):
         """Latents (B, T, C) -> compact codes, with the base's codebook (K, C)."""
         dense = nearest_codes(latents, codebook)  # (B, T)
         if self.in_loop:
-            cells = raster_to_cells(dense, self.stride, grid)  # (B, T', s^2)
+            cells = self.decompressor.order(dense, grid)  # (B, T', s^2)
         else:
             cells = nearest_codes(average_pool(latents, self.stride, grid), codebook).unsqueeze(-1)  # (B, T', 1)
         return CompactCodes(nearest_codes(self.globals_of(latents, grid), codebook), cells, dense, grid)

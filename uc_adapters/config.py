@@ -18,7 +18,7 @@ from .layers import Grid, cells_of
 from .version import __version__
 
 FORMAT_VERSION = 1  # of what is saved; raised when the same fields and weights come to mean other mathematics
-DECOMPRESSORS = ("cell", "phase", "raster")
+DECOMPRESSORS = ("strip", "cell", "phase", "raster")
 
 
 class UCPeftType(str, Enum):
@@ -39,8 +39,10 @@ class UniCompressConfig(LoraConfig):
         stride: Window of the average pooling on the image grid (eq. 3); it divides the grid's sides. Default 2,
             which turns T dense tokens into T / 4.
         num_global_tokens: Learned meta tokens N_g in front of the pooled ones (eq. 1 and 2), 0 or more. Default 4.
-        decompressor: How dense codes come back (eq. 7). "cell" (default) expands each hidden state inside the
-            language model's loop; "phase" and "raster" expand compact codes after it, in s^2 or T steps.
+            "strip" reads them, and draws none.
+        decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next s^2 codes of the raster from each
+            hidden state, inside the language model's loop; "cell" so draws those of a window of s x s; "phase" and "raster"
+            expand compact codes after it, in s^2 or T steps.
         decompressor_layers: Layers of the decompressor, at least 1. Default 2.
         decompressor_width: Width of the decompressor and of the drawing side's extractor. Default 512.
         codebook_weight: lambda_cb, the weight of the codebook-consistency term in stage 1 (eq. 8), 0 or more.
@@ -59,7 +61,7 @@ class UniCompressConfig(LoraConfig):
 
     stride: int = field(default=2, metadata={"help": "Pooling window on the image grid."})
     num_global_tokens: int = field(default=4, metadata={"help": "Learned global meta tokens."})
-    decompressor: str = field(default="cell", metadata={"help": f"One of {', '.join(DECOMPRESSORS)}."})
+    decompressor: str = field(default="strip", metadata={"help": f"One of {', '.join(DECOMPRESSORS)}."})
     decompressor_layers: int = field(default=2, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int = field(default=512, metadata={"help": "Width of the decompressor."})
     codebook_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook term in stage 1."})
@@ -114,12 +116,21 @@ class UniCompressConfig(LoraConfig):
         )
 
     def num_image_tokens(self, grid: Grid) -> int:
-        """Placeholders of one image of H x W dense tokens: N_g + 1 + H * W / s^2.
+        """Placeholders of one image to read, of H x W dense tokens: N_g + 1 + H * W / s^2.
 
         Raises:
             InputError: The stride does not divide H and W.
         """
         return self.num_global_tokens + 1 + math.prod(cells_of(grid, self.stride))
+
+    def num_drawn_tokens(self, grid: Grid) -> int:
+        """Placeholders of one image to draw, likewise; all but one of them, the separator, are steps of the language model."""
+        return self.num_global_codes + 1 + math.prod(cells_of(grid, self.stride))
+
+    @property
+    def num_global_codes(self) -> int:
+        """Global tokens that are drawn, as codes: N_g, or none with "strip"."""
+        return 0 if self.decompressor == "strip" else self.num_global_tokens
 
     @classmethod
     def from_peft_type(cls, **kwargs):

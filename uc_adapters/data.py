@@ -78,7 +78,7 @@ class UniCompressCollator:
         drawn = self._latents(to_draw) if to_draw and isinstance(to_draw[0], dict) else self._pixels(to_draw)
         encoded, kept, first_read, first_drawn = [], [], 0, 0
         for row_turns, (to_read, to_draw) in zip(turns, images, strict=True):
-            blocks = self._blocks(read, first_read, len(to_read)), self._blocks(drawn, first_drawn, len(to_draw))
+            blocks = self._blocks(read, first_read, len(to_read)), self._drawn_blocks(drawn, first_drawn, len(to_draw))
             lost = bool(to_draw) and self._coin(row_turns, to_draw) < self.caption_dropout
             encoded.append(self._encode(row_turns, *blocks, lost))
             kept += range(first_read + encoded[-1].lost, first_read + len(to_read))
@@ -142,6 +142,12 @@ class UniCompressCollator:
         """The text of each of `count` images, from the first: its placeholders, and what frames them."""
         return [self.processor.replace_image_token(pixels, index) for index in range(first, first + count)]
 
+    def _drawn_blocks(self, pixels: dict[str, torch.Tensor], first: int, count: int) -> list[str]:
+        """The same of images to draw, whose global tokens may be fewer: they stand in front of the other placeholders."""
+        token, config = self.processor.image_token, self.config
+        read, drawn = token * (config.num_global_tokens + 1), token * (config.num_global_codes + 1)
+        return [block.replace(read, drawn, 1) for block in self._blocks(pixels, first, count)]
+
     def _encode(self, turns: list[_Turn], read: list[str], drawn: list[str], caption_lost: bool) -> _Row:
         """Token ids, labels and drawn places of one row, from its turns and the texts of its images."""
         tokenizer = self.processor.tokenizer
@@ -163,7 +169,7 @@ class UniCompressCollator:
             places = [index for index in tokens_in(span) if ids[index] == image_id]
             for index in tokens_in(span):
                 drawn_mask[index] = int(ids[index] == image_id)
-                if ids[index] != image_id or index == places[self.config.num_global_tokens]:  # the separator
+                if ids[index] != image_id or index == places[self.config.num_global_codes]:  # the separator
                     labels[index] = -100
         lost = 0
         if caption_lost:

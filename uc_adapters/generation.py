@@ -1,4 +1,4 @@
-"""Drawing in the compact domain: N_g + T / s^2 sampled steps of the language model, then dense tokens."""
+"""Drawing in the compact domain: N + T / s^2 sampled steps of the language model, then dense tokens."""
 
 from __future__ import annotations
 
@@ -135,11 +135,15 @@ def _draw_compact(
     config: GenerationConfig,
     progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The language model's loop: global codes (B, N_g) and cells (B, T', k)."""
+    """The language model's loop: global codes (B, N) and cells (B, T', k)."""
     family, module = drawing.family, drawing.module
-    count, (rows, columns) = module.num_global_tokens, cells_of(grid, module.stride)
+    count, (rows, columns) = module.num_global_codes, cells_of(grid, module.stride)
     row_end = family.row_end.expand(len(prompts), 1, -1) if family.row_ends else None
-    step = Steps(family, mask, count + 1 + rows * (columns + family.row_ends), config)
+    advances = drawing.advances(grid)  # (N + 1 + T',)
+    if family.row_ends:
+        head, cells = advances[: count + 1], advances[count + 1 :].unflatten(0, (rows, columns))
+        advances = torch.cat([head, F.pad(cells, (0, 1), value=1).flatten()])  # with the end of each row of cells
+    step = Steps(family, mask, advances, config)
     # A generator cannot be compiled: its codes are then drawn as they are uncompiled, and the language model alone is
     draw_cell = step.compiled(drawing.draw_cell) if sample.generator is None else drawing.draw_cell
 

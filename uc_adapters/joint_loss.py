@@ -52,6 +52,7 @@ def joint_loss(
     position_ids: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
     word_probs: torch.Tensor | None,
+    drawn_states: torch.Tensor | None,
 ) -> JointOutput:
     """Scores the labels of a batch: words by the base's head, drawn places by the adapter's decompressor.
 
@@ -64,11 +65,16 @@ def joint_loss(
     embeddings = reading.embed_prompt(input_ids, read.pixel_values, read.image_sizes, read_mask)  # (B, L, D)
     batches = [] if drawn.values is None else list(_compress(drawing, drawn))
     if batches:
-        places = {}
+        places, advances = {}, {}
         for rows, codes in batches:
-            places.update(zip(rows, drawing.embed(codes), strict=True))  # (N_g + 1 + T', D) each
-        places = [places[row] for row in range(len(places))]
+            places.update(zip(rows, drawing.embed(codes), strict=True))  # (N + 1 + T', D) each
+            advances.update(dict.fromkeys(rows, drawing.advances(codes.grid)))  # (N + 1 + T',) each
+        places, advances = ([of_image[row] for row in range(len(of_image))] for of_image in (places, advances))
         embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), torch.cat(places).to(embeddings.dtype))
+        if position_ids is None:
+            position_ids = torch.ones_like(input_ids).masked_scatter(drawn_mask, torch.cat(advances)).cumsum(1) - 1
+        if attention_mask is None:  # without one, transformers would take positions in steps for several packed sequences
+            attention_mask = torch.ones_like(input_ids)
     hidden = family.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state[:, :-1]  # (B, L - 1, D): position t predicts t + 1
@@ -79,13 +85,14 @@ def joint_loss(
     fields = [torch.zeros(targets.shape, device=hidden.device).masked_scatter(text, score) for score in scores]
     kinds = text.long() * WORD
     if batches:
-        before = hidden[drawn_targets].split([len(place) for place in places])  # M times (N_g + 1 + T', D)
+        before = hidden[drawn_targets].split([len(place) for place in places])  # M times (N + 1 + T', D)
         drawn_scores = {}
         for rows, codes in batches:
-            scored = drawing.score(torch.stack([before[row] for row in rows]), codes)
+            taught = None if drawn_states is None else drawn_states[rows, : codes.dense.shape[1]]
+            scored = drawing.score(torch.stack([before[row] for row in rows]), codes, taught)
             of_place = torch.full_like(scored.log_probs, CELL)
             of_place[:, : codes.globals.shape[1]] = GLOBAL_CODE
-            parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, of_place])  # (4, n, N_g + 1 + T')
+            parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, of_place])  # (4, n, N + 1 + T')
             drawn_scores.update(zip(rows, parts.unbind(1), strict=True))
         *parts, of_place = torch.cat([drawn_scores[row] for row in range(len(drawn_scores))], 1)  # (4, places of all images)
         fields = [field.masked_scatter(drawn_targets, part) * label_mask for field, part in zip(fields, parts, strict=True)]

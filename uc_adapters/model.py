@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import cached_property
 
 import torch
@@ -61,7 +62,7 @@ class UniCompressModel(SharedModel):
         return None if geometry.image_size is None else self._placeholders((geometry.read_side, geometry.read_side))
 
     def _placeholders(self, grid: Grid) -> int:
-        """Placeholders of one image, while enabled or disabled."""
+        """Placeholders of one image to read, while enabled or disabled."""
         if self.reading.active_module() is None:
             return self.family.dense_placeholders(grid)
         return self.active_peft_config.num_image_tokens(grid)
@@ -106,6 +107,7 @@ class UniCompressModel(SharedModel):
         drawn_image_sizes: torch.Tensor | None = None,
         drawn_mask: torch.Tensor | None = None,
         word_probs: torch.Tensor | None = None,
+        drawn_states: torch.Tensor | None = None,
         fused_lm_head: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -125,6 +127,8 @@ class UniCompressModel(SharedModel):
             drawn_mask: (B, L), True at the places of drawn images.
             word_probs: A teacher's probabilities of the words, (N, vocabulary), at the N labelled words in order: the joint
                 loss then learns them (as the divergence from them) in place of the labels.
+            drawn_states: The base's own last hidden states before each dense code of the images to draw, (M, T, D): "strip"
+                then learns from them in place of the codes, see `Drawing.divergence`.
             fused_lm_head: TRL's request for per-token scores instead of logits.
             num_items_in_batch: What the summed loss is divided by; default the number of labelled positions.
             **kwargs: Passed to the base.
@@ -135,7 +139,8 @@ class UniCompressModel(SharedModel):
         Raises:
             InputError: Placeholders and images disagree, pixels are of the wrong shape, the stride does not divide an image's
                 grid, or images are to be drawn by a disabled adapter.
-            UnsupportedError: Images are to be drawn by a base that cannot draw.
+            UnsupportedError: Images are to be drawn by a base that cannot draw, or `drawn_states` are there for a decompressor
+                other than "strip".
         """
         _refuse_mixed_batch(kwargs)
         read, drawn = Images(pixel_values, image_sizes), Images(drawn_pixel_values, drawn_image_sizes, drawn_latents)
@@ -162,6 +167,8 @@ class UniCompressModel(SharedModel):
             raise InputError(
                 "labels=None with images to draw; expected labels: this forward scores them. See UniCompressCollator."
             )
+        if drawn_states is not None:
+            self._check_drawn_states(drawn_states, drawn)
         return joint_loss(
             self.reading,
             self.drawing,
@@ -174,6 +181,7 @@ class UniCompressModel(SharedModel):
             position_ids=position_ids,
             num_items_in_batch=num_items_in_batch,
             word_probs=word_probs,
+            drawn_states=drawn_states,
         )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
@@ -219,6 +227,21 @@ class UniCompressModel(SharedModel):
                 "a base of another family."
             )
 
+    def _check_drawn_states(self, states: torch.Tensor, drawn: Images) -> None:
+        kind = self.active_peft_config.decompressor
+        if kind != "strip":
+            raise UnsupportedError(
+                f"drawn_states with the {kind!r} decompressor; expected 'strip': it alone draws in the base's order, and so "
+                "is to have the base's states."
+            )
+        longest = max((math.prod(self.family.draw_grid(size)) for size in drawn.sizes(self.family)), default=0)
+        expected = (len(drawn.sizes(self.family)), longest, self.family.geometry.hidden_size)
+        if tuple(states.shape) != expected:
+            raise InputError(
+                f"drawn_states of shape {tuple(states.shape)}; expected {expected}: the base's last hidden state before each "
+                "dense code of each image to draw."
+            )
+
     def _check_no_drawing_prompt(self, input_ids: torch.Tensor) -> None:
         # Where images are words, the base's own generate would draw without being told to: dense words, with a model for cells
         if not self.family.codes_are_words or self.family.why_no_drawing is not None:
@@ -242,7 +265,7 @@ class UniCompressModel(SharedModel):
         if input_ids is None or (read.values is None and drawn.values is None):
             return
         of_read = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
-        of_drawn = [self._placeholders(family.draw_grid(size)) for size in drawn.sizes(family)]
+        of_drawn = [self.active_peft_config.num_drawn_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
         placeholders = int((input_ids == family.image_token_id).sum())
         if placeholders != sum(of_read) + sum(of_drawn):
             enabled = self.reading.active_module() is not None

@@ -96,18 +96,19 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
 def _token_rows(config: dict) -> str:
     """What an image costs the language model, with the base and with the adapter."""
     geometry, stride, count = config["base_geometry"], config["stride"], config["num_global_tokens"]
+    drawn = 0 if config["decompressor"] == "strip" else count
     family = FAMILIES[geometry["model_type"]]
     image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
 
     def row(what: str, side: int, more: int, row_ends: bool) -> tuple[str, int, int]:
         rows, columns = family.example_grid or (side, side)
         cells = rows * columns // stride**2
-        return what, rows * (columns + family.row_ends), count + more + cells + row_ends * (rows // stride)
+        return what, rows * (columns + family.row_ends), more + cells + row_ends * (rows // stride)
 
     # the separator and row ends are read; they are known, and no steps of their own in drawing
-    table = [row(f"tokens to read {image}", geometry["read_side"], 1, family.row_ends)]
+    table = [row(f"tokens to read {image}", geometry["read_side"], count + 1, family.row_ends)]
     if family.why_no_drawing is None:
-        table.append(row("steps of the language model to draw one", geometry["draw_side"], 0, False))
+        table.append(row("steps of the language model to draw one", geometry["draw_side"], drawn, False))
     return _table(("", "base", "with this adapter"), table)
 
 

@@ -5,7 +5,7 @@ of the base's codebook, C their dimension, D width of the language model; W also
 """
 
 from .compressor import AveragePool, Grid, average_pool, cells_of, cells_to_raster, raster_to_cells
-from .decompressor import CellDecompressor, CompactDecompressor, PhaseDecompressor, RasterDecompressor
+from .decompressor import CellDecompressor, CompactDecompressor, PhaseDecompressor, RasterDecompressor, StripDecompressor
 from .extractor import GlobalExtractor
 from .quantiser import nearest_codes, straight_through, unit
 
@@ -17,6 +17,7 @@ __all__ = [
     "Grid",
     "PhaseDecompressor",
     "RasterDecompressor",
+    "StripDecompressor",
     "average_pool",
     "cells_of",
     "cells_to_raster",

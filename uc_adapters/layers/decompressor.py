@@ -1,13 +1,16 @@
-"""The autoregressive decompressor (UniCompress, section 3, eq. 7), in three orders over one small decoder.
+"""The autoregressive decompressor (UniCompress, section 3, eq. 7), in four orders over one small decoder.
 
+After the language model's loop, from its compact codes:
     raster   T steps of one dense token, as in the paper
     phase    s^2 steps; step p draws sub-position p of every cell at once
-    cell     s^2 steps inside one cell, next to the language model's step, from its continuous hidden state
+Inside it, from each of its continuous hidden states, s^2 steps of one dense token:
+    strip    the next s^2 codes of the raster: the base's own order
+    cell     the codes of one s x s window, with global codes in front of all
 
-Every layer attends to the dense prefix (block-causally) and to a memory: (X_deq, G_hat) for raster and phase,
-(hidden state, G_hat) for cell. The input at a position is the embedding of the code before it in the order, the
-position, and the compact token of its cell. The output is of the language model's width: the base's own
-generation head turns it into logits, so no new K-wide matrix is learned.
+Every layer attends to the dense prefix (block-causally) and to a memory: (X_deq, G_hat) for raster and phase, the hidden
+state for strip, (hidden state, G_hat) for cell. The input at a position is the embedding of the code before it in the order,
+the position, and the compact token of its cell. The output is of the language model's width: the base's own generation head
+turns it into logits, so no new K-wide matrix is learned.
 """
 
 from __future__ import annotations
@@ -224,40 +227,102 @@ class PhaseDecompressor(CompactDecompressor):
         return cells_to_raster(cells, self.stride, grid)
 
 
-class CellDecompressor(nn.Module):
-    """The s^2 codes of one cell from the language model's hidden state, inside its loop.
+class StripDecompressor(nn.Module):
+    """The next s^2 codes of the raster from the language model's hidden state, inside its loop.
 
-    No pooled code stands between the language model and the dense codes, so nothing is lost to a 14-bit bottleneck
-    and the likelihood of the dense codes is exact. A cell's features start from its hidden state itself: untrained,
-    the first code of a cell is drawn as the base would draw it.
+    No pooled code stands between the language model and the dense codes, so nothing is lost to a 14-bit bottleneck and the
+    likelihood of the dense codes is exact. It is the base's own order, read and drawn s^2 codes at a time: a hidden state
+    knows what the base's knows at the same place, and a strip stands where its last code would stand. So the base draws on
+    as it learned to, and can teach an adapter code by code. Features start from the hidden state itself: untrained, the first
+    code of a strip is drawn as the base would draw it.
+
+    Args:
+        stride: s.
+        code_width: C, the codebook's dimension.
+        width: W, of the decoder.
+        out_width: D, of the language model.
+        layers: Number of layers.
     """
 
     def __init__(self, stride: int, code_width: int, width: int, out_width: int, layers: int):
         super().__init__()
+        self.stride = stride
         self.hidden_in = nn.Linear(out_width, width)
-        self.global_in = nn.Linear(code_width, width)
         self.decoder = BlockDecoder(stride**2, code_width, width, out_width, layers)
-        # The next step's input is the mean of the codes' embeddings: AvgPool in embedding space. It forgets which
-        # code stood where, so a linear map of the entries in their places is added; at zero, it starts as AvgPool.
+        # What `pooled` keeps of a cell's embeddings forgets some codes, or which stood where: so a linear map of the entries
+        # in their places is added. At zero, it starts as `pooled`.
         self.places_in = nn.Linear(stride**2 * code_width, out_width, bias=False)
         nn.init.zeros_(self.places_in.weight)
 
+    def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """From raster (B, T, ...) to what each step draws, (B, T', s^2, ...)."""
+        return x.unflatten(1, (-1, self.stride**2))
+
+    def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The inverse of `order`."""
+        return x.flatten(1, 2)
+
+    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
+        """By how many positions each step's input stands behind the token before it, T' of them.
+
+        A strip stands where its last code stands in the base's own sequence, the separator where the first one does.
+        `row_ends`: a token stands behind each row there, and behind every s rows here.
+        """
+        rows, columns = grid
+        length = self.stride**2
+        last = [length * (index + 1) - 1 for index in range(rows * columns // length)]  # of each strip, in the raster
+        hidden = [row_ends * (code // columns - code // (self.stride * columns)) for code in last]  # row ends left out so far
+        places = [code + left_out for code, left_out in zip(last, hidden, strict=True)]
+        return [place - before for place, before in zip(places, [0, *places], strict=False)]
+
     def forward(self, entries: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
-        """Teacher forcing: entries (B, s^2, C), hidden (B, D), globals_ (B, N_g, C) -> features (B, s^2, D)."""
+        """Teacher forcing: entries (B, s^2, C), hidden (B, D), globals_ (B, N, C) -> features (B, s^2, D)."""
         condition, memory = self._read(hidden, globals_)
         return hidden.unsqueeze(1) + self.decoder(entries, self.decoder.positions, condition, memory, 1)
 
     def draw(self, codebook: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor, pick: PickCodes):
-        """Draws the cell's codes (B, s^2)."""
+        """Draws the codes of one step, (B, s^2)."""
         condition, memory = self._read(hidden, globals_)
         positions = self.decoder.positions
         return self.decoder.draw(codebook, positions, condition, memory, 1, lambda features: pick(hidden + features))
 
     def embed(self, embeddings: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
-        """The compact input of a cell: embeddings (..., s^2, D) and entries (..., s^2, C) of its codes -> (..., D)."""
-        return embeddings.mean(-2) + self.places_in(entries.flatten(-2))
+        """The next step's input: embeddings (..., s^2, D) and entries (..., s^2, C) of this one's codes -> (..., D)."""
+        return self.pooled(embeddings) + self.places_in(entries.flatten(-2))
+
+    def pooled(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The last code's embedding: the base's own input at that place, (..., s^2, D) -> (..., D)."""
+        return embeddings[..., -1, :]
 
     def _read(self, hidden: torch.Tensor, globals_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         told = self.hidden_in(hidden).unsqueeze(1)  # (B, 1, W)
-        condition = told.expand(-1, len(self.decoder.positions), -1)
-        return condition, torch.cat([told, self.global_in(globals_)], 1)
+        return told.expand(-1, len(self.decoder.positions), -1), self.memory(told, globals_)
+
+    def memory(self, told: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
+        """What every layer attends to, (B, M, W): the hidden state alone, `told` (B, 1, W)."""
+        return told
+
+
+class CellDecompressor(StripDecompressor):
+    """The codes of one s x s window, behind global codes: what adapters up to 0.2 drew with."""
+
+    def __init__(self, stride: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__(stride, code_width, width, out_width, layers)
+        self.global_in = nn.Linear(code_width, width)
+
+    def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return raster_to_cells(x, self.stride, grid)
+
+    def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return cells_to_raster(x, self.stride, grid)
+
+    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
+        """One each: positions count compact tokens."""
+        return [1] * math.prod(cells_of(grid, self.stride))
+
+    def pooled(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Their mean: AvgPool in embedding space."""
+        return embeddings.mean(-2)
+
+    def memory(self, told: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
+        return torch.cat([told, self.global_in(globals_)], 1)
