@@ -4,10 +4,9 @@
     python recipes/ablate.py --axes decompressor stride --seeds 1 2 3 --max_steps 900 --stage_1_steps 500
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on CPU cores: a variant and seed takes one of them five minutes,
-all of them four hours and a half; the default adapter, which stands on every axis, is trained once a seed. What is finished
-stays in `--output_dir`, and in `--json` for later runs: one that was cut off goes on where it stopped, and two with other
-`--seeds` can share a folder. Variants are trained alike and briefly, so their scores compare with each other, not with the
-shipped adapter's.
+all of them six hours; the adapter that stands on every axis is trained once a seed. What is finished stays in `--output_dir`,
+and in `--json` for later runs: one that was cut off goes on where it stopped, and two with other `--seeds` can share a folder.
+Variants are trained alike and briefly, so their scores compare with each other, not with the shipped adapter's.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from ablation_variants import AXES, DEFAULT, Variant
+from ablation_variants import AXES, START, Variant
 from contenders import Contender, contenders
 from digits import random_scene
 from environment import environment
@@ -53,6 +52,7 @@ class AblateArguments:
     stage_1_steps: int = field(default=250, metadata={"help": "Steps of stage 1."})
     max_steps: int = field(default=400, metadata={"help": "Steps of stage 2."})
     batch_size: int = field(default=16, metadata={"help": "Rows a step, of both stages."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak of stage 2."})
     scenes: int = field(default=100, metadata={"help": "Held-out scenes to read, and prompts to draw, for each seed."})
     output_dir: str = field(default="work/ablation", metadata={"help": "Where the scores of finished variants are kept."})
     json: str | None = field(default=None, metadata={"help": "File to write all scores to."})
@@ -60,15 +60,16 @@ class AblateArguments:
     @property
     def budget(self) -> dict:
         """What scores must share to be compared."""
-        return {name: getattr(self, name) for name in ("base", "stage_1_steps", "max_steps", "batch_size", "scenes")}
+        names = ("base", "stage_1_steps", "max_steps", "batch_size", "learning_rate", "scenes")
+        return {name: getattr(self, name) for name in names}
 
 
 def runs_of(axes: list[str]) -> Iterator[tuple[str, Variant]]:
     """Every variant of the axes once, with the name of its run."""
-    yield "default", DEFAULT
+    yield "default", START
     for axis in axes:
         for name, variant in AXES[axis].items():
-            if variant is not DEFAULT:
+            if variant is not START:
                 yield f"{axis}, {name}", variant
 
 
@@ -81,6 +82,7 @@ def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> t
         output_dir=str(folder),
         seed=seed,
         max_steps=args.max_steps,
+        learning_rate=args.learning_rate,
         per_device_train_batch_size=args.batch_size,
         save_strategy="no",
         logging_steps=50,
@@ -172,27 +174,25 @@ def markdown(ablation: dict) -> str:
     for axis in ablation["axes"]:
         lines.append(f"| **{axis}** |{' |' * len(SCORES)}")
         for name, variant in AXES[axis].items():
-            ours = variant is DEFAULT
-            lines.append(row(f"{name} (default)" if ours else name, "default" if ours else f"{axis}, {name}"))
+            lines.append(row(name, "default" if variant is START else f"{axis}, {name}"))
     return "\n".join(lines)
 
 
 def main(args: AblateArguments) -> dict:
     check(args)
     transformers.logging.set_verbosity_error()
-    earlier: dict[str, dict[str, dict[str, float | None]]] = {}
+    runs: dict[str, dict[str, dict[str, float | None]]] = {}
     if args.json and Path(args.json).is_file():
         written = json.loads(Path(args.json).read_text())
         check_budget(Path(args.json), written["budget"], args)
-        earlier = written["runs"]
-    runs: dict[str, dict[str, dict[str, float | None]]] = {}
+        runs = written["runs"]  # and so the file keeps what is not asked for this time
     todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes)]]
     for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed: a part of the time gives a whole table
-        kept = earlier.get(name, {}).get(seed)
-        runs.setdefault(name, {})[seed] = kept or scores_of(name, variant, int(seed), args)
+        of_run = runs.setdefault(name, {})
+        of_run[seed] = of_run.get(seed) or scores_of(name, variant, int(seed), args)
     ablation = {
         "budget": args.budget,
-        "axes": args.axes,
+        "axes": [axis for axis in AXES if all(name in runs for name, _ in runs_of([axis]))],
         "runs": runs,
         "environment": environment(),
     }

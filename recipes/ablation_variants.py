@@ -1,6 +1,7 @@
-"""What `ablate.py` varies: the paper's ablations (UniCompress, section 4), one change each to the default adapter.
+"""What `ablate.py` varies: the paper's ablations (UniCompress, section 4), one change each; and the way to "strip", by steps.
 
-Compressors that the package does not have, since they did not win, live here alone.
+All axes but "drawing" start from "cell", which draws global codes as the paper does. Modules that the package does not have,
+since they did not win, live here alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from uc_adapters import UniCompressModel
 from uc_adapters.compression import after_loop
-from uc_adapters.layers import Grid, RasterDecompressor, raster_to_cells
+from uc_adapters.layers import CellDecompressor, Grid, RasterDecompressor, StripDecompressor, raster_to_cells
 from uc_adapters.layers.attention import Attention
 
 
@@ -98,6 +99,29 @@ class ClsToken(nn.Module):
         return self.norm(token + self.attention(token, self.attention.keys_values(torch.cat([token, dense], 1))))
 
 
+class CellAtDensePlaces(CellDecompressor):
+    """A window stands at the mean of its codes' places in the base's own sequence."""
+
+    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
+        places = torch.arange(math.prod(grid)).view(1, -1)  # (1, T), in the raster
+        of_cells = self.order(places, grid)[0].float().mean(-1).round().long()  # (T',)
+        return of_cells.diff(prepend=of_cells.new_zeros(1)).tolist()
+
+
+class StripAtCompactPlaces(StripDecompressor):
+    """Positions count compact tokens."""
+
+    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
+        return [1] * (math.prod(grid) // self.stride**2)
+
+
+class StripOfMeans(StripDecompressor):
+    """A step reads the mean of its codes' embeddings, as "cell" does."""
+
+    def pooled(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return embeddings.mean(-2)
+
+
 class OneShotDecompressor(RasterDecompressor):
     """All dense codes in one step, none seeing another."""
 
@@ -125,9 +149,16 @@ def decompress_at_once(model: UniCompressModel) -> None:
     model.drawing.module.decompressor = after_loop(OneShotDecompressor, model.active_peft_config, model.family.geometry)
 
 
+def draw_with(kind: type[StripDecompressor], model: UniCompressModel) -> None:
+    """Another decompressor inside the loop."""
+    config, geometry = model.active_peft_config, model.family.geometry
+    width, layers = config.decompressor_width, config.decompressor_layers
+    model.drawing.module.decompressor = kind(config.stride, geometry.code_width, width, geometry.hidden_size, layers)
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One change to the default adapter."""
+    """One adapter."""
 
     options: dict = field(default_factory=dict)
     """Of `finetune.py`."""
@@ -135,41 +166,61 @@ class Variant:
     """Of a fresh adapter, where no option does it."""
 
 
-DEFAULT = Variant()
+def cell(change: Change | None = None, **options) -> Variant:
+    """An adapter that draws with "cell"."""
+    return Variant({"decompressor": "cell", **options}, change)
+
+
+def strip(change: Change | None = None, **options) -> Variant:
+    """An adapter that draws with "strip"."""
+    return Variant({"decompressor": "strip", **options}, change)
+
+
+START = cell()
 AXES: dict[str, dict[str, Variant]] = {
     "global tokens": {
-        "0": Variant({"num_global_tokens": 0}),
-        "1": Variant({"num_global_tokens": 1}),
-        "4": DEFAULT,
-        "8": Variant({"num_global_tokens": 8}),
+        "0": cell(num_global_tokens=0),
+        "1": cell(num_global_tokens=1),
+        "4": START,
+        "8": cell(num_global_tokens=8),
     },
     "kind of global token": {
-        "mean token": Variant({"num_global_tokens": 1}, partial(summarise_with, MeanToken)),
-        "CLS-like token": Variant({"num_global_tokens": 1}, partial(summarise_with, ClsToken)),
-        "4 meta queries": DEFAULT,
+        "mean token": cell(partial(summarise_with, MeanToken), num_global_tokens=1),
+        "CLS-like token": cell(partial(summarise_with, ClsToken), num_global_tokens=1),
+        "4 meta queries": START,
     },
     "pooling of what is read": {
-        "average": DEFAULT,
-        "max": Variant(change=partial(read_with, MaxPool)),
-        "strided conv": Variant(change=partial(read_with, StridedConv)),
-        "gated": Variant(change=partial(read_with, GatedPool)),
-        "top-k selection": Variant(change=partial(read_with, TopK)),
+        "average": START,
+        "max": cell(partial(read_with, MaxPool)),
+        "strided conv": cell(partial(read_with, StridedConv)),
+        "gated": cell(partial(read_with, GatedPool)),
+        "top-k selection": cell(partial(read_with, TopK)),
     },
     "stride": {
-        "1, no global tokens": Variant({"stride": 1, "num_global_tokens": 0}),
-        "2": DEFAULT,
-        "4": Variant({"stride": 4}),
+        "1, no global tokens": cell(stride=1, num_global_tokens=0),
+        "2": START,
+        "4": cell(stride=4),
     },
     "decompressor": {
         "raster": Variant({"decompressor": "raster"}),
         "phase": Variant({"decompressor": "phase"}),
         "one-shot": Variant({"decompressor": "raster"}, decompress_at_once),
-        "cell": DEFAULT,
+        "cell": START,
     },
     "LoRA rank": {
-        "8": Variant({"r": 8, "lora_alpha": 8}),
-        "16": Variant({"r": 16, "lora_alpha": 16}),
-        "64": DEFAULT,
+        "8": cell(r=8, lora_alpha=8),
+        "16": cell(r=16, lora_alpha=16),
+        "64": START,
+    },
+    "drawing": {
+        "cell": START,
+        "cell, no global codes, at the dense places": cell(partial(draw_with, CellAtDensePlaces), num_global_tokens=0),
+        "strip, at the compact places": strip(partial(draw_with, StripAtCompactPlaces)),
+        "strip of means": strip(partial(draw_with, StripOfMeans)),
+        "strip": strip(),
+        "strip, one layer": strip(decompressor_layers=1),
+        "strip, taught": strip(distill=True),
+        "strip, taught, rank 8": strip(distill=True, r=8, lora_alpha=8),
     },
 }
-"""What is varied: by its name, the variants by theirs. The default adapter stands on every axis."""
+"""What is varied: by its name, the variants by theirs. `START` stands on every axis, and is trained once."""
