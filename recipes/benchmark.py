@@ -41,7 +41,7 @@ class BenchmarkArguments:
     """What to time, and where."""
 
     shape: str = field(default="tiny", metadata={"help": "tiny, janus-pro-1b or janus-pro-7b."})
-    decompressor: str = field(default="cell", metadata={"help": "Of a random adapter. See UniCompressConfig."})
+    decompressor: str = field(default="strip", metadata={"help": "Of a random adapter. See UniCompressConfig."})
     train: bool = field(default=False, metadata={"help": "Time a step of training instead: LoRA on dense tokens, and stage 2."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "In training, on both sides."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once; training takes the first."})

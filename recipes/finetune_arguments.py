@@ -18,9 +18,9 @@ class TrainingConfig(SFTConfig):
     """
 
     output_dir: str | None = "work/adapter"
-    max_steps: int = 900
+    max_steps: int = 1350
     per_device_train_batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     lr_scheduler_type: SchedulerType | str = "cosine"
     warmup_steps: float = 40
     weight_decay: float = 0.01
@@ -48,7 +48,7 @@ class FinetuneArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out and say so, instead of stopping."})
     distill: bool = field(
         default=False,
-        metadata={"help": "Learn the dense base's own words, and let it answer questions and draw prompts that lack theirs."},
+        metadata={"help": "Learn from the dense base: words, codes of \"strip\", and what it says to rows that lack an answer."},
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of drawing prompts dropped, for guidance."})
     sample_steps: int = field(default=0, metadata={"help": "Write sample pictures every so many steps. 0: none."})

@@ -77,8 +77,8 @@ class UniCompressModel(SharedModel):
 
         Args:
             part: "tokenizer" (stage 1: extractors, and a decompressor that works after the loop) or
-                "language model" (stage 2: LoRA, separators, and the "cell" decompressor, which learns from the language
-                model's hidden states).
+                "language model" (stage 2: LoRA, separators, and the "strip" and "cell" decompressors, which learn from the
+                language model's hidden states).
         """
         if part not in ("tokenizer", "language model"):
             raise InputError(f"part={part!r}; expected 'tokenizer' or 'language model'.")
