@@ -48,7 +48,7 @@ class FinetuneArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out and say so, instead of stopping."})
     distill: bool = field(
         default=False,
-        metadata={"help": "Learn from the dense base: words, codes of \"strip\", and what it says to rows that lack an answer."},
+        metadata={"help": "Learn from the dense base: words, codes of `strip`, and what it says to rows that lack an answer."},
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of drawing prompts dropped, for guidance."})
     sample_steps: int = field(default=0, metadata={"help": "Write sample pictures every so many steps. 0: none."})
