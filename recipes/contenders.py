@@ -38,10 +38,13 @@ def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Cont
     """The bare base, as transformers loads it, and the adapter on the same weights."""
     model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
     dense = Contender("base", model, load_processor(base))
-    if adapter is None:
-        return [dense]
-    compact = UniCompressModel.from_pretrained(twin_of(model), adapter).eval()
-    return [dense, Contender("adapter", compact, load_processor(adapter))]
+    return [dense] if adapter is None else [dense, with_adapter(dense, adapter, "adapter")]
+
+
+def with_adapter(dense: Contender, adapter: str, name: str) -> Contender:
+    """An adapter on a bare base's weights."""
+    model = UniCompressModel.from_pretrained(twin_of(dense.model), adapter).eval()
+    return Contender(name, model, load_processor(adapter))
 
 
 def load_processor(source: str) -> ProcessorMixin:

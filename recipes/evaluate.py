@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from contenders import Contender, contenders, drawn_steps, read_tokens, why_no_drawing
+from contenders import Contender, contenders, drawn_steps, read_tokens, why_no_drawing, with_adapter
 from digits import Scene, random_scene
 from environment import environment
 from intervals import mean
@@ -48,6 +48,9 @@ class EvaluateArguments:
 
     base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
     adapter: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id. None: the base alone."})
+    also: list[str] | None = field(
+        default=None, metadata={"help": "Further adapters beside that one: a column of the table and a row of the grid each."}
+    )
     scenes: int = field(default=500, metadata={"help": "Held-out scenes to read, and prompts to draw; two or more."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the sampling."})
     batch_size: int = field(default=25, metadata={"help": "Prompts drawn at once."})
@@ -63,6 +66,7 @@ def main(args: EvaluateArguments) -> dict:
     # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
     transformers.logging.set_verbosity_error()
     pair = contenders(args.base, args.adapter)
+    pair += [with_adapter(pair[0], source, Path(source).name) for source in args.also or []]
     reason = why_no_drawing(pair[0])
     if reason is not None:
         if args.grid:
@@ -93,6 +97,11 @@ def check(args: EvaluateArguments) -> None:
         raise SystemExit(f"--scenes {args.scenes}: expected 2 or more; an interval needs several.")
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
+    names = ["base", "adapter", *(Path(source).name for source in args.also or [])]
+    if len(set(names)) < len(names):
+        raise SystemExit(
+            f"--also {' '.join(args.also)}: expected adapters in folders of different names; they name the columns."
+        )
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise SystemExit(f"--card writes into the folder of --adapter, and that is {args.adapter!r}; expected a folder.")
     for option, file in (("json", args.json), ("grid", args.grid)):
@@ -128,7 +137,7 @@ def score_scenes(pair: list[Contender], scenes: list[Scene], args: EvaluateArgum
             "reconstruction": {contender.name: score_reconstruction(contender, scenes) for contender in pair},
         }
         by_scene |= {"drawing": {name: score.by_scene for name, score in drawn.items()}, "nats_per_image": nats}
-    if len(pair) == 2:
+    if "adapter" in reading:
         scores["differences"] = {what: asdict(mean(values["adapter"] - values["base"])) for what, values in by_scene.items()}
     return scores, drawn
 

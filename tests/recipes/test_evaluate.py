@@ -187,6 +187,17 @@ def test_a_base_alone(base_folder, capsys):
     assert capsys.readouterr().out.startswith("|  | base |\n")
 
 
+def test_a_second_adapter_has_a_column_of_its_own_and_differs_from_nobody(base_folder, adapter_folder, tmp_path):
+    other = shutil.copytree(adapter_folder, tmp_path / "other")
+    files = {"base": str(base_folder), "adapter": str(adapter_folder), "also": [str(other)]}
+    scores = main(EvaluateArguments(**files, scenes=3, grid=str(tmp_path / "drawings.png")))
+    for what in ("reading", "drawing", "nats_per_image", "reconstruction"):
+        assert list(scores[what]) == ["base", "adapter", "other"]
+        assert scores[what]["other"] == scores[what]["adapter"]
+    assert "| base | adapter | other | adapter - base |" in score_report.markdown(scores)
+    assert (tmp_path / "drawings.png").exists()
+
+
 def test_the_scores_enter_the_card_and_its_model_index(scores):
     results = ModelCard.load(scores.card).data.eval_results
     expected = {what: scores.written[what]["adapter"] for what in PAIRS}
@@ -204,6 +215,7 @@ def test_the_scores_enter_the_card_and_its_model_index(scores):
         ({"card": True}, r"--card writes into the folder of --adapter, and that is None; expected a folder"),
         ({"card": True, "adapter": "org/on-the-hub"}, r"that is 'org/on-the-hub'; expected a folder"),
         ({"json": "nowhere/scores.json"}, r"--json nowhere/scores\.json: the folder nowhere does not exist"),
+        ({"also": ["a/twin", "b/twin"]}, r"--also a/twin b/twin: expected folders of different names"),
         ({"grid": "nowhere/drawings.png"}, r"--grid nowhere/drawings\.png: the folder nowhere does not exist"),
     ],
 )
