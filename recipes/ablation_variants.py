@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from uc_adapters import UniCompressModel
-from uc_adapters.compression import after_loop
+from uc_adapters.compression import after_loop, inside_loop
 from uc_adapters.layers import CellDecompressor, Grid, RasterDecompressor, StripDecompressor, raster_to_cells
 from uc_adapters.layers.attention import Attention
 
@@ -151,9 +151,7 @@ def decompress_at_once(model: UniCompressModel) -> None:
 
 def draw_with(kind: type[StripDecompressor], model: UniCompressModel) -> None:
     """Another decompressor inside the loop."""
-    config, geometry = model.active_peft_config, model.family.geometry
-    width, layers = config.decompressor_width, config.decompressor_layers
-    model.drawing.module.decompressor = kind(config.stride, geometry.code_width, width, geometry.hidden_size, layers)
+    model.drawing.module.decompressor = inside_loop(kind, model.active_peft_config, model.family.geometry)
 
 
 @dataclass(frozen=True)

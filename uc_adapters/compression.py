@@ -91,7 +91,13 @@ def after_loop(kind: type[CompactDecompressor], config: UniCompressConfig, geome
     return kind(config.stride, geometry.draw_side, geometry.code_width, width, geometry.hidden_size, layers)
 
 
-IN_LOOP = {"strip": StripDecompressor, "cell": CellDecompressor}
+def inside_loop(kind: type[StripDecompressor], config: UniCompressConfig, geometry: Geometry) -> StripDecompressor:
+    """Likewise one that works inside the loop."""
+    width, layers = config.decompressor_width, config.decompressor_layers
+    return kind(config.stride, geometry.code_width, width, geometry.hidden_size, layers)
+
+
+INSIDE_LOOP = {"strip": StripDecompressor, "cell": CellDecompressor}
 AFTER_LOOP = {"phase": PhaseDecompressor, "raster": RasterDecompressor}
 
 
@@ -104,10 +110,8 @@ class DrawCompressor(nn.Module):
         width, code_width, side = config.decompressor_width, geometry.code_width, geometry.draw_side
         self.extractor = GlobalExtractor(code_width, width, self.num_global_codes, side) if self.num_global_codes else None
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
-        if config.decompressor in IN_LOOP:
-            self.decompressor = IN_LOOP[config.decompressor](
-                config.stride, code_width, width, geometry.hidden_size, config.decompressor_layers
-            )
+        if config.decompressor in INSIDE_LOOP:
+            self.decompressor = inside_loop(INSIDE_LOOP[config.decompressor], config, geometry)
         else:
             self.decompressor = after_loop(AFTER_LOOP[config.decompressor], config, geometry)
 

@@ -118,7 +118,8 @@ class UniCompressModel(SharedModel):
             input_ids: (B, L), with the adapter's placeholders for every image, to read or to draw.
             pixel_values: Images to read, (N, 3, H, W), in the order of their placeholders.
             attention_mask: (B, L).
-            position_ids: (B, L).
+            position_ids: (B, L). Default: one a token; but with "strip" a drawn image takes the places that it takes in the
+                base's own sequence, see `StripDecompressor.advances`.
             image_sizes: (N, 2), height and width in pixels, where the base's images have any size.
             labels: (B, L), -100 where nothing is to learn. At a drawn image, any other value marks its places.
             drawn_pixel_values: Images to draw, (M, 3, H, W), in the order of their placeholders.
