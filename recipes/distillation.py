@@ -129,7 +129,8 @@ class DistillingTrainer(JointTrainer):
 
         Returns:
             `word_probs`, its probabilities of the N labelled words, (N, vocabulary); where "strip" draws, also `drawn_states`,
-            its last hidden states before each dense code of the images to draw, (M, T, D).
+            its last hidden states before each dense code of the images to draw, (M, T, D), with the share of the loss that is
+            learned from them: all of it at first, nothing at the end.
         """
         model, family = self.model, self.model.family
         drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
@@ -143,6 +144,8 @@ class DistillingTrainer(JointTrainer):
         if codes and model.active_peft_config.decompressor == "strip":
             states = hidden[drawn_mask[:, 1:]].split([len(of_image) for of_image in codes])  # M times (T, D)
             told["drawn_states"] = pad_sequence(states, batch_first=True)
+            # The teacher is the fastest way to its own quality, the codes themselves the way beyond it
+            told["drawn_states_share"] = 1 - self.state.global_step / self.state.max_steps
         return told
 
     def _dense_hidden(

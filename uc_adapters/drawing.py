@@ -90,10 +90,13 @@ class Drawing:
         """Codes (...) -> codebook entries (..., C), in the adapter's dtype."""
         return self.codebook[codes].to(self.dtype)
 
-    def score(self, hidden: torch.Tensor, codes: CompactCodes, taught: torch.Tensor | None = None) -> Scores:
+    def score(
+        self, hidden: torch.Tensor, codes: CompactCodes, taught: torch.Tensor | None = None, share: float = 1.0
+    ) -> Scores:
         """Scores the true codes from the hidden states before each place, (B, N + 1 + T', D).
 
-        With a teacher's hidden states before each dense code, `taught` (B, T, D), a place's log-probability is `-divergence`.
+        With a teacher's hidden states before each dense code, `taught` (B, T, D), a `share` of a place's log-probability
+        is its `-divergence` instead.
         """
         count = codes.globals.shape[1]
         parts = []
@@ -111,7 +114,7 @@ class Drawing:
             log_probs, entropy, accuracy = _score(logits, codes.cells.flatten(0, 1))
             if taught is not None:
                 of_cells = self.module.decompressor.order(taught, codes.grid).flatten(0, 1)  # (B * T', s^2, D)
-                log_probs = -self.divergence(logits, flat, of_cells)
+                log_probs = (1 - share) * log_probs - share * self.divergence(logits, flat, of_cells)
             scores = torch.stack([log_probs.sum(-1), entropy.sum(-1), accuracy.mean(-1)])  # (3, B * T')
             parts.append(scores.unflatten(1, before_cells.shape[:2]))
         return Scores(*torch.cat(parts, 2))

@@ -53,6 +53,7 @@ def joint_loss(
     num_items_in_batch: torch.Tensor | int | None,
     word_probs: torch.Tensor | None,
     drawn_states: torch.Tensor | None,
+    drawn_states_share: float,
 ) -> JointOutput:
     """Scores the labels of a batch: words by the base's head, drawn places by the adapter's decompressor.
 
@@ -89,7 +90,7 @@ def joint_loss(
         drawn_scores = {}
         for rows, codes in batches:
             taught = None if drawn_states is None else drawn_states[rows, : codes.dense.shape[1]]
-            scored = drawing.score(torch.stack([before[row] for row in rows]), codes, taught)
+            scored = drawing.score(torch.stack([before[row] for row in rows]), codes, taught, drawn_states_share)
             of_place = torch.full_like(scored.log_probs, CELL)
             of_place[:, : codes.globals.shape[1]] = GLOBAL_CODE
             parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, of_place])  # (4, n, N + 1 + T')

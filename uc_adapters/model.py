@@ -108,6 +108,7 @@ class UniCompressModel(SharedModel):
         drawn_mask: torch.Tensor | None = None,
         word_probs: torch.Tensor | None = None,
         drawn_states: torch.Tensor | None = None,
+        drawn_states_share: float = 1.0,
         fused_lm_head: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -129,7 +130,9 @@ class UniCompressModel(SharedModel):
             word_probs: A teacher's probabilities of the words, (N, vocabulary), at the N labelled words in order: the joint
                 loss then learns them (as the divergence from them) in place of the labels.
             drawn_states: The base's own last hidden states before each dense code of the images to draw, (M, T, D): "strip"
-                then learns from them in place of the codes, see `Drawing.divergence`.
+                then learns from them, see `Drawing.divergence`.
+            drawn_states_share: How much of the loss of drawn codes that is, from 0 to 1; the rest is learned from the codes.
+                Default 1.
             fused_lm_head: TRL's request for per-token scores instead of logits.
             num_items_in_batch: What the summed loss is divided by; default the number of labelled positions.
             **kwargs: Passed to the base.
@@ -183,6 +186,7 @@ class UniCompressModel(SharedModel):
             num_items_in_batch=num_items_in_batch,
             word_probs=word_probs,
             drawn_states=drawn_states,
+            drawn_states_share=drawn_states_share,
         )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
