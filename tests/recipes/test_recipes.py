@@ -59,7 +59,7 @@ def test_a_recipe_takes_its_arguments_from_a_yaml_file_and_the_command_line(tmp_
 def test_every_config_is_one_of_finetunes(file):
     parser = TrlParser((finetune.FinetuneArguments, finetune.TrainingConfig))
     args, training = parser.parse_args_and_config(["--config", str(file), "--use_cpu", "true", "--bf16", "false"])
-    assert args.config().decompressor == "cell"
+    assert args.config().decompressor == "strip"
     if file.stem == "tiny":
         assert args == finetune.FinetuneArguments()
         assert training.to_dict() == finetune.TrainingConfig(use_cpu=True).to_dict()
