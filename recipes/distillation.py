@@ -25,7 +25,7 @@ from transformers import ProcessorMixin
 from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.families import Family
 from uc_adapters.images import Images
-from uc_adapters.layers import nearest_codes
+from uc_adapters.layers import Grid, nearest_codes
 
 ANSWER_TOKENS = 64
 
@@ -135,27 +135,35 @@ class DistillingTrainer(JointTrainer):
         model, family = self.model, self.model.family
         drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
         drawn = Images(*(batch.get(f"drawn_{name}") for name in ("pixel_values", "image_sizes", "latents")))
-        codes = dense_codes(family, drawn)
+        codes, grids = dense_codes(family, drawn), [family.draw_grid(size) for size in drawn.sizes(family)]
         words = (batch["labels"] != -100) & ~drawn_mask
         with model.disable_adapter():
-            hidden = self._dense_hidden(batch, drawn_mask, codes)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
+            hidden = self._dense_hidden(batch, drawn_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
             told = {"word_probs": family.text_logits(hidden[words[:, 1:]]).float().softmax(-1)}
         model.train_only("language model")  # leaving disable_adapter makes all of the adapter trainable
         if codes and model.active_peft_config.decompressor == "strip":
-            states = hidden[drawn_mask[:, 1:]].split([len(of_image) for of_image in codes])  # M times (T, D)
+            before = hidden[drawn_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
+            states = [  # M times (T, D): those before the ends of rows are left out
+                of_image.unflatten(0, (rows, -1))[:, :columns].flatten(0, 1)
+                for of_image, (rows, columns) in zip(before, grids, strict=True)
+            ]
             told["drawn_states"] = pad_sequence(states, batch_first=True)
             # The teacher is the fastest way to its own quality, the codes themselves the way beyond it
             told["drawn_states_share"] = 1 - self.state.global_step / self.state.max_steps
         return told
 
     def _dense_hidden(
-        self, batch: dict[str, torch.Tensor], drawn_mask: torch.Tensor, codes: list[torch.Tensor]
+        self, batch: dict[str, torch.Tensor], drawn_mask: torch.Tensor, codes: list[torch.Tensor], grids: list[Grid]
     ) -> torch.Tensor:
         """The dense base's last hidden states, (B, L, D), the codes of drawn images at their places."""
         family, ids, mask = self.model.family, batch["input_ids"], batch["attention_mask"]
         read = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
         if family.codes_are_words:
-            ids = ids.masked_scatter(drawn_mask, family.words[torch.cat(codes)]) if codes else ids
+            for_images = [  # as the base draws them: with the ends of rows, but not that of the image
+                family.to_tokens(of_image[None], grid)[0, : family.dense_placeholders(grid)]
+                for of_image, grid in zip(codes, grids, strict=True)
+            ]
+            ids = ids.masked_scatter(drawn_mask, torch.cat(for_images)) if codes else ids
             return family.base.model(input_ids=ids, attention_mask=mask, use_cache=False, **read).last_hidden_state
         to_read = (ids == family.image_token_id) & ~drawn_mask
         embeddings = self.model.reading.embed_prompt(ids, read.get("pixel_values"), None, to_read)  # (B, L, D)

@@ -152,6 +152,7 @@ def train_stage_2(
     folder = Path(training.output_dir)
     collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout)
     make_trainer = partial(DistillingTrainer, teacher_processor=dense) if args.distill else JointTrainer
+    model.set_adapter(model.active_adapter)  # all trainable: of a quantised base's adapter, TRL casts just that to bfloat16
     trainer = make_trainer(model=model, args=training, train_dataset=rows, processing_class=processor, data_collator=collator)
     if training.fsdp and not trainer.is_fsdp_enabled:
         raise TrainingError("--fsdp on CPUs: accelerate shards on accelerators alone, and would train each process as a whole.")

@@ -74,7 +74,9 @@ def _check(
 ) -> Dataset:
     """All rows at once, before training starts; what was found is kept in datasets' cache."""
     dataset = fill_in(conversations(source, forms=FORMS | UNFINISHED_FORMS)) if fill_in else conversations(source)
-    settings = (collator.config.stride, collator.config.num_global_tokens, state_of(collator.processor), context)
+    config = collator.config
+    sizes = (config.stride, config.num_global_tokens, config.num_global_codes)
+    settings = (*sizes, state_of(collator.processor), context)
     versions = [__version__, *map(version, ("transformers", "pillow"))]
     problems = dataset.map(
         lambda row: {"problem": _problem(row, collator, context)},

@@ -12,7 +12,8 @@ __all__ = ["DECOMPRESSORS", "DENSE", "SHORT"]
 ANN = "hf_ann"  # the token of the loopback Hub's user
 
 DENSE = 64  # image tokens of the tiny base: 8 x 8
-SHORT = 4 + 1 + 16  # of an adapter at stride 2 with four global tokens
+SHORT = 4 + 1 + 16  # of an adapter at stride 2 with four global tokens, to read
+DRAWN = 1 + 16  # to draw: "strip" draws no global tokens
 CAPTIONS = ["a red 3 at the top left", "a blue 7 at the bottom right and a green 1 at the top right", "a cyan 9"]
 IMAGE = "<image_placeholder>"
 

@@ -17,7 +17,7 @@ BAD = [
     *[("decompressor_layers", value, INTEGER_1) for value in (0, *BAD_INTEGERS)],
     *[("decompressor_width", value, INTEGER_1) for value in (0, *BAD_INTEGERS)],
     *[("r", value, INTEGER_1) for value in (0, *BAD_INTEGERS)],
-    *[("decompressor", value, "cell, phase, raster") for value in ("Cell", "", "pixel", None, 1, ["cell"])],
+    *[("decompressor", value, "strip, cell, phase, raster") for value in ("Cell", "", "pixel", None, 1, ["cell"])],
     *[("codebook_weight", value, ">= 0") for value in (-0.1, float("nan"), float("inf"), "1", None, True)],
     *[("lora_alpha", value, "") for value in (-1, "16", None)],
     *[("lora_dropout", value, "") for value in (-0.1, 1.5, "0.1", None)],
@@ -52,8 +52,16 @@ def test_good_values_are_accepted(stride, num_global_tokens, decompressor):
 
 def test_defaults():
     config = UniCompressConfig()
-    assert (config.stride, config.num_global_tokens, config.decompressor) == (2, 4, "cell")
+    assert (config.stride, config.num_global_tokens, config.decompressor) == (2, 4, "strip")
     assert config.target_modules is None
+
+
+@pytest.mark.parametrize(("decompressor", "drawn"), [("strip", 0), ("cell", 3), ("phase", 3), ("raster", 3)])
+def test_strip_draws_no_global_tokens_and_all_read_them(decompressor, drawn):
+    config = UniCompressConfig(stride=4, num_global_tokens=3, decompressor=decompressor)
+    assert config.num_global_codes == drawn
+    assert config.num_drawn_tokens((8, 12)) == drawn + 1 + 6
+    assert config.num_image_tokens((8, 12)) == 3 + 1 + 6
 
 
 def test_loras_own_fields_keep_their_meaning():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from digits import random_scene
-from helpers import SHORT, attach, draw, drawing_inputs, rng, small_config
+from helpers import DRAWN, SHORT, attach, draw, drawing_inputs, rng, small_config
 from tiny_janus import make_processor
 
 from uc_adapters import UniCompressCollator
@@ -69,18 +69,20 @@ def test_content_may_be_a_plain_string(collate, short_processor):
     assert learned(short_processor, collate([row])) == ["2", "<eos>"]
 
 
+@pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("cell", 4)])
 def test_a_drawing_rows_places_are_learned_but_not_the_separator_nor_the_images_begin_and_end(
-    collate, short_processor, drawing_row
+    short_processor, drawing_row, decompressor, drawn_globals
 ):
-    batch = collate([drawing_row])
+    collate = UniCompressCollator(short_processor, small_config(decompressor=decompressor), caption_dropout=0.0)
+    batch, count = collate([drawing_row]), drawn_globals + 1 + 16
     tokens, labels, drawn = (batch[name][0] for name in ("input_ids", "labels", "drawn_mask"))
     first = words(short_processor, tokens).index("<begin_of_image>") + 1
     expected = torch.full_like(labels, -100)
-    expected[first : first + SHORT] = short_processor.tokenizer.convert_tokens_to_ids("<image_placeholder>")
-    expected[first + 4] = -100  # the separator, behind four global tokens
-    expected[first + SHORT + 1] = short_processor.tokenizer.eos_token_id
+    expected[first : first + count] = short_processor.tokenizer.convert_tokens_to_ids("<image_placeholder>")
+    expected[first + drawn_globals] = -100  # the separator, behind the global tokens
+    expected[first + count + 1] = short_processor.tokenizer.eos_token_id
     assert torch.equal(labels, expected)
-    assert drawn.nonzero().flatten().tolist() == list(range(first, first + SHORT))
+    assert drawn.nonzero().flatten().tolist() == list(range(first, first + count))
     assert "pixel_values" not in batch
     assert batch["drawn_pixel_values"].shape == (1, 3, 64, 64)
 
@@ -104,8 +106,9 @@ def test_an_image_is_read_in_a_user_turn_and_drawn_in_an_assistant_turn(collate,
     pixels = short_processor.image_processor(images[2:4], return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], pixels[:1])
     assert torch.equal(batch["drawn_pixel_values"], pixels[1:])
-    assert batch["drawn_mask"].sum() == SHORT
-    assert learned(short_processor, batch) == ["<image_placeholder>"] * (SHORT - 1) + ["<eos>"]
+    assert batch["drawn_mask"].sum() == DRAWN
+    assert (batch["input_ids"] == 4).sum() == SHORT + DRAWN
+    assert learned(short_processor, batch) == ["<image_placeholder>"] * (DRAWN - 1) + ["<eos>"]
 
 
 def test_an_image_in_a_later_user_turn_is_read(collate, images):
@@ -119,8 +122,8 @@ def test_an_image_in_a_later_user_turn_is_read(collate, images):
 
 def test_two_drawn_images_in_a_turn_have_a_separator_each(collate, short_processor, images):
     batch = collate([{"messages": turns([say("a red 3")], [IMAGE, IMAGE]), "images": images[:2]}])
-    assert batch["drawn_mask"].sum() == 2 * SHORT
-    assert learned(short_processor, batch).count("<image_placeholder>") == 2 * (SHORT - 1)
+    assert batch["drawn_mask"].sum() == 2 * DRAWN
+    assert learned(short_processor, batch).count("<image_placeholder>") == 2 * (DRAWN - 1)
 
 
 def test_a_batch_is_padded_on_the_right_and_padding_is_neither_seen_nor_learned(collate, reading_row, drawing_row, editing_row):
@@ -144,13 +147,13 @@ def test_a_dropped_caption_is_the_prompt_of_the_unconditional_model(short_proces
     blank = model.family.unconditional(prompt, base.generation_config)
     assert torch.equal(batch["input_ids"][:, : prompt.shape[1]], blank)
     assert batch["attention_mask"].all()
-    assert learned(short_processor, batch) == ["<image_placeholder>"] * (SHORT - 1) + ["<eos>"]
+    assert learned(short_processor, batch) == ["<image_placeholder>"] * (DRAWN - 1) + ["<eos>"]
 
 
 def test_a_dropped_prompt_loses_its_images_to_read(short_processor, editing_row, base):
     batch = UniCompressCollator(short_processor, small_config(), caption_dropout=1.0)([editing_row])
     assert "pixel_values" not in batch
-    assert (batch["input_ids"] == 4).sum() == batch["drawn_mask"].sum() == SHORT
+    assert (batch["input_ids"] == 4).sum() == batch["drawn_mask"].sum() == DRAWN
     assert attach(base)(**batch).loss.isfinite()
 
 

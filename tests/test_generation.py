@@ -7,8 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from uc_adapters import UniCompressCollator
 from uc_adapters.compression import CompactCodes
 from uc_adapters.errors import BaseModelError
+from uc_adapters.joint_loss import CELL
 from uc_adapters.layers import raster_to_cells
 
 each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
@@ -79,7 +81,8 @@ def test_drawing_returns_dense_tokens_that_the_base_decodes(base, prompts, decom
 def test_the_language_model_takes_one_step_for_each_compact_token(base, prompts, decompressor, num_global_tokens, stride):
     calls = batch_sizes(base)
     draw(attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens, stride=stride), prompts)
-    assert len(calls) == num_global_tokens + DENSE // stride**2
+    drawn_globals = 0 if decompressor == "strip" else num_global_tokens
+    assert len(calls) == drawn_globals + DENSE // stride**2
 
 
 @each_decompressor
@@ -233,21 +236,83 @@ def test_training_scores_what_drawing_saw(base, short_processor, decompressor, n
     model = attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens)
     inputs, record = drawing_inputs(short_processor, CAPTIONS[:1]), Record()
     dense = draw(model, inputs, guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
-    drawing, count = model.drawing, num_global_tokens
-    steps = 64 if decompressor == "cell" else 16  # codes that the language model's loop drew behind the global ones
+    drawing, count = model.drawing, model.active_peft_config.num_global_codes
+    steps = 64 if drawing.module.in_loop else 16  # codes that the language model's loop drew behind the global ones
     codes, log_probs = (torch.cat(x[: count + steps]) for x in (record.codes, record.log_probs))
     cells = codes[count:].view(1, 16, -1)
-    if decompressor == "cell":
-        assert torch.equal(cells, raster_to_cells(dense, 2, (8, 8)))
+    if drawing.module.in_loop:
+        assert torch.equal(cells, raster_to_cells(dense, 2, (8, 8)) if decompressor == "cell" else dense.view(1, 16, 4))
     compact = CompactCodes(codes[None, :count], cells, dense, (8, 8))
     with torch.no_grad():
         prompt = base.get_input_embeddings()(inputs["input_ids"])
         embeddings = torch.cat([prompt, drawing.embed(compact)], 1)
-        hidden = drawing.family.language_model(inputs_embeds=embeddings).last_hidden_state
+        advances = torch.cat([torch.ones(prompt.shape[1], dtype=torch.long), drawing.advances((8, 8))])
+        hidden = drawing.family.language_model(
+            inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]), position_ids=advances.cumsum(0)[None] - 1
+        ).last_hidden_state
         scores = drawing.score(hidden[:, prompt.shape[1] - 1 : -1], compact)
     expected = torch.cat([log_probs[:count], torch.zeros(1), log_probs[count:].view(16, -1).sum(1)])
     torch.testing.assert_close(scores.log_probs[0], expected, atol=1e-4, rtol=1e-5)
     assert scores.accuracy[0].tolist() == [1.0] * count + [0.0] + [1.0] * 16
+
+
+def test_a_batch_of_training_scores_drawn_strips_as_drawing_saw_them(base, short_processor, prompts, images):
+    """Through the collator and the joint loss; the prompts were padded on their left where they were drawn."""
+    model, record = attach(base), Record()
+    dense = draw(model, prompts, guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": caption}]},
+                {"role": "assistant", "content": [{"type": "image"}]},
+            ],
+            "images": images[:1],
+            "latents": [{"size": [64, 64], "values": model.family.codebook[codes].numpy().tobytes()}],
+        }
+        for caption, codes in zip(CAPTIONS, dense, strict=True)
+    ]
+    batch = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)(rows)
+    with torch.no_grad():
+        scores = model(**batch)
+    cells = scores.kinds == CELL
+    drawn = torch.stack(record.log_probs).view(16, 4, 3).sum(1).T  # of each prompt's strips
+    torch.testing.assert_close(scores.log_probs[cells].view(3, 16), drawn, atol=1e-4, rtol=1e-5)
+    assert (scores.is_top1[cells] == 1).all()
+
+
+def test_strips_are_drawn_at_the_bases_own_positions(base, prompts):
+    model, seen = attach(base), []
+    base.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    draw(model, prompts, guidance_scale=1.0)
+    lengths = prompts["attention_mask"].sum(1, keepdim=True)
+    assert len(set(lengths.flatten().tolist())) == 3
+    last_codes = torch.arange(3, 63, 4)  # of each strip that is fed; the image's first code follows its prompt
+    behind = torch.cat([lengths, lengths + last_codes], 1)  # the separator stands where the first code does
+    padded = prompts["input_ids"].shape[1]
+    assert torch.equal(torch.cat(seen, 1)[:, padded:], behind)
+
+
+class InTurn(LogitsProcessor):
+    """Leaves nothing to choose from but code 0, 1, 2, ..."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __call__(self, input_ids, scores):
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.next] = 0
+        self.next += 1
+        return only
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_strips_draw_the_raster_code_by_code(base, prompts, stride, guidance_scale):
+    processors = LogitsProcessorList([InTurn()])
+    tokens = draw(attach(base, stride=stride), prompts, guidance_scale=guidance_scale, logits_processor=processors)
+    assert torch.equal(tokens, torch.arange(DENSE).expand(3, -1))
 
 
 @pytest.mark.parametrize("decompressor", ["phase", "raster"])
@@ -274,4 +339,4 @@ def test_a_language_model_whose_states_are_no_numbers_is_told_of(base, prompts, 
 
 def test_progress_shows_a_bar(base, prompts, capsys):
     draw(attach(base), prompts, progress=True)
-    assert "20/20" in capsys.readouterr().err
+    assert "16/16" in capsys.readouterr().err

@@ -1,11 +1,16 @@
 """The joint forward: scores of words and of drawn codes, as TRL's trainers read them."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers import DECOMPRESSORS, SHORT, attach, logits
+from helpers import DECOMPRESSORS, attach, logits
 from tiny_janus import make_processor
 
 from uc_adapters import UniCompressCollator
+from uc_adapters.errors import InputError, UnsupportedError
+from uc_adapters.joint_loss import CELL
 
 each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 FIELDS = ("log_probs", "entropy", "is_top1", "label_mask")
@@ -54,7 +59,8 @@ def test_every_labelled_position_is_scored_and_no_other(base, rows, collate, dec
     assert (output.log_probs[labelled] < 0).all()
     assert (output.entropy[labelled] > 0).all()
     assert ((output.is_top1 >= 0) & (output.is_top1 <= 1)).all()
-    assert labelled[1].sum() == SHORT - 1 + 1  # the image's places but the separator, and the turn's end
+    places = model.active_peft_config.num_drawn_tokens((8, 8))
+    assert labelled[1].sum() == places - 1 + 1  # the image's places but the separator, and the turn's end
 
 
 def test_the_loss_is_the_mean_over_labelled_positions(base, rows, collate):
@@ -103,18 +109,19 @@ def test_a_places_score_is_the_sum_over_its_codes(base, rows, collate, decompres
     model = attach(base, decompressor=decompressor)
     drawing, batch = model.drawing, collate(model, rows[1:2])
     codes = drawing.compress(batch["drawn_pixel_values"])
-    hidden = torch.randn(1, SHORT, drawing.family.geometry.hidden_size)
+    first, in_loop = codes.globals.shape[1] + 1, drawing.module.in_loop  # of the cells, behind the separator
+    hidden = torch.randn(1, first + 16, drawing.family.geometry.hidden_size)
     with torch.no_grad():
         scores = drawing.score(hidden, codes)
-        features = hidden[0, 5:]  # (16, D)
-        if decompressor == "cell":
+        features = hidden[0, first:]  # (16, D)
+        if in_loop:
             globals_ = drawing.entries(codes.globals).expand(16, -1, -1)
             features = drawing.module.decompressor(drawing.entries(codes.cells[0]), features, globals_)
         all_log_probs = drawing.family.code_logits(features).log_softmax(-1).view(16, -1, 512)
     of_codes = all_log_probs.gather(2, codes.cells[0].unsqueeze(2)).squeeze(2)  # (16, codes of a place)
-    assert of_codes.shape[1] == (4 if decompressor == "cell" else 1)
-    torch.testing.assert_close(scores.log_probs[0, 5:], of_codes.sum(1), atol=1e-5, rtol=1e-5)
-    assert scores.log_probs[0, 4] == 0  # the separator
+    assert of_codes.shape[1] == (4 if in_loop else 1)
+    torch.testing.assert_close(scores.log_probs[0, first:], of_codes.sum(1), atol=1e-5, rtol=1e-5)
+    assert scores.log_probs[0, first - 1] == 0  # the separator
 
 
 def test_images_of_a_batch_go_to_their_own_rows(base, rows, collate):
@@ -138,7 +145,7 @@ def test_the_loss_trains_the_adapter_and_nothing_of_the_base(base, rows, decompr
     assert lora <= gradients
     assert any("aligner.lora_uc.default.separator" in name for name in gradients)
     assert any("generation_head.lora_uc.default.separator" in name for name in gradients)
-    assert any("decompressor" in name for name in gradients) == (decompressor == "cell")
+    assert any("decompressor" in name for name in gradients) == model.drawing.module.in_loop
     assert any("aligner.lora_uc.default.extractor" in name for name in gradients) == (num_global_tokens > 0)
 
 
@@ -181,6 +188,124 @@ def test_an_adapter_in_bfloat16_scores_and_trains(base, rows, collate, decompres
     output = model(**collate(model, rows))
     output.loss.backward()
     assert output.loss.isfinite()
+
+
+def positions_seen(model, batch) -> torch.Tensor | None:
+    """Those that the language model is given."""
+    seen = []
+    hook = model.get_base_model().model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    return seen[0]
+
+
+def conversation_of_drawings(images) -> dict:
+    """Words, a drawing, words, two drawings, words."""
+    image = {"type": "image"}
+    contents = say("a red 3"), [image], say("a blue 7"), [image, image], say("How many digits are there?"), say("4")
+    return {"messages": turns(*contents), "images": images[:3]}
+
+
+def test_text_behind_drawn_strips_stands_where_it_stands_in_the_bases_own_sequence(base, images, collate, processor):
+    model, row = attach(base), conversation_of_drawings(images)
+    batch = collate(model, [row])
+    config = replace(model.active_peft_config, stride=1, num_global_tokens=0)
+    dense = UniCompressCollator(processor, config, caption_dropout=0.0)([row])
+    assert dense["drawn_mask"].sum() == 3 * 64
+    words, of_base = (one["input_ids"][~one["drawn_mask"]] for one in (batch, dense))
+    assert torch.equal(words, of_base)
+    assert torch.equal(positions_seen(model, batch)[~batch["drawn_mask"]], (~dense["drawn_mask"]).nonzero()[:, 1])
+    codes = torch.arange(3, 64, 4)  # the last of each strip
+    of_image = torch.cat([torch.zeros(1, dtype=torch.long), codes])  # the separator where the first one stands
+    first = dense["drawn_mask"].nonzero()[::64, 1]
+    found = positions_seen(model, batch)[batch["drawn_mask"]].view(3, 17)
+    assert torch.equal(found, first.unsqueeze(1) + of_image)
+
+
+@pytest.mark.parametrize("decompressor", ["cell", "phase", "raster"])
+def test_other_decompressors_count_compact_tokens(base, images, collate, decompressor):
+    model = attach(base, decompressor=decompressor)
+    batch = collate(model, [conversation_of_drawings(images)])
+    assert torch.equal(positions_seen(model, batch)[0], torch.arange(batch["input_ids"].shape[1]))
+
+
+def test_positions_of_the_callers_are_kept(base, rows, collate):
+    model = attach(base)
+    batch = collate(model, rows[1:2])
+    told = torch.arange(batch["input_ids"].shape[1])[None] + 5
+    assert torch.equal(positions_seen(model, batch | {"position_ids": told}), told)
+
+
+@each_decompressor
+def test_without_a_mask_nothing_is_padding(base, rows, collate, decompressor):
+    """Uneven positions alone would be taken for those of several sequences that are packed into one."""
+    model = attach(base, decompressor=decompressor)
+    batch = collate(model, rows[1:2])
+    assert batch["attention_mask"].all()
+    with torch.no_grad():
+        expected = model(**batch)
+        del batch["attention_mask"]
+        assert torch.equal(model(**batch).log_probs, expected.log_probs)
+
+
+def test_a_teachers_states_are_learned_code_by_code(base, rows, collate):
+    """Less the divergence from the teacher's codes, and the distance from its state before each strip."""
+    model = attach(base)
+    batch, seen = collate(model, rows[1:3]), []
+    torch.manual_seed(0)
+    states = torch.randn(2, 64, base.config.text_config.hidden_size)
+    base.model.language_model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    with torch.no_grad():
+        plain, taught = model(**batch), model(**batch, drawn_states=states)
+        cells = plain.kinds == CELL
+        hidden = seen[0][:, :-1][cells]  # (32, D)
+        codes = model.family.dense_codes(batch["drawn_pixel_values"]).view(32, 4)
+        drawing = model.drawing
+        features = drawing.module.decompressor(drawing.entries(codes), hidden, drawing.entries(codes[:, :0]))
+        ours, theirs = (base.model.generation_head.base_layer(x).log_softmax(-1) for x in (features, states.view(32, 4, -1)))
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1)  # (32, 4)
+    before = states.view(32, 4, -1)[:, 0]
+    distance = (hidden - before).square().mean(1) / before.square().mean(1)
+    expected = -divergence.sum(1) - 4 * distance
+    torch.testing.assert_close(taught.log_probs[cells], expected, atol=1e-3, rtol=1e-4)
+    assert torch.equal(taught.log_probs[~cells], plain.log_probs[~cells])
+    assert torch.equal(taught.entropy, plain.entropy)
+    assert torch.equal(taught.is_top1, plain.is_top1)
+    with torch.no_grad():
+        alone = model(**collate(model, rows[1:2]), drawn_states=states[:1]).log_probs[0]
+    torch.testing.assert_close(alone, taught.log_probs[0, : len(alone)], atol=1e-3, rtol=1e-4)  # whatever is in its batch
+
+
+def test_a_pupil_that_is_its_teacher_has_nothing_to_learn(base):
+    drawing = attach(base).drawing
+    states = torch.randn(5, 4, base.config.text_config.hidden_size)
+    logits = drawing.family.code_logits(states)
+    assert torch.equal(drawing.divergence(logits, states[:, 0], states), torch.zeros(5, 4))
+    other = drawing.divergence(logits.roll(1, 0), states[:, 0], states)
+    assert (other > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 192), (2, 63, 192), (2, 64, 191), (128, 192)])
+def test_a_teachers_states_of_another_shape_are_refused(base, rows, collate, shape):
+    model = attach(base)
+    with pytest.raises(InputError, match=rf"drawn_states of shape {re.escape(str(shape))}; expected \(2, 64, 192\)"):
+        model(**collate(model, rows[1:3]), drawn_states=torch.zeros(shape))
+
+
+def test_a_teachers_states_without_an_image_to_draw_are_refused(base, rows, collate):
+    model = attach(base)
+    with pytest.raises(InputError, match=r"drawn_states of shape \(1, 64, 192\); expected \(0, 0, 192\)"):
+        model(**collate(model, rows[:1]), drawn_states=torch.zeros(1, 64, 192))
+
+
+@pytest.mark.parametrize("decompressor", ["cell", "phase", "raster"])
+def test_decompressors_of_another_order_cannot_have_the_teachers_states(base, rows, collate, decompressor):
+    model = attach(base, decompressor=decompressor)
+    with pytest.raises(UnsupportedError, match=rf"drawn_states with the '{decompressor}' decompressor; expected 'strip'"):
+        model(**collate(model, rows[1:3]), drawn_states=torch.zeros(2, 64, 192))
 
 
 def test_the_disabled_model_refuses_images_to_draw(base, rows, processor):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uc_adapters import UniCompressModel, get_uc_model
+from uc_adapters.compression import IN_LOOP
 from uc_adapters.errors import AdapterNameError, BaseModelError, ConfigError, UnsupportedError
 
 LANGUAGE_MODEL = "model.language_model.layers."
@@ -237,7 +238,7 @@ def test_print_trainable_parameters(base, capsys):
         ("language model", {"aligner.separator", "generation_head.separator", "language_model"}),
     ],
 )
-@pytest.mark.parametrize("decompressor", ["cell", "phase"])
+@pytest.mark.parametrize("decompressor", ["strip", "cell", "phase"])
 def test_train_only(base, part, expected, decompressor):
     model = attach(base, decompressor=decompressor)
     model.train_only(part)
@@ -246,9 +247,11 @@ def test_train_only(base, part, expected, decompressor):
         f"{found[1]}.{found[2]}" if (found := re.search(r"\.(\w+)\.lora_uc\.default\.(\w+)", name)) else "language_model"
         for name in trained
     }
-    if decompressor == "cell":  # it learns from the language model's hidden states
+    if decompressor in IN_LOOP:  # it learns from the language model's hidden states
         decoder = {"generation_head.decompressor"}
         expected = expected - decoder if part == "tokenizer" else expected | decoder
+    if decompressor == "strip":  # it draws no global codes
+        expected = expected - {"generation_head.extractor"}
     assert parts == expected
     assert all("lora_" in name for name in trained)
 

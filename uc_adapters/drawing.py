@@ -123,7 +123,7 @@ class Drawing:
         """How far cells are from a teacher that stands at the same places of the same order, (n, s^2), in nats.
 
         KL(teacher || student) of each code; and, since what the language model is to know there is the teacher's own state,
-        the distance of the one state from the other, as a share of the teacher's mean square.
+        the distance of the one state from the other, as a share of the mean square of the teacher's there.
 
         Args:
             logits: Of the codes, (n, s^2, K).
@@ -133,7 +133,7 @@ class Drawing:
         theirs = self.family.code_logits(taught).float().log_softmax(-1)
         divergence = F.kl_div(logits.float().log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
         before = taught[:, 0].float()
-        distance = (hidden.float() - before).square().mean(-1) / before.square().mean()  # (n,)
+        distance = (hidden.float() - before).square().mean(-1) / before.square().mean(-1)  # (n,)
         return divergence + distance.unsqueeze(-1)
 
     def reconstruction_logits(self, codes: CompactCodes, cells: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:

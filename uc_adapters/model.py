@@ -148,8 +148,15 @@ class UniCompressModel(SharedModel):
         """
         _refuse_mixed_batch(kwargs)
         read, drawn = Images(pixel_values, image_sizes), Images(drawn_pixel_values, drawn_image_sizes, drawn_latents)
-        self._check_inputs(input_ids, read, drawn, drawn_mask)
         enabled = self.reading.active_module() is not None
+        if not enabled and (drawn.values is not None or word_probs is not None):
+            raise InputError(
+                "drawn_pixel_values or word_probs with the adapter disabled; expected an enabled one: only it draws compactly "
+                "and is taught."
+            )
+        self._check_inputs(input_ids, read, drawn, drawn_mask)
+        if drawn_states is not None:
+            self._check_drawn_states(drawn_states, drawn)
         if drawn.values is None and word_probs is None and not (fused_lm_head and enabled):
             if fused_lm_head:
                 kwargs["fused_lm_head"] = True
@@ -165,14 +172,10 @@ class UniCompressModel(SharedModel):
                 labels=labels,
                 **kwargs,
             )
-        if not enabled:
-            raise InputError("drawn_pixel_values with the adapter disabled; expected an enabled one: only it draws compactly.")
         if labels is None:
             raise InputError(
                 "labels=None with images to draw; expected labels: this forward scores them. See UniCompressCollator."
             )
-        if drawn_states is not None:
-            self._check_drawn_states(drawn_states, drawn)
         return joint_loss(
             self.reading,
             self.drawing,

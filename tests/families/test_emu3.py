@@ -1,21 +1,23 @@
 """What is Emu3's own: images of any size, row ends, codes that are words, a prompt that tells the size."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from helpers import attach, chat, logits, question_inputs
+from helpers import DECOMPRESSORS, attach, chat, logits, question_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_emu3 import make_model, make_processor
-from transformers import AutoProcessor, Emu3Config, Emu3ForConditionalGeneration
+from transformers import AutoProcessor, Emu3Config, Emu3ForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, get_uc_model
 from uc_adapters.errors import BaseModelError, InputError
 from uc_adapters.families import family_of
 from uc_adapters.families.emu3 import CompactEmu3Processor
+from uc_adapters.joint_loss import CELL
 from uc_adapters.layers import nearest_codes
 
 RATIOS = ["1:1", "2:1", "3:4", "1:2"]
@@ -233,7 +235,7 @@ def test_pixels_of_the_padding_do_not_count(model, compact, mixed):
 # Drawing
 
 
-@pytest.mark.parametrize("decompressor", ["cell", "phase", "raster"])
+@pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 def test_several_ratios_in_one_batch_are_drawn_as_they_are_alone(base, processor, decompressor):
     model = attach(base, decompressor=decompressor)
     compact = model.compact_processor(processor)
@@ -257,19 +259,80 @@ def test_several_drawings_of_prompts_of_several_ratios_stay_in_order(model, comp
     assert len(set(lengths)) == 2
 
 
-def test_a_row_end_stands_behind_each_row_of_cells(model, compact):
+@pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("cell", 4)])
+def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor, drawn_globals):
     """In the loop it rides along with the next cell: the language model sees what training showed it."""
-    seen = []
-    hook = model.get_base_model().model.text_model.register_forward_pre_hook(
+    model, seen = attach(base, decompressor=decompressor), []
+    model.get_base_model().model.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    draw(model, to_draw(compact, "a red 3", "1:2"))
-    hook.remove()
-    steps = torch.cat(seen[1:], 1)[0]  # behind the prompt: globals, separator, cells and row ends
-    rows, columns = (side // 2 for side in to_draw(compact, "a red 3", "1:2")["image_sizes"][0])
+    prompt = to_draw(model.compact_processor(processor), "a red 3", "1:2")
+    draw(model, prompt)
+    steps = torch.cat(seen, 1)[0, prompt["input_ids"].shape[1] :]  # behind the prompt: globals, separator, cells and row ends
+    rows, columns = (side // 2 for side in prompt["image_sizes"][0])
     ends = (steps == model.family.row_end).all(1).nonzero().flatten().tolist()
-    assert ends == [5 + columns + row * (columns + 1) for row in range(rows - 1)]
-    assert len(seen) == 4 + rows * columns
+    assert ends == [drawn_globals + 1 + columns + row * (columns + 1) for row in range(rows - 1)]
+    assert len(seen) == drawn_globals + rows * columns
+
+
+class Record(LogitsProcessor):
+    """Keeps the codes that greedy decoding chooses, and their log-probabilities."""
+
+    def __init__(self):
+        self.codes, self.log_probs = [], []
+
+    def __call__(self, input_ids, scores):
+        self.codes.append(scores.argmax(-1))
+        self.log_probs.append(scores.log_softmax(-1).amax(-1))
+        return scores
+
+
+def test_training_scores_drawn_strips_as_drawing_saw_them(model, compact, images):
+    """Row ends and all: images of two ratios, each drawn alone, in one batch of training."""
+    rows, seen = [], []
+    for caption, ratio in (("a red 3 at the top left", "2:1"), ("a blue 7", "1:2")):
+        prompt, record = to_draw(compact, caption, ratio), Record()
+        tokens = draw(model, prompt, logits_processor=LogitsProcessorList([record]))
+        [(height, width)], codes = prompt["image_sizes"], torch.cat(record.codes)
+        assert torch.equal(tokens, model.family.to_tokens(codes[None], (height, width)))
+        seen.append(torch.stack(record.log_probs).view(-1, 4).sum(1))  # of each strip
+        latents = {"size": [8 * height, 8 * width], "values": model.family.codebook[codes].numpy().tobytes()}
+        user, assistant = [{"type": "text", "text": caption}], [{"type": "image"}]
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        rows.append({"messages": messages, "images": images[:1], "latents": [latents]})
+    batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)(rows)
+    assert len(set(map(tuple, batch["drawn_image_sizes"].tolist()))) == 2
+    with torch.no_grad():
+        scores = model(**batch)
+    cells = scores.kinds == CELL
+    torch.testing.assert_close(scores.log_probs[cells], torch.cat(seen), atol=1e-4, rtol=1e-5)
+    assert (scores.is_top1[cells] == 1).all()
+
+
+def test_text_and_row_ends_of_drawn_strips_stand_where_they_stand_in_the_bases_own_sequence(model, compact, processor, mixed):
+    user, assistant = [{"type": "text", "text": "a red 3"}], [{"type": "image"}]
+    told = [{"type": "text", "text": "4"}]
+    contents = user, assistant, user, [*assistant, *assistant], user, told
+    messages = [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
+    row, seen = {"messages": messages, "images": mixed}, []
+    batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)([row])
+    model.get_base_model().model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch)
+    config = replace(model.active_peft_config, stride=1, num_global_tokens=0)
+    dense = UniCompressCollator(processor, config, caption_dropout=0.0)([row])
+    ids, of_base = batch["input_ids"][0], dense["input_ids"][0]
+    ends = ids == compact.tokenizer.eol_token_id
+    words = ~batch["drawn_mask"][0] & ~ends
+    assert torch.equal(ids[words], of_base[~dense["drawn_mask"][0]])  # the base's row ends are placeholders
+    assert torch.equal(seen[0][0, words], (~dense["drawn_mask"][0]).nonzero().flatten())
+    first, expected = 0, []
+    for rows, columns in (dense["drawn_image_sizes"] // 8).tolist():
+        places = dense["drawn_mask"][0].nonzero().flatten()[first : (first := first + rows * (columns + 1))]
+        expected.append(places.view(rows, columns + 1)[1::2, columns])  # every second row's
+    assert torch.equal(seen[0][0, ends], torch.cat(expected))
 
 
 def test_a_negative_prompt_with_or_without_the_images_frame_is_the_same(model, compact):

@@ -124,10 +124,10 @@ def test_published_models_shorten_576_to_149(published):
         assert model.num_image_tokens == 576
 
 
-def test_published_models_draw_in_148_steps(published):
+def test_published_models_draw_in_144_steps(published):
     _, _, model = published
-    module = model.drawing.module
-    assert module.num_global_tokens + model.family.geometry.draw_side**2 // module.stride**2 == 148
+    assert model.family.draw_grid((384, 384)) == (24, 24)
+    assert model.active_peft_config.num_drawn_tokens((24, 24)) - 1 == 144  # the separator is known
 
 
 def test_published_models_get_modules_of_these_shapes(published):
@@ -135,12 +135,20 @@ def test_published_models_get_modules_of_these_shapes(published):
     reader, drawer = module_of(model, ReadCompressor), module_of(model, DrawCompressor)
     assert reader(torch.zeros(2, 576, 1024, device="meta"), (24, 24)).shape == (2, 149, 1024)
     assert reader.extractor.queries.shape == (4, 1024)
-    assert drawer.extractor.queries.shape == (4, 512)
-    assert drawer.globals_of(torch.zeros(2, 576, 8, device="meta"), (24, 24)).shape == (2, 4, 8)
-    cells = [torch.zeros(shape, device="meta") for shape in ((6, 4, 8), (6, hidden), (6, 4, 8))]
-    assert drawer.decompressor(*cells).shape == (6, 4, hidden)
+    assert drawer.extractor is None
+    assert drawer.globals_of(torch.zeros(2, 576, 8, device="meta"), (24, 24)).shape == (2, 0, 8)
+    strips = [torch.zeros(shape, device="meta") for shape in ((6, 4, 8), (6, hidden), (6, 0, 8))]
+    assert drawer.decompressor(*strips).shape == (6, 4, hidden)
     aligned = model.get_base_model().model.aligner(torch.zeros(1, 576, 1024, device="meta"))
     assert aligned.shape == (1, 149, hidden)
+
+
+def test_drawn_global_codes_have_an_extractor_of_these_shapes():
+    drawer = module_of(get_uc_model(janus_pro("janus-pro-1b"), UniCompressConfig(decompressor="cell")), DrawCompressor)
+    assert drawer.extractor.queries.shape == (4, 512)
+    assert drawer.globals_of(torch.zeros(2, 576, 8, device="meta"), (24, 24)).shape == (2, 4, 8)
+    cells = [torch.zeros(shape, device="meta") for shape in ((6, 4, 8), (6, 2048), (6, 4, 8))]
+    assert drawer.decompressor(*cells).shape == (6, 4, 2048)
 
 
 def test_published_models_gain_at_most_three_per_cent(published):
@@ -178,4 +186,4 @@ def test_a_batch_for_another_geometry_has_its_own_length(images):
         "images": images[:1],
     }
     batch = UniCompressCollator(make_processor(2 + 1 + 4), config, caption_dropout=0.0)([row])
-    assert batch["drawn_mask"].sum() == 7
+    assert batch["drawn_mask"].sum() == 1 + 4

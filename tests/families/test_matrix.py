@@ -265,7 +265,7 @@ def test_two_active_adapters_are_refused(model, compact, pictures):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("decompressor", ["cell", "phase"])
+@pytest.mark.parametrize("decompressor", ["strip", "cell", "phase"])
 def test_a_prompt_draws_the_same_alone_and_beside_others(drawing, base, processor, decompressor, guidance_scale):
     model = attach(base, decompressor=decompressor)
     compact = model.compact_processor(processor)

@@ -283,16 +283,20 @@ def test_a_local_base_that_looks_like_an_id(config, tmp_path, monkeypatch):
     assert "base_model" not in parse(render_card(config, NAME, NOTHING))
 
 
-@pytest.mark.parametrize(("stride", "num_global_tokens"), [(2, 4), (4, 0), (1, 1), (8, 3)])
-def test_tokens_before_and_after(base, processor, tmp_path, stride, num_global_tokens):
-    model = attach(base, stride=stride, num_global_tokens=num_global_tokens)
+@pytest.mark.parametrize(
+    ("stride", "num_global_tokens", "decompressor"),
+    [(2, 4, "strip"), (2, 4, "cell"), (4, 0, "cell"), (1, 1, "strip"), (8, 3, "phase")],
+)
+def test_tokens_before_and_after(base, processor, tmp_path, stride, num_global_tokens, decompressor):
+    model = attach(base, stride=stride, num_global_tokens=num_global_tokens, decompressor=decompressor)
     model.save_pretrained(tmp_path, processor=processor)
     read = json.loads((tmp_path / "processor_config.json").read_text())["num_image_tokens"]
     text = (tmp_path / CARD).read_text()
     assert f"| tokens to read an image | 64 | {read} |" in text
-    assert f"| steps of the language model to draw one | 64 | {num_global_tokens + 64 // stride**2} |" in text
+    steps = 64 // stride**2 + (0 if decompressor == "strip" else num_global_tokens)
+    assert f"| steps of the language model to draw one | 64 | {steps} |" in text
     assert read == model.num_image_tokens
-    assert f"Stride {stride}, {num_global_tokens} global tokens, decompressor `cell`, LoRA rank 2." in text
+    assert f"Stride {stride}, {num_global_tokens} global tokens, decompressor `{decompressor}`, LoRA rank 2." in text
 
 
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t"), max_size=60)

@@ -4,7 +4,15 @@ from helpers import DECOMPRESSORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uc_adapters.layers import CellDecompressor, PhaseDecompressor, RasterDecompressor, cells_to_raster, unit
+from uc_adapters.compression import AFTER_LOOP, IN_LOOP
+from uc_adapters.layers import (
+    CellDecompressor,
+    PhaseDecompressor,
+    RasterDecompressor,
+    StripDecompressor,
+    cells_to_raster,
+    unit,
+)
 
 CODES, CODE_WIDTH, OUT_WIDTH = 23, 4, 12
 SHAPE = {"code_width": CODE_WIDTH, "width": 16, "out_width": OUT_WIDTH}
@@ -34,13 +42,12 @@ class Case:
         torch.manual_seed(seed)
         self.kind, self.grid = kind, (cells[0] * stride, cells[1] * stride)
         dense, compact = self.grid[0] * self.grid[1], cells[0] * cells[1]
-        if kind == "cell":
-            self.module = CellDecompressor(stride, layers=layers, **SHAPE)
+        if kind in IN_LOOP:
+            self.module = IN_LOOP[kind](stride, layers=layers, **SHAPE)
             self.length, self.block = stride**2, 1
             condition = torch.randn(batch, OUT_WIDTH)  # hidden states
         else:
-            after_loop = {"phase": PhaseDecompressor, "raster": RasterDecompressor}[kind]
-            self.module = after_loop(stride, side * stride, layers=layers, **SHAPE)
+            self.module = AFTER_LOOP[kind](stride, side * stride, layers=layers, **SHAPE)
             self.length, self.block = dense, compact if kind == "phase" else 1
             condition = torch.randn(batch, compact, CODE_WIDTH)  # compact entries
         self.conditions = (condition, torch.randn(batch, count, CODE_WIDTH))
@@ -50,14 +57,14 @@ class Case:
 
     @property
     def of_grid(self) -> tuple:
-        """The argument that decompressors after the loop take, and "cell" does not."""
-        return () if self.kind == "cell" else (self.grid,)
+        """The argument that decompressors after the loop take, and those inside it do not: they know the codes of one step."""
+        return () if self.kind in IN_LOOP else (self.grid,)
 
     def order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind == "cell" else self.module.order(x, self.grid)
+        return x if self.kind in IN_LOOP else self.module.order(x, self.grid)
 
     def unorder(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind == "cell" else self.module.unorder(x, self.grid)
+        return x if self.kind in IN_LOOP else self.module.unorder(x, self.grid)
 
     @torch.no_grad()
     def features(self, codes: torch.Tensor) -> torch.Tensor:
@@ -112,8 +119,9 @@ def test_every_earlier_code_counts(kind):
         assert not torch.equal(case.features(changed)[:, -1], before), place
 
 
-@each
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "which"), [(kind, which) for kind in DECOMPRESSORS for which in (0, 1) if (kind, which) != ("strip", 1)]
+)
 def test_the_compact_tokens_and_the_global_tokens_count(kind, which):
     case = Case(kind, count=2, **SMALL)
     before = case.features(case.codes)
@@ -121,7 +129,7 @@ def test_the_compact_tokens_and_the_global_tokens_count(kind, which):
     assert not torch.allclose(case.features(case.codes), before)
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("raster", 16), ("phase", 4), ("cell", 4)])
+@pytest.mark.parametrize(("kind", "steps"), [("raster", 16), ("phase", 4), ("cell", 4), ("strip", 4)])
 def test_number_of_steps(kind, steps):
     case = Case(kind, count=1, **SMALL)
     codes, _, count = case.draw()
@@ -175,14 +183,73 @@ def test_a_stretched_position_is_near_those_that_it_lies_between(module):
     assert (stretched[:, -1] > stretched[:, 0]).all()
 
 
+@pytest.mark.parametrize("kind", IN_LOOP)
+@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_what_each_step_draws_is_undone_exactly(kind, stride, rows, columns):
+    module, grid = IN_LOOP[kind](stride, layers=1, **SHAPE), (rows * stride, columns * stride)
+    raster = torch.arange(2 * grid[0] * grid[1] * 3).view(2, -1, 3)
+    cells = module.order(raster, grid)
+    assert cells.shape == (2, rows * columns, stride**2, 3)
+    assert torch.equal(module.unorder(cells, grid), raster)
+    assert torch.equal(module.order(module.unorder(cells, grid), grid), cells)
+
+
+@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_strips_cut_the_raster_and_change_nothing_of_its_order(stride, rows, columns):
+    module, grid = StripDecompressor(stride, layers=1, **SHAPE), (rows * stride, columns * stride)
+    raster = torch.arange(grid[0] * grid[1]).view(1, -1)
+    assert torch.equal(module.order(raster, grid).flatten(1), raster)
+
+
+@given(stride=st.integers(1, 4), rows=st.integers(1, 5), columns=st.integers(1, 5), row_ends=st.booleans())
+def test_a_strip_stands_where_its_last_code_stands_in_the_bases_own_sequence(stride, rows, columns, row_ends):
+    grid = (rows * stride, columns * stride)
+    base = []  # the base's own sequence: its codes by number, and where there are some, the ends of its rows
+    for row in range(grid[0]):
+        base += range(row * grid[1], (row + 1) * grid[1])
+        base += [("end", row)] * row_ends
+    steps = iter(StripDecompressor(stride, layers=1, **SHAPE).advances(grid, row_ends))
+    place = 0  # of the separator: where the first code stands
+    for row in range(rows):  # of strips: as many codes as s rows of the raster hold
+        for column in range(columns):
+            place += next(steps)
+            assert base[place] == (row * columns + column + 1) * stride**2 - 1
+        if row_ends:  # one word, behind every s rows
+            place += 1
+            assert base[place] == ("end", (row + 1) * stride - 1)
+    assert next(steps, None) is None
+    assert place + 1 == len(base)  # what follows the image stands where it stands in the base's
+
+
+@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3), row_ends=st.booleans())
+def test_cells_stand_one_behind_the_other(stride, rows, columns, row_ends):
+    module = CellDecompressor(stride, layers=1, **SHAPE)
+    assert module.advances((rows * stride, columns * stride), row_ends) == [1] * (rows * columns)
+
+
+@pytest.mark.parametrize("kind", IN_LOOP)
+def test_features_start_from_the_hidden_state(kind):
+    case = Case(kind, count=1, **SMALL)
+    for weight in case.module.decoder.out.parameters():
+        torch.nn.init.zeros_(weight)
+    assert torch.equal(case.features(case.codes), case.conditions[0].unsqueeze(1).expand(-1, 4, -1))
+
+
+def test_an_untrained_strips_input_is_its_last_codes_embedding():
+    module = StripDecompressor(2, layers=1, **SHAPE)
+    embeddings, entries = torch.randn(3, 5, 4, OUT_WIDTH), torch.randn(3, 5, 4, CODE_WIDTH)
+    assert torch.equal(module.embed(embeddings, entries), embeddings[..., 3, :])
+
+
 def test_an_untrained_cells_input_is_the_mean_of_its_codes_embeddings():
     module = CellDecompressor(2, layers=1, **SHAPE)
     embeddings, entries = torch.randn(3, 5, 4, OUT_WIDTH), torch.randn(3, 5, 4, CODE_WIDTH)
     assert torch.equal(module.embed(embeddings, entries), embeddings.mean(-2))
 
 
-def test_a_trained_cells_input_tells_where_a_code_stood():
-    module = CellDecompressor(2, layers=1, **SHAPE)
+@pytest.mark.parametrize("kind", IN_LOOP)
+def test_a_trained_input_tells_where_a_code_stood(kind):
+    module = IN_LOOP[kind](2, layers=1, **SHAPE)
     torch.nn.init.normal_(module.places_in.weight)
     embeddings, entries = torch.randn(3, 4, OUT_WIDTH), torch.randn(3, 4, CODE_WIDTH)
     swapped = [1, 0, 2, 3]

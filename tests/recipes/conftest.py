@@ -11,12 +11,12 @@ def saved(base_folder, processor, folder, decompressor: str):
     return folder
 
 
-@pytest.fixture(scope="session", params=["cell", "phase"])
+@pytest.fixture(scope="session", params=["strip", "phase"])
 def adapter_folder(request, base_folder, short_processor, tmp_path_factory):
     return saved(base_folder, short_processor, tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="session")
-def cell_folder(base_folder, short_processor, tmp_path_factory):
+def plain_folder(base_folder, short_processor, tmp_path_factory):
     """Where it does not matter how codes are decompressed."""
-    return saved(base_folder, short_processor, tmp_path_factory.mktemp("adapter"), "cell")
+    return saved(base_folder, short_processor, tmp_path_factory.mktemp("adapter"), "strip")

@@ -20,7 +20,7 @@ NEVER_FITS = 10**12  # prompts, whose words alone are more bytes than a process 
 @pytest.fixture(scope="module")
 def tiny():
     with torch.no_grad():
-        yield benchmark_models.pair("tiny", "cell", torch.float32, "cpu")
+        yield benchmark_models.pair("tiny", "strip", torch.float32, "cpu")
 
 
 def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny, m
     ("given", "message"),
     [
         ({"shape": "huge"}, r"--shape 'huge'.*tiny, janus-pro-1b, janus-pro-7b"),
-        ({"decompressor": "magic"}, r"--decompressor 'magic'.*cell, phase, raster"),
+        ({"decompressor": "magic"}, r"--decompressor 'magic'.*strip, cell, phase, raster"),
         ({"dtype": "int7"}, r"--dtype 'int7'.*float32"),
         ({"device": "cuda:99"}, r"--device 'cuda:99'.*cpu"),
         ({"device": "toaster"}, r"--device 'toaster'.*cpu"),

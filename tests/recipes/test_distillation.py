@@ -1,4 +1,4 @@
-"""finetune.py --distill: the dense base answers, draws, and its words are learned as it weighs them."""
+"""finetune.py --distill: the dense base answers, draws, and its words and drawn codes are learned as it weighs them."""
 
 import io
 import json
@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from conversations import UNFINISHED_FORMS, DatasetError, conversations
-from distillation import DistillingTrainer, filled_in
-from finetuning import TRAINING, train, write_captioned
+from distillation import DistillingTrainer, dense_codes, filled_in
+from finetuning import TRAINING, say, train, write_captioned
 from helpers import assert_same, attach, base_weights, drawing_inputs, question_inputs
 from PIL import Image
 from safetensors.torch import load_file
 from scenes_dataset import scenes_dataset
 from trl import SFTConfig
 
-from uc_adapters import UniCompressCollator
+from uc_adapters import UniCompressCollator, UniCompressModel
+from uc_adapters.families import family_of
+from uc_adapters.images import Images, pack_latents
 
 QUESTION = "How many digits are there?"
 
@@ -42,23 +44,32 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def distiller(base, processor, short_processor, tmp_path):
-    model = attach(base)
-    training = SFTConfig(
-        output_dir=str(tmp_path),
-        max_length=None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        **{**TRAINING, "save_strategy": "no", "max_steps": 2},
-    )
-    return DistillingTrainer(
-        model=model,
-        args=training,
-        train_dataset=scenes_dataset(8, 1),
-        processing_class=short_processor,
-        teacher_processor=processor,
-        data_collator=UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0),
-    )
+def make_distiller(processor, short_processor, tmp_path):
+    """Makes a trainer for an adapter that learns from its base."""
+
+    def make(model: UniCompressModel, caption_dropout: float = 0.0) -> DistillingTrainer:
+        training = SFTConfig(
+            output_dir=str(tmp_path),
+            max_length=None,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **{**TRAINING, "save_strategy": "no", "max_steps": 2},
+        )
+        return DistillingTrainer(
+            model=model,
+            args=training,
+            train_dataset=scenes_dataset(8, 1),
+            processing_class=short_processor,
+            teacher_processor=processor,
+            data_collator=UniCompressCollator(short_processor, model.active_peft_config, caption_dropout),
+        )
+
+    return make
+
+
+@pytest.fixture
+def distiller(base, make_distiller):
+    return make_distiller(attach(base))
 
 
 def test_the_base_answers_what_has_no_answer(base, pristine, processor, asked, images):
@@ -105,25 +116,103 @@ def test_what_lacks_its_half_is_refused_where_nobody_fills_it_in(asked, prompts)
 def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
     rows = [scenes_dataset(8, 1)[row] for row in range(4)]  # read, drawn, read, drawn
     batch = distiller.data_collator(rows)
-    teacher, teaches = batch.pop("teacher"), batch.pop("teaches")
+    teacher = batch.pop("teacher")
     batch.pop("origins")
-    assert teaches.tolist() == [True, False, True, False]
+    expected = []
+    for row in rows:
+        alone, labels, drawn = by_hand(pristine, distiller, row)
+        expected.append(pristine.lm_head(alone[:, :-1])[0, (labels != -100)[0, 1:] & ~drawn[0, 1:]].softmax(-1))
+    told = distiller.taught(teacher)
+    torch.testing.assert_close(told["word_probs"], torch.cat(expected), atol=1e-5, rtol=1e-4)
+    words = (batch["labels"] != -100) & ~batch["drawn_mask"]
+    assert len(told["word_probs"]) == words.sum()
     with torch.no_grad():
-        logits = pristine(**{name: value for name, value in teacher.items() if name != "labels"}).logits[:, :-1]
-        taught = logits[teacher["labels"][:, 1:] != -100].softmax(-1)
-    probs = distiller._word_probs(teacher, teaches, batch)
-    words = (batch["labels"][:, 1:] != -100) & ~batch["drawn_mask"][:, 1:]
-    of_teacher = teaches[:, None].expand_as(words)[words]
-    torch.testing.assert_close(probs[of_teacher], taught)
-    labels = batch["labels"][:, 1:][words]
-    assert torch.equal(probs[~of_teacher].argmax(-1), labels[~of_teacher])
-    assert (probs[~of_teacher].sum(-1) == 1).all()
-    plain, distilled = distiller.model(**batch), distiller.model(**batch, word_probs=probs)
-    drawn = batch["drawn_mask"][:, 1:]
-    assert torch.equal(distilled.log_probs[drawn], plain.log_probs[drawn])
-    others = words & ~teaches[:, None]
-    torch.testing.assert_close(distilled.log_probs[others], plain.log_probs[others])
-    assert (distilled.log_probs[words & teaches[:, None]] <= 1e-6).all()  # less a divergence
+        plain, distilled = distiller.model(**batch), distiller.model(**batch, word_probs=told["word_probs"])
+    of_words = words[:, 1:]
+    assert torch.equal(distilled.log_probs[~of_words], plain.log_probs[~of_words])
+    assert (distilled.log_probs[of_words] <= 1e-6).all()  # less a divergence
+
+
+def by_hand(pristine, distiller, row: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A row's last hidden states of the bare base (1, L, D), which reads and draws all codes; its labels, and what it draws."""
+    batch, family = distiller.data_collator.dense([row]), family_of(pristine)
+    drawn = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+    with torch.no_grad():
+        embeddings = pristine.get_input_embeddings()(batch["input_ids"])
+        if "pixel_values" in batch:
+            features = pristine.model.get_image_features(batch["pixel_values"]).pooler_output
+            embeddings[(batch["input_ids"] == family.image_token_id) & ~drawn] = features.flatten(0, 1)
+        if drawn.any():
+            codes = family.dense_codes(batch["drawn_pixel_values"])
+            embeddings[drawn] = pristine.prepare_embeddings_for_image_generation(codes).flatten(0, 1)
+        hidden = pristine.model.language_model(inputs_embeds=embeddings).last_hidden_state
+    return hidden, batch["labels"], drawn
+
+
+@pytest.fixture
+def editing(images):
+    """A row that reads one image and draws another, behind a drawing of its own."""
+    image = {"type": "image"}
+    contents = [say("a red 3")], [image], [image, say("a blue 7")], [image], [say("How many digits are there?")], [say("4")]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"messages": messages, "images": images[:3]}
+
+
+def test_drawn_states_are_the_bare_bases_before_each_code(distiller, pristine, editing):
+    rows = [editing, *(scenes_dataset(8, 1)[row] for row in range(2))]  # drawn twice, read, drawn
+    told = distiller.taught(distiller.data_collator(rows)["teacher"])
+    expected = []
+    for row in rows:
+        hidden, _, drawn = by_hand(pristine, distiller, row)
+        expected.append(hidden[0, :-1][drawn[0, 1:]].view(-1, 64, hidden.shape[-1]))
+    torch.testing.assert_close(told["drawn_states"], torch.cat(expected), atol=1e-4, rtol=1e-4)
+    assert len(told["drawn_states"]) == 3
+
+
+def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
+    batch = distiller.data_collator([editing, scenes_dataset(8, 1)[0]])
+    batch.pop("origins")
+    told = distiller.taught(dict(batch["teacher"]))
+    assert told.keys() == {"word_probs", "drawn_states"}
+    inputs = {name: value for name, value in batch.items() if name != "teacher"}
+    with torch.no_grad():
+        expected = distiller.model(**inputs, **told).loss
+        assert torch.equal(distiller.compute_loss(distiller.model, batch), expected)
+
+
+def test_rows_that_read_teach_no_states_and_other_orders_none(base, make_distiller):
+    reading, drawing = (scenes_dataset(8, 1)[row] for row in range(2))
+    strip = make_distiller(attach(base))
+    assert strip.taught(strip.data_collator([reading])["teacher"]).keys() == {"word_probs"}
+    cell = make_distiller(attach(strip.model.unload(), decompressor="cell"))
+    assert cell.taught(cell.data_collator([reading, drawing])["teacher"]).keys() == {"word_probs"}
+
+
+def test_a_teacher_of_latents_says_what_it_says_of_pixels(distiller, editing, short_processor):
+    family, collator = distiller.model.family, distiller.data_collator
+    packed = {**editing, "latents": pack_latents(family, short_processor, editing["images"])}
+    pixels, latents = (collator([row])["teacher"] for row in (editing, packed))
+    drawn = Images(pixels["drawn_pixel_values"]), Images(latents=latents["drawn_latents"])
+    own = family.dense_codes(pixels["drawn_pixel_values"])
+    for images in drawn:
+        codes = dense_codes(family, images)
+        assert [len(of_image) for of_image in codes] == [64, 64]
+        assert torch.equal(torch.stack(codes), own)
+    assert dense_codes(family, Images()) == []
+    assert_same(distiller.taught(latents), distiller.taught(pixels))
+
+
+def test_the_teacher_loses_the_captions_that_the_adapter_loses(base, make_distiller):
+    distiller = make_distiller(attach(base), caption_dropout=0.5)
+    rows, pad = [scenes_dataset(32, 1)[row] for row in range(1, 32, 2)], distiller.processing_class.tokenizer.pad_token_id
+    lost = []
+    for distiller.data_collator.collator.epoch in range(2):
+        batch = distiller.data_collator(rows)
+        ours, theirs = ((one["input_ids"][:, 2] == pad).tolist() for one in (batch, batch["teacher"]))
+        assert ours == theirs
+        lost.append(ours)
+    assert lost[0] != lost[1]
+    assert 0 < sum(lost[0]) < len(rows)
 
 
 def test_training_changes_what_stage_2_trains_and_nothing_else(distiller, pristine):

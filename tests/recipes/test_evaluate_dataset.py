@@ -55,8 +55,8 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(base_folder, cell_folder):
-    return {"base": str(base_folder), "adapter": str(cell_folder)}
+def models(base_folder, plain_folder):
+    return {"base": str(base_folder), "adapter": str(plain_folder)}
 
 
 @pytest.fixture

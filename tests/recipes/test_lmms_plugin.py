@@ -54,21 +54,21 @@ def run(root: Path, model_args: str) -> float:
     return json.loads(newest.read_text())["results"]["digit_scenes"]["exact_match,none"]
 
 
-def test_lmms_eval_scores_an_adapter_as_it_answers(base_folder, cell_folder, questions):
+def test_lmms_eval_scores_an_adapter_as_it_answers(base_folder, plain_folder, questions):
     folder = questions / "work" / "digit-questions"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    _, adapter = contenders(str(base_folder), str(cell_folder))
+    _, adapter = contenders(str(base_folder), str(plain_folder))
     right = sum(told(adapter, folder, row) == row["answer"] for row in rows)
     assert right < len(rows)
-    assert run(questions, f"pretrained={cell_folder},base={base_folder}") == pytest.approx(right / len(rows))
+    assert run(questions, f"pretrained={plain_folder},base={base_folder}") == pytest.approx(right / len(rows))
 
 
 def test_lmms_eval_scores_the_bare_base_beside_it(base_folder, questions):
     assert run(questions, f"base={base_folder}") == 1
 
 
-def test_an_adapter_knows_its_base(cell_folder):
-    asked = model.UcAdapters(pretrained=str(cell_folder), device="cpu")
+def test_an_adapter_knows_its_base(plain_folder):
+    asked = model.UcAdapters(pretrained=str(plain_folder), device="cpu")
     assert isinstance(asked.model, UniCompressModel)
     assert asked.model.num_image_tokens == 21
 

@@ -9,7 +9,7 @@ import likelihood
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CAPTIONS, DENSE, SHORT, assert_same, attach, base_weights, drawing_inputs
+from helpers import CAPTIONS, DENSE, DRAWN, SHORT, assert_same, attach, base_weights, drawing_inputs
 from PIL import Image
 from training_benchmark import ANSWER_TOKENS, Trainee, activation_bytes, trainees
 
@@ -96,7 +96,7 @@ def test_the_compact_drawing_loss_is_that_of_the_collators_batch(sides, short_pr
     messages = [{"role": role, "content": [part]} for role, part in turns]
     batch = collate([{"messages": messages, "images": images[:1]}])
     drawn = batch["drawn_mask"]
-    expected = -(side.model(**batch).log_probs * drawn[:, 1:]).sum() / (SHORT - 1)  # the separator is not predicted
+    expected = -(side.model(**batch).log_probs * drawn[:, 1:]).sum() / (DRAWN - 1)  # the separator is not predicted
     prompt = batch["input_ids"][:, : drawn[0].nonzero()[0]]
     assert side.drawing_loss(prompt, shown["drawing_loss"]).item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -325,7 +325,8 @@ def test_rows_are_checked_again_where_the_verdict_may_be_another(folder, collato
     with pytest.raises(DatasetError, match="where the base takes 10"):
         training_rows([source], collator, 10)
     training_rows([source], UniCompressCollator(short_processor, small_config(num_global_tokens=3)), CONTEXT)
-    assert len(list(cache.iterdir())) == count + 2
+    training_rows([source], UniCompressCollator(short_processor, small_config(decompressor="cell")), CONTEXT)
+    assert len(list(cache.iterdir())) == count + 3
 
 
 def test_a_mended_image_is_good(folder, collator):

@@ -233,8 +233,8 @@ class StripDecompressor(nn.Module):
     No pooled code stands between the language model and the dense codes, so nothing is lost to a 14-bit bottleneck and the
     likelihood of the dense codes is exact. It is the base's own order, read and drawn s^2 codes at a time: a hidden state
     knows what the base's knows at the same place, and a strip stands where its last code would stand. So the base draws on
-    as it learned to, and can teach an adapter code by code. Features start from the hidden state itself: untrained, the first
-    code of a strip is drawn as the base would draw it.
+    as it learned to, and can teach an adapter code by code. Features start from the hidden state itself, and the decoder adds
+    to it: were it silent, the first code of a strip would be drawn as the base draws it.
 
     Args:
         stride: s.
