@@ -100,6 +100,9 @@ def train_stage_1(
             "No row has an image, and stage 1 learns from images; expected some, or --adapter with stage 1 done."
         )
     stage, training = TokenizerStage(model), copy.copy(training)
+    if not stage.trained:
+        print("stage 1: nothing to learn, without global tokens and without a decompressor that works after the loop")
+        return None
     training.output_dir = str(Path(training.output_dir, "stage1"))
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
     training.per_device_train_batch_size = args.stage_1_batch_size

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from resumable import ResumableTrainer, TrainingError
+from resumable import ResumableTrainer
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from transformers import ProcessorMixin, Trainer
@@ -106,11 +106,6 @@ class TokenizerStage(nn.Module):
                 self.trained["decompressor"] = module.decompressor
             elif module.extractor is not None:
                 self.trained["decompressor"] = after_loop(PhaseDecompressor, config, geometry)
-        if not self.trained:
-            raise TrainingError(
-                "num_global_tokens=0, and nothing to learn of how codes are drawn: stage 1 has nothing to learn. Skip it with "
-                "--stage 2."
-            )
 
     @property
     def model(self) -> UniCompressModel:
