@@ -115,9 +115,10 @@ def read_with(make: Callable[[int, int], nn.Module], model: UniCompressModel) ->
 
 
 def summarise_with(make: Callable[[int], nn.Module], model: UniCompressModel) -> None:
-    """Another global token, of what is read and of what is drawn."""
+    """Another global token, of what is read and, where global tokens are drawn, of what is drawn."""
     model.reading.active_module().extractor = make(model.family.geometry.read_width)
-    model.drawing.module.extractor = make(model.family.geometry.code_width)
+    if model.drawing.module.extractor is not None:
+        model.drawing.module.extractor = make(model.family.geometry.code_width)
 
 
 def decompress_at_once(model: UniCompressModel) -> None:
