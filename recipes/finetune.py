@@ -101,7 +101,7 @@ def train_stage_1(
         )
     stage, training = TokenizerStage(model), copy.copy(training)
     if not stage.trained:
-        print("stage 1: without global tokens, and without a decompressor behind the loop, there is nothing to learn")
+        print("stage 1: nothing to learn, without global tokens and without a decompressor that works after the loop")
         return None
     training.output_dir = str(Path(training.output_dir, "stage1"))
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uc_adapters import UniCompressModel, get_uc_model
-from uc_adapters.compression import IN_LOOP
+from uc_adapters.compression import INSIDE_LOOP
 from uc_adapters.errors import AdapterNameError, BaseModelError, ConfigError, UnsupportedError
 
 LANGUAGE_MODEL = "model.language_model.layers."
@@ -247,7 +247,7 @@ def test_train_only(base, part, expected, decompressor):
         f"{found[1]}.{found[2]}" if (found := re.search(r"\.(\w+)\.lora_uc\.default\.(\w+)", name)) else "language_model"
         for name in trained
     }
-    if decompressor in IN_LOOP:  # it learns from the language model's hidden states
+    if decompressor in INSIDE_LOOP:  # it learns from the language model's hidden states
         decoder = {"generation_head.decompressor"}
         expected = expected - decoder if part == "tokenizer" else expected | decoder
     if decompressor == "strip":  # it draws no global codes

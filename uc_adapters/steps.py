@@ -47,7 +47,8 @@ class Steps:
             self.cache = DynamicCache(config=self.text_config)
         self.mask = F.pad(mask, (0, length - mask.shape[1]), value=1)  # (B, length)
         prompts = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-        self.positions = torch.cat([prompts, prompts[:, -1:] + advances.cumsum(0)], 1)  # (B, L + places)
+        positions = torch.cat([prompts, prompts[:, -1:] + advances.cumsum(0)], 1)  # (B, L + places)
+        self.positions = F.pad(positions, (0, length - positions.shape[1]))  # (B, length): steps of one layout compile once
         compiles = family.base._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
         # Of fixed shapes unless the user says otherwise: one token, or two where a known one rides along
         self.compile_kwargs = (config.compile_config or CompileConfig(dynamic=False)).to_dict() if compiles else None
@@ -62,7 +63,8 @@ class Steps:
         first, self.seen = self.seen, self.seen + inputs.shape[1]
         positions = self.positions[:, first : self.seen]
         if first == 0:
-            return _last_hidden(self.family, inputs, self.mask[:, : self.seen], positions, self.cache)
+            hidden = _last_hidden(self.family, inputs, self.mask[:, : self.seen], positions, self.cache)
+            return hidden.clone(memory_format=torch.contiguous_format)  # a slice's layout tells of the prompt's length
         hidden = self._language_model(self.family, inputs, self._mask_of(inputs, positions), positions, self.cache)
         return hidden.clone() if self.compile_kwargs is not None else hidden  # a CUDA graph's output is overwritten
 

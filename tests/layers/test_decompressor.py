@@ -4,7 +4,7 @@ from helpers import DECOMPRESSORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uc_adapters.compression import AFTER_LOOP, IN_LOOP
+from uc_adapters.compression import AFTER_LOOP, INSIDE_LOOP
 from uc_adapters.layers import (
     CellDecompressor,
     PhaseDecompressor,
@@ -42,8 +42,8 @@ class Case:
         torch.manual_seed(seed)
         self.kind, self.grid = kind, (cells[0] * stride, cells[1] * stride)
         dense, compact = self.grid[0] * self.grid[1], cells[0] * cells[1]
-        if kind in IN_LOOP:
-            self.module = IN_LOOP[kind](stride, layers=layers, **SHAPE)
+        if kind in INSIDE_LOOP:
+            self.module = INSIDE_LOOP[kind](stride, layers=layers, **SHAPE)
             self.length, self.block = stride**2, 1
             condition = torch.randn(batch, OUT_WIDTH)  # hidden states
         else:
@@ -58,13 +58,13 @@ class Case:
     @property
     def of_grid(self) -> tuple:
         """The argument that decompressors after the loop take, and those inside it do not: they know the codes of one step."""
-        return () if self.kind in IN_LOOP else (self.grid,)
+        return () if self.kind in INSIDE_LOOP else (self.grid,)
 
     def order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind in IN_LOOP else self.module.order(x, self.grid)
+        return x if self.kind in INSIDE_LOOP else self.module.order(x, self.grid)
 
     def unorder(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind in IN_LOOP else self.module.unorder(x, self.grid)
+        return x if self.kind in INSIDE_LOOP else self.module.unorder(x, self.grid)
 
     @torch.no_grad()
     def features(self, codes: torch.Tensor) -> torch.Tensor:
@@ -183,10 +183,10 @@ def test_a_stretched_position_is_near_those_that_it_lies_between(module):
     assert (stretched[:, -1] > stretched[:, 0]).all()
 
 
-@pytest.mark.parametrize("kind", IN_LOOP)
+@pytest.mark.parametrize("kind", INSIDE_LOOP)
 @given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
 def test_what_each_step_draws_is_undone_exactly(kind, stride, rows, columns):
-    module, grid = IN_LOOP[kind](stride, layers=1, **SHAPE), (rows * stride, columns * stride)
+    module, grid = INSIDE_LOOP[kind](stride, layers=1, **SHAPE), (rows * stride, columns * stride)
     raster = torch.arange(2 * grid[0] * grid[1] * 3).view(2, -1, 3)
     cells = module.order(raster, grid)
     assert cells.shape == (2, rows * columns, stride**2, 3)
@@ -227,7 +227,7 @@ def test_cells_stand_one_behind_the_other(stride, rows, columns, row_ends):
     assert module.advances((rows * stride, columns * stride), row_ends) == [1] * (rows * columns)
 
 
-@pytest.mark.parametrize("kind", IN_LOOP)
+@pytest.mark.parametrize("kind", INSIDE_LOOP)
 def test_features_start_from_the_hidden_state(kind):
     case = Case(kind, count=1, **SMALL)
     for weight in case.module.decoder.out.parameters():
@@ -247,9 +247,9 @@ def test_an_untrained_cells_input_is_the_mean_of_its_codes_embeddings():
     assert torch.equal(module.embed(embeddings, entries), embeddings.mean(-2))
 
 
-@pytest.mark.parametrize("kind", IN_LOOP)
+@pytest.mark.parametrize("kind", INSIDE_LOOP)
 def test_a_trained_input_tells_where_a_code_stood(kind):
-    module = IN_LOOP[kind](2, layers=1, **SHAPE)
+    module = INSIDE_LOOP[kind](2, layers=1, **SHAPE)
     torch.nn.init.normal_(module.places_in.weight)
     embeddings, entries = torch.randn(3, 4, OUT_WIDTH), torch.randn(3, 4, CODE_WIDTH)
     swapped = [1, 0, 2, 3]

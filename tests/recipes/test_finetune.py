@@ -42,7 +42,7 @@ def log_of(folder: Path) -> list[dict]:
 
 def test_without_global_tokens_stage_1_has_nothing_to_learn_and_stage_2_goes_on(base_folder, captioned, tmp_path, capsys):
     folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], num_global_tokens=0)
-    assert "stage 1: without global tokens" in capsys.readouterr().out
+    assert "stage 1: nothing to learn" in capsys.readouterr().out
     assert all(weight.isfinite().all() for weight in load_file(folder / "adapter_model.safetensors").values())
 
 
@@ -58,6 +58,16 @@ def test_both_stages_make_an_adapter_that_loads(base_folder, captioned, tmp_path
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert not any("extractor" in name for name in changed)
     assert any("lora_B" in name for name in changed)
+
+
+@pytest.mark.parametrize("decompressor", ["strip", "cell"])
+def test_where_stage_1_has_nothing_to_learn_it_is_skipped(base_folder, captioned, tmp_path, decompressor):
+    """Without global tokens, and with a decoder that learns from the language model's states."""
+    arguments = {"dataset": [str(captioned)], "num_global_tokens": 0, "decompressor": decompressor}
+    folder = train(base_folder, tmp_path / "out", training={"max_steps": 1}, **arguments)
+    assert last_checkpoint(folder / "stage1") is None
+    assert weights(folder).keys() == weights(folder / "stage1").keys()
+    assert UniCompressModel.from_pretrained(folder, base_model=base_folder).num_image_tokens == 1 + 16
 
 
 def test_the_losses_of_its_parts_are_logged_apart(base_folder, captioned, tmp_path):
