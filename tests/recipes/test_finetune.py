@@ -40,12 +40,6 @@ def log_of(folder: Path) -> list[dict]:
     return json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
 
 
-def test_without_global_tokens_stage_1_has_nothing_to_learn_and_stage_2_goes_on(base_folder, captioned, tmp_path, capsys):
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], num_global_tokens=0)
-    assert "stage 1: nothing to learn" in capsys.readouterr().out
-    assert all(weight.isfinite().all() for weight in load_file(folder / "adapter_model.safetensors").values())
-
-
 @pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 def test_both_stages_make_an_adapter_that_loads(base_folder, captioned, tmp_path, pristine, decompressor, monkeypatch):
     monkeypatch.setattr(finetune, "ENOUGH_PERPLEXITY", 0.0)  # so few steps would not pass the guard against collapsed codes
