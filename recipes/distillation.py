@@ -109,7 +109,8 @@ class TeacherCollator(NamingCollator):
 
 
 class DistillingTrainer(JointTrainer):
-    """A `JointTrainer` whose words, and codes drawn by "strip", are learned from the dense base.
+    """A `JointTrainer` whose words are learned from the dense base, and whose codes are, if "strip" draws them: all of their
+    loss at first, nothing of it at the end, when the codes of the images have taken over.
 
     Args:
         teacher_processor: The base's own processor.
@@ -121,6 +122,9 @@ class DistillingTrainer(JointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs |= self.taught(inputs.pop("teacher"))
+        if "drawn_states" in inputs:
+            # The teacher is the fastest way to its own quality, the codes themselves the way beyond it
+            inputs["drawn_states_share"] = 1 - self.state.global_step / max(self.state.max_steps, 1)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @torch.no_grad()
@@ -129,8 +133,7 @@ class DistillingTrainer(JointTrainer):
 
         Returns:
             `word_probs`, its probabilities of the N labelled words, (N, vocabulary); where "strip" draws, also `drawn_states`,
-            its last hidden states before each dense code of the images to draw, (M, T, D), with the share of the loss that is
-            learned from them: all of it at first, nothing at the end.
+            its last hidden states before each dense code of the images to draw, (M, T, D).
         """
         model, family = self.model, self.model.family
         drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
@@ -148,8 +151,6 @@ class DistillingTrainer(JointTrainer):
                 for of_image, (rows, columns) in zip(before, grids, strict=True)
             ]
             told["drawn_states"] = pad_sequence(states, batch_first=True)
-            # The teacher is the fastest way to its own quality, the codes themselves the way beyond it
-            told["drawn_states_share"] = 1 - self.state.global_step / self.state.max_steps
         return told
 
     def _dense_hidden(
