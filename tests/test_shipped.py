@@ -38,7 +38,7 @@ def test_base_and_adapter_read_and_draw_held_out_digits():
     assert scores["drawing"]["base"] >= 0.85
     assert scores["reading"]["adapter"] >= scores["reading"]["base"] - 0.03
     assert scores["drawing"]["adapter"] >= scores["drawing"]["base"] - 0.04
-    assert scores["tokens"] == {"read": {"base": 64, "adapter": 21}, "drawn": {"base": 64, "adapter": 20}}
+    assert scores["tokens"] == {"read": {"base": 64, "adapter": 21}, "drawn": {"base": 64, "adapter": 16}}
 
 
 def test_a_prompt_draws_the_same_alone_and_in_a_batch(pair):

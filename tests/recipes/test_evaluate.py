@@ -219,7 +219,7 @@ def test_the_scores_enter_the_card_and_its_model_index(scores):
         ({"card": True}, r"--card writes into the folder of --adapter, and that is None; expected a folder"),
         ({"card": True, "adapter": "org/on-the-hub"}, r"that is 'org/on-the-hub'; expected a folder"),
         ({"json": "nowhere/scores.json"}, r"--json nowhere/scores\.json: the folder nowhere does not exist"),
-        ({"also": ["a/twin", "b/twin"]}, r"--also a/twin b/twin: expected folders of different names"),
+        ({"also": ["a/twin", "b/twin"]}, r"--also a/twin b/twin: expected adapters in folders of different names"),
         ({"grid": "nowhere/drawings.png"}, r"--grid nowhere/drawings\.png: the folder nowhere does not exist"),
     ],
 )

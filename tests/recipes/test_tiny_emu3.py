@@ -38,7 +38,7 @@ def test_evaluate_scores_base_and_adapter_by_the_same_calls(emu3_folder, tmp_pat
     attach(AutoModelForImageTextToText.from_pretrained(emu3_folder)).save_pretrained(tmp_path)
     arguments = evaluate.EvaluateArguments(base=str(emu3_folder), adapter=str(tmp_path), scenes=3, seed=1, batch_size=3)
     scores = evaluate.main(arguments)
-    assert scores["tokens"] == {"read": {"base": 72, "adapter": 25}, "drawn": {"base": 72, "adapter": 20}}
+    assert scores["tokens"] == {"read": {"base": 72, "adapter": 25}, "drawn": {"base": 72, "adapter": 16}}
     assert all(0 <= scores[what][name] <= 1 for what in ("reading", "drawing") for name in ("base", "adapter"))
     assert all(nats > 0 for nats in scores["nats_per_image"].values())
 
@@ -49,7 +49,8 @@ def test_pretraining_writes_a_base_that_loads_and_draws(family, first_losses, tm
     folder, work = str(tmp_path / "base"), str(tmp_path / "work")
     pretrain_tiny.main(pretrain_tiny.PretrainArguments(family=family, output_dir=folder, work_dir=work, **few))
     (losses,) = json.loads((tmp_path / "work" / family / "joint.json").read_text())["log"]
-    assert {name: losses[name] for name in first_losses} == pytest.approx(first_losses, rel=1e-3)
+    # Codes that lie equally near to a latent are not chosen alike by every CPU: 0.3 % between two of one name
+    assert {name: losses[name] for name in first_losses} == pytest.approx(first_losses, rel=5e-3)
     (base,) = contenders.contenders(folder, None)
     images, _ = contenders.draw(base, ["a red 3 at the top left"])
     assert images[0].size == (64, 64)
