@@ -109,17 +109,15 @@ class CellAtDensePlaces(CellDecompressor):
 
 
 class StripAtCompactPlaces(StripDecompressor):
-    """Positions count compact tokens."""
+    """Positions count compact tokens, as those of "cell" do."""
 
-    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
-        return [1] * (math.prod(grid) // self.stride**2)
+    advances = CellDecompressor.advances
 
 
 class StripOfMeans(StripDecompressor):
     """A step reads the mean of its codes' embeddings, as "cell" does."""
 
-    def pooled(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return embeddings.mean(-2)
+    pooled = CellDecompressor.pooled
 
 
 class OneShotDecompressor(RasterDecompressor):

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
+from transformers import LogitsProcessor
 
 from uc_adapters import UniCompressConfig, UniCompressModel, get_uc_model
 from uc_adapters.config import DECOMPRESSORS
@@ -59,6 +60,18 @@ def drawing_inputs(processor, prompts: list[str], **kwargs):
     """A batch of prompts to draw."""
     texts = [chat(processor, prompt) for prompt in prompts]
     return processor(text=texts, padding=True, return_tensors="pt", generation_mode="image", **kwargs)
+
+
+class Record(LogitsProcessor):
+    """Keeps the codes that greedy decoding chooses, and their log-probabilities."""
+
+    def __init__(self):
+        self.log_probs, self.codes = [], []
+
+    def __call__(self, input_ids, scores):
+        self.codes.append(scores.argmax(-1))
+        self.log_probs.append(scores.log_softmax(-1).amax(-1))
+        return scores
 
 
 def answer(model, inputs, count: int = 6) -> torch.Tensor:

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers import CAPTIONS, DECOMPRESSORS, DENSE, IMAGE, attach, chat, draw, drawing_inputs
+from helpers import CAPTIONS, DECOMPRESSORS, DENSE, IMAGE, Record, attach, chat, draw, drawing_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -29,18 +29,6 @@ def prompts(short_processor):
 def singles(short_processor):
     """The same captions, each alone."""
     return [drawing_inputs(short_processor, [caption]) for caption in CAPTIONS]
-
-
-class Record(LogitsProcessor):
-    """Keeps the scores that codes are chosen from, and the codes that greedy decoding chooses."""
-
-    def __init__(self):
-        self.log_probs, self.codes = [], []
-
-    def __call__(self, input_ids, scores):
-        self.codes.append(scores.argmax(-1))
-        self.log_probs.append(scores.log_softmax(-1).amax(-1))
-        return scores
 
 
 class Forbid(LogitsProcessor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,6 @@ from .layers import (
     RasterDecompressor,
     StripDecompressor,
     average_pool,
-    cells_of,
     nearest_codes,
     raster_to_cells,
 )
@@ -122,9 +120,7 @@ class DrawCompressor(nn.Module):
 
     def advances(self, grid: Grid, row_ends: bool) -> list[int]:
         """By how many positions each token of `G [IMG_SEP] X` stands behind the one before it, N + 1 + T' of them."""
-        ones = [1] * math.prod(cells_of(grid, self.stride))
-        cells = self.decompressor.advances(grid, row_ends) if self.in_loop else ones
-        return [1] * (self.num_global_codes + 1) + cells
+        return [1] * (self.num_global_codes + 1) + self.decompressor.advances(grid, row_ends)
 
     def globals_of(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Global tokens before quantisation: (B, T, C) -> (B, N_g, C)."""

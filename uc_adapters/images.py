@@ -38,6 +38,10 @@ class Images:
         """Height and width of each in pixels."""
         return [] if self.values is None else family.sizes(self.values, self.image_sizes)
 
+    def longest(self, family: Family) -> int:
+        """Codes of the largest of them, where they are to draw; what goes by code is padded to it."""
+        return max((rows * columns for rows, columns in map(family.draw_grid, self.sizes(family))), default=0)
+
     def check(self, family: Family) -> None:
         """Raises InputError where there are both pixels and latents, or either is of a wrong shape."""
         if self.latents is None:
@@ -47,7 +51,7 @@ class Images:
         if self.pixel_values is not None:
             raise InputError("drawn_pixel_values and drawn_latents at once; expected one of them: they are the same images.")
         shape, code_width = tuple(self.latents.shape), family.geometry.code_width
-        longest = max((rows * columns for rows, columns in map(family.draw_grid, self.sizes(family))), default=0)
+        longest = self.longest(family)
         if len(shape) != 3 or shape[1:] != (longest, code_width):
             raise InputError(
                 f"drawn_latents of shape {shape}; expected (images, {longest}, {code_width}), as "

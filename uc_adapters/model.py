@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from functools import cached_property
 
 import torch
@@ -242,8 +241,7 @@ class UniCompressModel(SharedModel):
                 f"drawn_states with the {kind!r} decompressor; expected 'strip': it alone draws in the base's order, and so "
                 "is to have the base's states."
             )
-        longest = max((math.prod(self.family.draw_grid(size)) for size in drawn.sizes(self.family)), default=0)
-        expected = (len(drawn.sizes(self.family)), longest, self.family.geometry.hidden_size)
+        expected = (len(drawn.sizes(self.family)), drawn.longest(self.family), self.family.geometry.hidden_size)
         if tuple(states.shape) != expected:
             raise InputError(
                 f"drawn_states of shape {tuple(states.shape)}; expected {expected}: the base's last hidden state before each "

@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DECOMPRESSORS, attach, chat, logits, question_inputs
+from helpers import DECOMPRESSORS, Record, attach, chat, logits, question_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_emu3 import make_model, make_processor
-from transformers import AutoProcessor, Emu3Config, Emu3ForConditionalGeneration, LogitsProcessor, LogitsProcessorList
+from transformers import AutoProcessor, Emu3Config, Emu3ForConditionalGeneration, LogitsProcessorList
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, get_uc_model
 from uc_adapters.errors import BaseModelError, InputError
@@ -273,18 +273,6 @@ def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor
     ends = (steps == model.family.row_end).all(1).nonzero().flatten().tolist()
     assert ends == [drawn_globals + 1 + columns + row * (columns + 1) for row in range(rows - 1)]
     assert len(seen) == drawn_globals + rows * columns
-
-
-class Record(LogitsProcessor):
-    """Keeps the codes that greedy decoding chooses, and their log-probabilities."""
-
-    def __init__(self):
-        self.codes, self.log_probs = [], []
-
-    def __call__(self, input_ids, scores):
-        self.codes.append(scores.argmax(-1))
-        self.log_probs.append(scores.log_softmax(-1).amax(-1))
-        return scores
 
 
 def test_training_scores_drawn_strips_as_drawing_saw_them(model, compact, images):

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
+from ..config import UniCompressConfig
 from ..errors import AdapterFileError, InputError
 from ..families import FAMILIES
 from ..version import __version__
@@ -96,7 +97,7 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
 def _token_rows(config: dict) -> str:
     """What an image costs the language model, with the base and with the adapter."""
     geometry, stride, count = config["base_geometry"], config["stride"], config["num_global_tokens"]
-    drawn = 0 if config["decompressor"] == "strip" else count
+    drawn = UniCompressConfig(num_global_tokens=count, decompressor=config["decompressor"]).num_global_codes
     family = FAMILIES[geometry["model_type"]]
     image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
 

@@ -154,6 +154,10 @@ class CompactDecompressor(nn.Module):
         self.global_in = nn.Linear(code_width, width)
         self.decoder = BlockDecoder(side**2, code_width, width, out_width, layers)
 
+    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
+        """By how many positions each compact code stands behind the token before it, T' of them: one each."""
+        return [1] * math.prod(cells_of(grid, self.stride))
+
     def block(self, grid: Grid) -> int:
         """Codes drawn at once."""
         raise NotImplementedError
@@ -316,9 +320,7 @@ class CellDecompressor(StripDecompressor):
     def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return cells_to_raster(x, self.stride, grid)
 
-    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
-        """One each: positions count compact tokens."""
-        return [1] * math.prod(cells_of(grid, self.stride))
+    advances = CompactDecompressor.advances  # positions count compact tokens
 
     def pooled(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Their mean: AvgPool in embedding space."""
