@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,13 +63,16 @@ class AblateArguments:
         return {name: getattr(self, name) for name in names}
 
 
-def runs_of(axes: list[str]) -> Iterator[tuple[str, Variant]]:
-    """Every variant of the axes once, with the name of its run."""
-    yield "default", START
-    for axis in axes:
-        for name, variant in AXES[axis].items():
-            if variant is not START:
-                yield f"{axis}, {name}", variant
+def run_of(variant: Variant) -> str:
+    """The name of a variant's run: the first axis on which it stands, and its name there."""
+    if variant is START:
+        return "default"
+    return next(f"{axis}, {name}" for axis, variants in AXES.items() for name, other in variants.items() if other is variant)
+
+
+def runs_of(axes: list[str]) -> dict[str, Variant]:
+    """Every variant of the axes once, by the name of its run."""
+    return {run_of(variant): variant for variant in [START, *(variant for axis in axes for variant in AXES[axis].values())]}
 
 
 def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> tuple[Contender, float | None]:
@@ -174,7 +176,7 @@ def markdown(ablation: dict) -> str:
     for axis in ablation["axes"]:
         lines.append(f"| **{axis}** |{' |' * len(SCORES)}")
         for name, variant in AXES[axis].items():
-            lines.append(row(name, "default" if variant is START else f"{axis}, {name}"))
+            lines.append(row(name, run_of(variant)))
     return "\n".join(lines)
 
 
@@ -186,13 +188,13 @@ def main(args: AblateArguments) -> dict:
         written = json.loads(Path(args.json).read_text())
         check_budget(Path(args.json), written["budget"], args)
         runs = written["runs"]  # and so the file keeps what is not asked for this time
-    todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes)]]
+    todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes).items()]]
     for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed: a part of the time gives a whole table
         of_run = runs.setdefault(name, {})
         of_run[seed] = of_run.get(seed) or scores_of(name, variant, int(seed), args)
     ablation = {
         "budget": args.budget,
-        "axes": [axis for axis in AXES if all(name in runs for name, _ in runs_of([axis]))],
+        "axes": [axis for axis in AXES if all(name in runs for name in runs_of([axis]))],
         "runs": runs,
         "environment": environment(),
     }

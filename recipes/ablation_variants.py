@@ -173,6 +173,8 @@ def strip(change: Change | None = None, **options) -> Variant:
 
 
 START = cell()
+DENSE = cell(stride=1, num_global_tokens=0)  # "cell" draws the base's own codes then, one a step
+PAPER = Variant({"decompressor": "raster"})
 AXES: dict[str, dict[str, Variant]] = {
     "global tokens": {
         "0": cell(num_global_tokens=0),
@@ -193,12 +195,12 @@ AXES: dict[str, dict[str, Variant]] = {
         "top-k selection": cell(partial(read_with, TopK)),
     },
     "stride": {
-        "1, no global tokens": cell(stride=1, num_global_tokens=0),
+        "1, no global tokens": DENSE,
         "2": START,
         "4": cell(stride=4),
     },
     "decompressor": {
-        "raster": Variant({"decompressor": "raster"}),
+        "raster": PAPER,
         "phase": Variant({"decompressor": "phase"}),
         "one-shot": Variant({"decompressor": "raster"}, decompress_at_once),
         "cell": START,
@@ -209,6 +211,8 @@ AXES: dict[str, dict[str, Variant]] = {
         "64": START,
     },
     "drawing": {
+        "the dense base, trained as long": DENSE,
+        "raster, the paper's path": PAPER,
         "cell": START,
         "cell, no global codes, at the dense places": cell(partial(draw_with, CellAtDensePlaces), num_global_tokens=0),
         "strip, at the compact places": strip(partial(draw_with, StripAtCompactPlaces)),
@@ -219,4 +223,4 @@ AXES: dict[str, dict[str, Variant]] = {
         "strip, taught, rank 8": strip(distill=True, r=8, lora_alpha=8),
     },
 }
-"""What is varied: by its name, the variants by theirs. `START` stands on every axis, and is trained once."""
+"""What is varied: by its name, the variants by theirs. One that stands on several axes is trained once; `START` is on all."""
