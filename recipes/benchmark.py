@@ -48,7 +48,7 @@ class BenchmarkArguments:
     alternatives: list[str] = field(
         default_factory=list, metadata={"help": "Also draw with both sides' dynamic and static caches, and compiled."}
     )
-    repeats: int = field(default=3, metadata={"help": "Timed turns each."})
+    repeats: int = field(default=3, metadata={"help": "Timed turns each; reading has three at least."})
     warm_up: bool = field(default=True, metadata={"help": "Draw once untimed. False where one drawing takes minutes."})
     dtype: str = field(default="float32", metadata={"help": "Of the base: float32, bfloat16 or float16."})
     device: str = field(default="cpu", metadata={"help": "Torch device."})
@@ -94,7 +94,8 @@ def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
 def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
     """Drawing, reading, memory."""
     adapter = models["adapter"]
-    reading = reading_figures(models, args.batch_sizes, args.repeats)
+    short_turns = max(3, args.repeats)  # reading takes seconds where drawing takes minutes
+    reading = reading_figures(models, args.batch_sizes, short_turns)
     drawing = drawing_figures(models, args.batch_sizes, args.repeats, args.warm_up, args.alternatives)
     peaks = drawing.pop("peak_bytes")
     drawing["shares"] = {name: fitting(lambda model=model: drawing_shares(model)) for name, model in models.items()}
@@ -110,7 +111,7 @@ def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dic
         "reading": reading,
         "memory": memory,
         "batches": batches(drawing["by_batch"]),
-        "disabled_over_bare": disabled_over_bare(models, args.repeats),
+        "disabled_over_bare": disabled_over_bare(models, 2 * short_turns),
     }
 
 
