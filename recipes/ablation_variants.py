@@ -136,6 +136,12 @@ def read_with(make: Callable[[int, int], nn.Module], model: UniCompressModel) ->
     reader.pool = make(reader.pool.stride, model.family.geometry.read_width)
 
 
+def pool_drawn_with(make: Callable[[int, int], nn.Module], model: UniCompressModel) -> None:
+    """Another pooling of what is drawn, where a decompressor after the loop has one. Stage 1 trains it."""
+    module = model.drawing.module
+    module.pool = make(module.stride, model.family.geometry.code_width)
+
+
 def summarise_with(make: Callable[[int], nn.Module], model: UniCompressModel) -> None:
     """Another global token, of what is read and of what is drawn."""
     model.reading.active_module().extractor = make(model.family.geometry.read_width)
@@ -213,6 +219,7 @@ AXES: dict[str, dict[str, Variant]] = {
     "drawing": {
         "the dense base, trained as long": DENSE,
         "raster, the paper's path": PAPER,
+        "raster, strided conv in place of the average": Variant(PAPER.options, partial(pool_drawn_with, StridedConv)),
         "cell": START,
         "cell, no global codes, at the dense places": cell(partial(draw_with, CellAtDensePlaces), num_global_tokens=0),
         "strip, at the compact places": strip(partial(draw_with, StripAtCompactPlaces)),
@@ -221,6 +228,7 @@ AXES: dict[str, dict[str, Variant]] = {
         "strip, one layer": strip(decompressor_layers=1),
         "strip, taught": strip(distill=True),
         "strip, taught, rank 8": strip(distill=True, r=8, lora_alpha=8),
+        "strip, taught, LoRA on attention alone": strip(distill=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
     },
 }
 """What is varied: by its name, the variants by theirs. One that stands on several axes is trained once; `START` is on all."""

@@ -63,6 +63,9 @@ class FinetuneArguments:
     codebook_weight: float = field(default=1.0, metadata={"help": "See UniCompressConfig."})
     r: int = field(default=64, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers of the language model with a LoRA. None: every linear one."}
+    )
 
     @property
     def settings(self) -> dict:
@@ -72,4 +75,4 @@ class FinetuneArguments:
     def config(self) -> UniCompressConfig:
         """Of a new adapter."""
         names = ("stride", "num_global_tokens", "decompressor", "decompressor_layers", "decompressor_width", "codebook_weight")
-        return UniCompressConfig(**{name: getattr(self, name) for name in (*names, "r", "lora_alpha")})
+        return UniCompressConfig(**{name: getattr(self, name) for name in (*names, "r", "lora_alpha", "target_modules")})

@@ -103,6 +103,7 @@ class TokenizerStage(nn.Module):
             if module.extractor is not None:
                 self.trained["draw_extractor"] = module.extractor
             if not module.in_loop:
+                self.trained["pool"] = module.pool  # the average has no weights; ablate.py's have
                 self.trained["decompressor"] = module.decompressor
             elif module.extractor is not None:
                 self.trained["decompressor"] = after_loop(PhaseDecompressor, config, geometry)
@@ -159,7 +160,7 @@ class TokenizerStage(nn.Module):
         drawing = self.model.drawing
         codebook = drawing.codebook
         g_hat = straight_through(globals_, codebook)
-        x_deq = drawing.entries(nearest_codes(average_pool(latents, drawing.module.stride, grid), codebook))  # (B, T', C)
+        x_deq = straight_through(drawing.module.pool(latents, grid), codebook)  # (B, T', C)
         entries = drawing.entries(nearest_codes(latents, codebook))  # (B, T, C)
         return drawing.family.code_logits(self.trained["decompressor"](entries, x_deq, g_hat, grid)).float()
 
@@ -168,7 +169,7 @@ class TokenizerStage(nn.Module):
         """Images (B, 3, H, W) through their compact codes and the decompressor again: dense codes (B, T), the likeliest."""
         drawing = self.model.drawing
         codebook, latents = drawing.codebook, drawing.family.latents(pixels)
-        pooled = average_pool(latents, drawing.module.stride, grid)
+        pooled = drawing.module.pool(latents, grid)
         return self.trained["decompressor"].draw(
             drawing.codebook.to(drawing.dtype),
             drawing.entries(nearest_codes(pooled, codebook)),

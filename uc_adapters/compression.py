@@ -27,6 +27,8 @@ from .layers import (
 class ReadCompressor(nn.Module):
     """Dense features -> {G, separator, X_cont} in the same feature space, ahead of the base's aligner."""
 
+    tokenizer_parts = ("extractor",)
+
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
         width, count = geometry.read_width, config.num_global_tokens
@@ -48,6 +50,8 @@ class CodeReadCompressor(nn.Module):
     The mean of a cell's embeddings forgets which code stood where, so a linear map of the codebook entries in their places
     is added; at zero, it starts as AvgPool.
     """
+
+    tokenizer_parts = ("extractor",)
 
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
@@ -106,6 +110,7 @@ class DrawCompressor(nn.Module):
         super().__init__()
         self.stride, self.num_global_codes = config.stride, config.num_global_codes
         width, code_width, side = config.decompressor_width, geometry.code_width, geometry.draw_side
+        self.pool = AveragePool(config.stride)
         self.extractor = GlobalExtractor(code_width, width, self.num_global_codes, side) if self.num_global_codes else None
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
         if config.decompressor in INSIDE_LOOP:
@@ -117,6 +122,11 @@ class DrawCompressor(nn.Module):
     def in_loop(self) -> bool:
         """Whether dense codes come back inside the language model's loop."""
         return isinstance(self.decompressor, StripDecompressor)
+
+    @property
+    def tokenizer_parts(self) -> tuple[str, ...]:
+        """What stage 1 trains; the rest is stage 2's."""
+        return ("extractor",) if self.in_loop else ("extractor", "pool", "decompressor")
 
     def advances(self, grid: Grid, row_ends: bool) -> list[int]:
         """By how many positions each token of `G [IMG_SEP] X` stands behind the one before it, N + 1 + T' of them."""
@@ -134,5 +144,5 @@ class DrawCompressor(nn.Module):
         if self.in_loop:
             cells = self.decompressor.order(dense, grid)  # (B, T', s^2)
         else:
-            cells = nearest_codes(average_pool(latents, self.stride, grid), codebook).unsqueeze(-1)  # (B, T', 1)
+            cells = nearest_codes(self.pool(latents, grid), codebook).unsqueeze(-1)  # (B, T', 1)
         return CompactCodes(nearest_codes(self.globals_of(latents, grid), codebook), cells, dense, grid)

@@ -87,9 +87,8 @@ class UniCompressModel(SharedModel):
             if not isinstance(host, UniCompressLayer):
                 continue
             module = host.lora_uc[name]
-            in_loop = getattr(module, "in_loop", False)
             for path, parameter in module.named_parameters():
-                of_tokenizer = path.startswith("extractor") or (path.startswith("decompressor") and not in_loop)
+                of_tokenizer = path.partition(".")[0] in module.tokenizer_parts
                 parameter.requires_grad_(of_tokenizer == (part == "tokenizer"))
 
     def forward(

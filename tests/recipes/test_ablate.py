@@ -3,10 +3,11 @@ import json
 import ablate
 import pytest
 import torch
-from ablation_variants import AXES, START, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK
+from ablation_variants import AXES, START, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK, pool_drawn_with
 from contenders import Contender, draw
 from helpers import attach
 from scenes_dataset import scene_row
+from tokenizer_stage import TokenizerStage
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.layers import average_pool
@@ -43,6 +44,18 @@ def test_top_k_keeps_the_best_tokens_in_their_order():
     kept = pool(features, GRID)[0, :, 0]
     assert (kept.diff() > 0).all()  # larger scores scale up
     assert (kept > 0).all()
+
+
+def test_stage_1_trains_a_learned_pooling_of_what_is_drawn_and_stage_2_leaves_it(base, processor):
+    model = attach(base, decompressor="raster")
+    pool_drawn_with(StridedConv, model)
+    stage = TokenizerStage(model)
+    pool = model.drawing.module.pool
+    assert pool in stage.trained.values()
+    stage(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))["loss"].backward()
+    assert pool.weight.grad.abs().sum() > 0
+    model.train_only("language model")
+    assert not pool.weight.requires_grad
 
 
 @pytest.mark.parametrize("token", [MeanToken, ClsToken])

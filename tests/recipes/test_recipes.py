@@ -53,6 +53,13 @@ def test_a_recipe_takes_its_arguments_from_a_yaml_file_and_the_command_line(tmp_
     assert (arguments.scenes, arguments.seed) == (9, 4)
 
 
+def test_finetune_hands_the_layers_of_a_lora_to_the_config():
+    parser = TrlParser(finetune.FinetuneArguments)
+    (args,) = parser.parse_args_and_config(["--target_modules", "q_proj", "v_proj"])
+    assert args.config().target_modules == {"q_proj", "v_proj"}
+    assert finetune.FinetuneArguments().config().target_modules is None  # the family's own
+
+
 @pytest.mark.parametrize(
     "file", sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml")), ids=lambda f: f.stem
 )
