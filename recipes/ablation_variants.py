@@ -219,6 +219,7 @@ AXES: dict[str, dict[str, Variant]] = {
     "drawing": {
         "the dense base, trained as long": DENSE,
         "raster, the paper's path": PAPER,
+        "raster, strided conv in place of the average": Variant(PAPER.options, partial(pool_drawn_with, StridedConv)),
         "cell": START,
         "cell, no global codes, at the dense places": cell(partial(draw_with, CellAtDensePlaces), num_global_tokens=0),
         "strip, at the compact places": strip(partial(draw_with, StripAtCompactPlaces)),
@@ -226,7 +227,10 @@ AXES: dict[str, dict[str, Variant]] = {
         "strip": strip(),
         "strip, one layer": strip(decompressor_layers=1),
         "strip, taught": strip(distill=True),
+        "strip of means, taught": strip(partial(draw_with, StripOfMeans), distill=True),
+        "strip, taught, one layer": strip(distill=True, decompressor_layers=1),
         "strip, taught, rank 8": strip(distill=True, r=8, lora_alpha=8),
+        "strip, taught, LoRA on attention alone": strip(distill=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
     },
 }
 """What is varied: by its name, the variants by theirs. One that stands on several axes is trained once; `START` is on all."""
