@@ -151,8 +151,10 @@ def check(args: AblateArguments) -> None:
         raise SystemExit(f"--json {args.json}: the folder {Path(args.json).parent} does not exist; make it first.")
 
 
-def check_budget(file: Path, budget: dict, args: AblateArguments) -> None:
-    """Scores of another budget do not compare."""
+def check_budget(file: Path, budget: dict | None, args: AblateArguments) -> None:
+    """Scores of another budget do not compare; a file without one is another recipe's."""
+    if budget is None:
+        raise SystemExit(f"{file} is there and holds no scores of ablate.py; name another file, or remove it.")
     if budget != args.budget:
         raise SystemExit(f"{file} was made with {budget}; expected {args.budget}. Name another file or folder, or remove it.")
 
@@ -186,7 +188,7 @@ def main(args: AblateArguments) -> dict:
     runs: dict[str, dict[str, dict[str, float | None]]] = {}
     if args.json and Path(args.json).is_file():
         written = json.loads(Path(args.json).read_text())
-        check_budget(Path(args.json), written["budget"], args)
+        check_budget(Path(args.json), written.get("budget"), args)
         runs = written["runs"]  # and so the file keeps what is not asked for this time
     todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes).items()]]
     for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed: a part of the time gives a whole table

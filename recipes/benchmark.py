@@ -23,7 +23,7 @@ import transformers
 from benchmark_models import SHAPES, pair, prompts, random_pixels
 from benchmark_report import draw_chart, markdown
 from drawing_benchmark import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
-from environment import environment
+from environment import environment, is_here
 from reading_benchmark import disabled_over_bare, image_cache_bytes, reading_figures
 from stopwatch import Work, fitting, in_turn
 from torch import nn
@@ -41,7 +41,7 @@ class BenchmarkArguments:
     """What to time, and where."""
 
     shape: str = field(default="tiny", metadata={"help": "tiny, janus-pro-1b or janus-pro-7b."})
-    decompressor: str = field(default="strip", metadata={"help": "Of a random adapter. See UniCompressConfig."})
+    decompressor: str = field(default="strip", metadata={"help": "Of a random adapter: not with --shape tiny."})
     train: bool = field(default=False, metadata={"help": "Time a step of training instead: LoRA on dense tokens, and stage 2."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "In training, on both sides."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once; training takes the first."})
@@ -58,10 +58,12 @@ class BenchmarkArguments:
     def __post_init__(self):
         for name, allowed in {"shape": ("tiny", *SHAPES), "decompressor": DECOMPRESSORS, "dtype": DTYPES}.items():
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        if self.shape == "tiny":
+            self._require("decompressor", self.decompressor == "strip", "strip with --shape tiny, which is the shipped adapter")
         self._require("alternatives", set(self.alternatives) <= set(ALTERNATIVES), f"some of {', '.join(ALTERNATIVES)}")
         self._require("repeats", self.repeats >= 1, "1 or more")
         self._require("batch_sizes", self.batch_sizes and min(self.batch_sizes) >= 1, "one or more, each 1 or more")
-        self._require("device", _is_here(self.device), "cpu, or the device of a GPU that is there, such as cuda")
+        self._require("device", is_here(self.device), "cpu, or the device of a GPU that is there, such as cuda")
         if self.gradient_checkpointing and not self.train:
             raise SystemExit("--gradient_checkpointing true without --train true; expected both: only training has gradients.")
         for name in ("json", "chart"):
@@ -71,13 +73,6 @@ class BenchmarkArguments:
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise SystemExit(f"--{name} {getattr(self, name)!r} is not valid; expected {expected}.")
-
-
-def _is_here(device: str) -> bool:
-    try:
-        return torch.empty(0, device=device).device.type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):  # PyTorch asserts that it was built for CUDA
-        return False
 
 
 def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
@@ -141,7 +136,12 @@ def training_speed(models: dict[str, nn.Module], args: BenchmarkArguments) -> di
 def main(args: BenchmarkArguments) -> dict:
     transformers.logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
     set_seed(0)
-    models = pair(args.shape, args.decompressor, getattr(torch, args.dtype), args.device)
+    models = fitting(lambda: pair(args.shape, args.decompressor, getattr(torch, args.dtype), args.device))
+    if models is None:
+        raise SystemExit(
+            f"--shape {args.shape} ran out of memory at {args.dtype}: base and adapter do not fit on {args.device}. Take "
+            "bfloat16, or a smaller shape."
+        )
     figures = training_speed(models, args) if args.train else speed_figures(models, args)
     figures |= environment(args.device) | {"settings": vars(args)}
     text = json.dumps(figures, indent=2)

@@ -47,6 +47,12 @@ def with_adapter(dense: Contender, adapter: str, name: str) -> Contender:
     return Contender(name, model, load_processor(adapter))
 
 
+def check_temperature(temperature: float) -> None:
+    """Stops on one that nothing can be sampled at."""
+    if not 0 < temperature < float("inf"):
+        raise SystemExit(f"--temperature {temperature}: expected a number above 0; drawings are sampled.")
+
+
 def load_processor(source: str) -> ProcessorMixin:
     """The processor in a folder or repo, with the chat template that prompts are written by."""
     processor = AutoProcessor.from_pretrained(source)

@@ -14,12 +14,13 @@ from io import BytesIO
 from typing import Any
 
 import torch
-from conversations import decoded, fingerprint_of
+from conversations import DatasetError, decoded, fingerprint_of
 from datasets import Dataset
 from joint_stage import JointTrainer, NamingCollator
+from sample_pictures import is_drawn
 from stock_calls import calls_of, drawing_inputs, to_images
 from torch.nn.utils.rnn import pad_sequence
-from training_rows import state_of
+from training_rows import malformed, state_of
 from transformers import ProcessorMixin
 
 from uc_adapters import UniCompressCollator, UniCompressModel
@@ -35,21 +36,28 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
     """Rows of `conversations` whose questions the base has answered, and whose prompts it has drawn.
 
     Args:
-        rows: Those that end in a user turn are answered, greedily; those that want an image drawn and have none are drawn.
+        rows: Those that end in a user turn are answered, greedily, unless the base has no word to say; a prompt whose image is
+            missing is drawn. Rows with something wrong stay as they are: `training_rows` names them.
         model: The base with an adapter, which is disabled for it.
         processor: The base's own.
         seed: Of the drawings.
+
+    Raises:
+        DatasetError: A prompt to draw, for a base that cannot.
     """
-    base = model.get_base_model()
+    base, why_no_drawing = model.get_base_model(), model.family.why_no_drawing
 
     def fill_in(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         told = {"messages": [], "images": []}
-        for messages, images, index in zip(batch["messages"], batch["images"], indices, strict=True):
+        for messages, images, origin, index in zip(*(batch[name] for name in (*told, "origin")), indices, strict=True):
             row = {"messages": messages, "images": images}
-            if messages and messages[-1]["role"] == "user":
+            if _is_question(row, processor.image_token):
                 answer = _answer(base, processor, decoded(row))
-                row["messages"] = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            elif not images and any(part["type"] == "image" for turn in messages for part in turn["content"]):
+                if answer:
+                    row["messages"] = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            elif is_drawn(row) and not images and not malformed(messages, processor.image_token):
+                if why_no_drawing is not None:
+                    raise DatasetError(f"{origin} is a prompt for the base to draw, which cannot: {why_no_drawing}.")
                 torch.manual_seed(seed * 1_000_003 + index)
                 row["images"] = [{"path": None, "bytes": _drawing(base, processor, messages)}]
             for name in told:
@@ -68,6 +76,18 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
             desc="ask the base",
         )
     return filled
+
+
+def _is_question(row: dict, image_token: str) -> bool:
+    """Whether a row, with nothing wrong in it, ends in a user turn."""
+    messages = row["messages"]
+    if malformed(messages, image_token) or messages[-1]["role"] != "user":
+        return False
+    places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    try:
+        return len(decoded(row)["images"]) == places
+    except Exception:  # whatever a file may hold
+        return False
 
 
 def _answer(base, processor: ProcessorMixin, row: dict) -> str:
@@ -90,6 +110,11 @@ def _drawing(base, processor: ProcessorMixin, messages: list[dict]) -> bytes:
     return file.getvalue()
 
 
+def teacher_collator(collator: UniCompressCollator, processor: ProcessorMixin) -> UniCompressCollator:
+    """Makes the dense base's batches of the rows of which `collator` makes the adapter's; `processor` is the base's own."""
+    return replace(collator, processor=processor, config=replace(collator.config, stride=1, num_global_tokens=0))
+
+
 class TeacherCollator(NamingCollator):
     """Batches that bring the teacher's inputs, too, under `teacher`: the same rows as the dense base reads and draws them.
 
@@ -100,8 +125,7 @@ class TeacherCollator(NamingCollator):
 
     def __init__(self, collator: UniCompressCollator, processor: ProcessorMixin):
         super().__init__(collator)
-        dense = replace(collator.config, stride=1, num_global_tokens=0)
-        self.dense = UniCompressCollator(processor, dense, collator.caption_dropout)
+        self.dense = teacher_collator(collator, processor)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         self.dense.epoch = self.collator.epoch  # the same rows lose their captions

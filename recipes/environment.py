@@ -32,3 +32,11 @@ def in_words(found: dict) -> str:
     """An `environment` in a line."""
     versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
     return f"{found['hardware']}; {versions}; {found['date']}"
+
+
+def is_here(device: str) -> bool:
+    """Whether a device can be used: the CPU, or a GPU that is there."""
+    try:
+        return torch.empty(0, device=device).device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):  # PyTorch asserts that it was built for CUDA
+        return False

@@ -18,7 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from contenders import Contender, contenders, drawn_steps, read_tokens, why_no_drawing, with_adapter
+from contenders import (
+    Contender,
+    check_temperature,
+    contenders,
+    drawn_steps,
+    read_tokens,
+    why_no_drawing,
+    with_adapter,
+)
 from digits import Scene, random_scene
 from environment import environment
 from intervals import mean
@@ -66,7 +74,7 @@ def main(args: EvaluateArguments) -> dict:
     # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
     transformers.logging.set_verbosity_error()
     pair = contenders(args.base, args.adapter)
-    pair += [with_adapter(pair[0], source, Path(source).name) for source in args.also or []]
+    pair += [with_adapter(pair[0], source, name) for source, name in zip(args.also or [], also_names(args), strict=True)]
     reason = why_no_drawing(pair[0])
     if reason is not None:
         if args.grid:
@@ -97,16 +105,25 @@ def check(args: EvaluateArguments) -> None:
         raise SystemExit(f"--scenes {args.scenes}: expected 2 or more; an interval needs several.")
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
-    names = ["base", "adapter", *(Path(source).name for source in args.also or [])]
+    check_temperature(args.temperature)
+    names = ["base", "adapter", *also_names(args)]
     if len(set(names)) < len(names):
         raise SystemExit(
-            f"--also {' '.join(args.also)}: expected adapters in folders of different names; they name the columns."
+            f"--also {' '.join(args.also)}: expected adapters in folders of different names, none of them base or adapter; "
+            "they name the columns."
         )
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise SystemExit(f"--card writes into the folder of --adapter, and that is {args.adapter!r}; expected a folder.")
     for option, file in (("json", args.json), ("grid", args.grid)):
         if file is not None and not Path(file).parent.is_dir():
             raise SystemExit(f"--{option} {file}: the folder {Path(file).parent} does not exist; make it first.")
+    if args.grid is not None and Path(args.grid).suffix != ".png":
+        raise SystemExit(f"--grid {args.grid}: expected a file that ends in .png.")
+
+
+def also_names(args: EvaluateArguments) -> list[str]:
+    """The columns of the adapters of --also: their folders' own names."""
+    return [Path(source).resolve().name for source in args.also or []]
 
 
 def score_scenes(pair: list[Contender], scenes: list[Scene], args: EvaluateArguments) -> tuple[dict, dict[str, DrawingScore]]:

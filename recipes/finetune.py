@@ -28,7 +28,7 @@ from pathlib import Path
 
 from conversations import AnyDataset, samples
 from datasets import Dataset, IterableDataset
-from distillation import DistillingTrainer, filled_in
+from distillation import DistillingTrainer, filled_in, teacher_collator
 from finetune_arguments import FinetuneArguments, TrainingConfig
 from joint_stage import JointTrainer
 from latent_cache import with_latents
@@ -37,7 +37,7 @@ from resumable import TrainingError, begin_run, last_checkpoint
 from sample_pictures import SamplePictures, caption_of, drawings, is_drawn, reconstructions
 from scenes_dataset import scenes_dataset
 from tokenizer_stage import ImageCollator, TokenizerStage, TokenizerTrainer
-from training_rows import training_rows
+from training_rows import RowCheck, places_of, training_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from trl import TrlParser
 
@@ -71,11 +71,12 @@ def make_rows(
         rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         return scenes_dataset(8192, training.seed), scenes_dataset(max(rows, 1), training.seed + 1)
     collator = UniCompressCollator(processor, model.active_peft_config)
+    context = model.get_base_model().config.get_text_config().max_position_embeddings
+    teacher = teacher_collator(collator, dense) if args.distill else None
     with training.main_process_first(desc="reading the datasets"):
         rows = training_rows(
             args.dataset,
-            collator,
-            model.get_base_model().config.get_text_config().max_position_embeddings,
+            RowCheck(collator, context, partial(places_of, model), teacher),
             weights=args.dataset_weights,
             streaming=args.streaming,
             skip_bad_rows=args.skip_bad_rows,
@@ -209,6 +210,10 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
         raise SystemExit(f"--stage {args.stage} is not known; expected 1, 2, or nothing for both.")
     if args.streaming and training.max_steps <= 0:
         raise SystemExit(f"--streaming with --max_steps {training.max_steps}: nobody knows how long it is; expected a number.")
+    if args.streaming and args.distill:
+        raise SystemExit("--streaming with --distill: what the base fills in is kept on the disk; expected one of them.")
+    if args.stage == 1 and args.adapter:
+        raise SystemExit(f"--stage 1 with --adapter {args.adapter}: with that, stage 1 is done; expected one of them.")
     set_seed(training.seed)
     push, training.push_to_hub = training.push_to_hub, False  # the finished adapter is pushed, not the trainer's folder
     leave_batches_to_the_collator(training)

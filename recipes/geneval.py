@@ -12,12 +12,16 @@ def read_prompts(file: str) -> list[dict]:
     """The lines of a GenEval prompt file: {"prompt", "tag", "include": [{"class", "count", ...}], "exclude": [...]}.
 
     Raises:
-        SystemExit: No such file, no lines, or one of another form; names the line.
+        SystemExit: No such file, none in UTF-8, no lines, or one of another form; names the line.
     """
     path = Path(file)
     if not path.is_file():
         raise SystemExit(f"--prompts {file} is no file; expected JSONL in GenEval's format.")
-    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"--prompts {file} is no text in UTF-8: {error}; expected JSONL in GenEval's format.") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise SystemExit(f"--prompts {file} is empty; expected a line of JSON a prompt, in GenEval's format.")
     return [_prompt(line, f"--prompts {file}, line {number}") for number, line in lines]

@@ -42,8 +42,8 @@ def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[st
 def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
     """Nats of each image's dense codes under an adapter, (B,).
 
-    -log p(compact codes | text) - log p(dense codes | compact codes). With `cell` both are one: the dense codes of the cells
-    are what is sampled, behind the global codes, and this is their exact likelihood.
+    -log p(compact codes | text) - log p(dense codes | compact codes). With `strip` and `cell` both are one: the dense codes are
+    what is sampled (with `cell`, behind the global codes), and this is their exact likelihood.
     """
     model = contender.model
     collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0)

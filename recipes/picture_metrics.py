@@ -59,7 +59,7 @@ def load_features(name: str) -> int | nn.Module | None:
     module, _, factory = name.partition(":")
     try:
         features = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise SystemExit(
             f"--features {name}: {error}; expected {INCEPTION}, {NO_METRIC} or module:factory, a function that returns the "
             "extractor. Its folder has to be on PYTHONPATH."

@@ -64,8 +64,11 @@ def image_cache_bytes(model: UniCompressModel) -> dict[str, int]:
     }
 
 
-def disabled_over_bare(models: dict[str, nn.Module], repeats: int) -> float:
-    """Seconds of the base under a disabled adapter, over those of the bare base: the language model, one image's tokens."""
+def disabled_over_bare(models: dict[str, nn.Module], repeats: int) -> float | None:
+    """Seconds of the base under a disabled adapter, over those of the bare base: the language model, one image's tokens.
+
+    None where they do not fit in memory.
+    """
     core = models["base"].model
     count = models["adapter"].family.geometry.read_side ** 2
     embedded = torch.randn(1, count, core.config.text_config.hidden_size, device=core.device, dtype=core.dtype)
@@ -75,4 +78,6 @@ def disabled_over_bare(models: dict[str, nn.Module], repeats: int) -> float:
     }
     with models["adapter"].disable_adapter():
         measured = in_turn(works, repeats, "disabled against bare")
+    if None in measured.values():
+        return None
     return measured["disabled"].seconds / measured["bare"].seconds

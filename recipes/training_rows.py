@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -12,20 +12,84 @@ from tempfile import TemporaryDirectory
 
 from conversations import FORMS, ROW, UNFINISHED_FORMS, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from uc_adapters import UniCompressCollator, __version__
+from uc_adapters import UniCompressCollator, UniCompressModel, __version__
+from uc_adapters.images import Images
 
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN = 10  # bad rows named before they are only counted
 MEND = "mend them, or pass --skip_bad_rows true"
 
 
+def tokens_of(batch: dict[str, Tensor]) -> int:
+    """Tokens of a row."""
+    return batch["input_ids"].shape[1]
+
+
+def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
+    """Places of the base's context that a row takes: more than tokens where "strip" draws an image at the base's own places.
+
+    Raises:
+        DatasetError: An image to draw, for a base that only reads.
+    """
+    family = model.family
+    drawn = Images(batch.get("drawn_pixel_values"), batch.get("drawn_image_sizes"))
+    if family.why_no_drawing is not None and drawn.values is not None:
+        raise DatasetError(f"an image to draw, for a base that cannot: {family.why_no_drawing}")
+    advances = [model.drawing.advances(family.draw_grid(size)) for size in drawn.sizes(family)]
+    return tokens_of(batch) + sum(int((of_image - 1).sum()) for of_image in advances)
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What a row must pass: a batch can be made of it, which has something to learn and fits into the base's context.
+
+    Args:
+        collator: What will make batches.
+        context: Places that the base takes.
+        places: How many of them a row takes, by its batch. Default: its tokens.
+        teacher: What makes a teacher's batches of the same rows, which must fit, too. Default: nobody teaches.
+    """
+
+    collator: UniCompressCollator
+    context: int
+    places: Callable[[dict[str, Tensor]], int] = tokens_of
+    teacher: UniCompressCollator | None = None
+
+    def settings(self) -> tuple:
+        """All that a verdict follows from, beside the row."""
+        config = self.collator.config
+        of_adapter = config.stride, config.num_global_tokens, config.decompressor, state_of(self.collator.processor)
+        versions = [__version__, *map(version, ("transformers", "pillow"))]
+        return *of_adapter, self.context, self.places is not tokens_of, self.teacher is not None, versions
+
+    def problem(self, row: dict) -> str | None:
+        """What is wrong with a row; None where nothing is."""
+        problem = malformed(row["messages"], self.collator.processor.image_token)
+        if problem:
+            return problem
+        try:
+            row = decoded(row)
+            batch = self.collator([row])
+            lengths = [self.places(batch), *([tokens_of(self.teacher([row]))] if self.teacher else [])]
+        except Exception as error:  # whatever a file may hold: PIL's, a processor's, ours
+            return f"{type(error).__name__}: {error}"
+        if not (batch["labels"] != -100).any():
+            if self.teacher and row["messages"][-1]["role"] == "user":
+                return "nothing to learn: the base has no word to answer it with"
+            return "nothing to learn; expected an assistant turn with words or an image"
+        if max(lengths) <= self.context:
+            return None
+        whose = " of the base's own, which teaches" if lengths[-1] > lengths[0] else ""
+        return f"{max(lengths)} tokens{whose}, where the base takes {self.context}; shorten the text, or take fewer images"
+
+
 def training_rows(
     sources: list[str],
-    collator: UniCompressCollator,
-    context: int,
+    check: RowCheck,
     *,
     weights: list[float] | None = None,
     streaming: bool = False,
@@ -34,12 +98,11 @@ def training_rows(
     fill_in: Callable[[Dataset], Dataset] | None = None,
     encode: Callable[[Dataset], Dataset] | None = None,
 ) -> AnyDataset:
-    """The rows of all `sources` that `collator` takes, still encoded: `conversations.samples` decodes them.
+    """The rows of all `sources` that pass a check, still encoded: `conversations.samples` decodes them.
 
     Args:
         sources: See `conversations.conversations`.
-        collator: What will make batches; a row that it refuses is bad.
-        context: Tokens that the base takes; a longer row is bad, and so is one with nothing to learn.
+        check: A row that does not pass it is bad.
         weights: Share of each source in the mixture; shorter ones repeat. Default: every row once, source by source.
         streaming: Reads while it trains, for what does not fit on the disk; rows are checked as they come, on every pass.
         skip_bad_rows: Leaves bad rows out and says how many, instead of stopping. Without any good row it stops all the same
@@ -57,11 +120,11 @@ def training_rows(
         raise DatasetError(f"weights {weights} for {len(sources)} dataset(s); expected as many, all above 0.")
     if streaming and (encode or fill_in):
         raise DatasetError("streaming with something to add to the rows; expected one of them: that is kept on the disk.")
-    strict = replace(collator, caption_dropout=0.0)
+    check = replace(check, collator=replace(check.collator, caption_dropout=0.0))
     if streaming:
-        datasets = [_check_as_they_come(source, strict, context, skip_bad_rows) for source in sources]
+        datasets = [_check_as_they_come(source, check, skip_bad_rows) for source in sources]
     else:
-        datasets = [_check(source, strict, context, skip_bad_rows, fill_in) for source in sources]
+        datasets = [_check_all(source, check, skip_bad_rows, fill_in) for source in sources]
         datasets = [encode(dataset) for dataset in datasets] if encode else datasets
     if weights is None:
         return concatenate_datasets(datasets)
@@ -69,20 +132,14 @@ def training_rows(
     return interleave_datasets(datasets, shares, seed=seed, stopping_strategy="all_exhausted")
 
 
-def _check(
-    source: str, collator: UniCompressCollator, context: int, skip: bool, fill_in: Callable[[Dataset], Dataset] | None
-) -> Dataset:
+def _check_all(source: str, check: RowCheck, skip: bool, fill_in: Callable[[Dataset], Dataset] | None) -> Dataset:
     """All rows at once, before training starts; what was found is kept in datasets' cache."""
     dataset = fill_in(conversations(source, forms=FORMS | UNFINISHED_FORMS)) if fill_in else conversations(source)
-    config = collator.config
-    sizes = (config.stride, config.num_global_tokens, config.num_global_codes)
-    settings = (*sizes, state_of(collator.processor), context)
-    versions = [__version__, *map(version, ("transformers", "pillow"))]
     problems = dataset.map(
-        lambda row: {"problem": _problem(row, collator, context)},
+        lambda row: {"problem": check.problem(row)},
         remove_columns=dataset.column_names,
         features=Features({"problem": Value("string")}),
-        new_fingerprint=fingerprint_of(dataset._fingerprint, settings, versions),
+        new_fingerprint=fingerprint_of(dataset._fingerprint, check.settings()),
         desc=f"check {source}",
     )["problem"][:]
     good, bad, index = [], [], 0
@@ -105,7 +162,7 @@ def _check(
     return dataset.select(good)
 
 
-def _check_as_they_come(source: str, collator: UniCompressCollator, context: int, skip: bool) -> IterableDataset:
+def _check_as_they_come(source: str, check: RowCheck, skip: bool) -> IterableDataset:
     """Each row when it is read. Shards stay shards, which several workers share; rows are numbered in each."""
     dataset = conversations(source, streaming=True)
     count = dataset.num_shards
@@ -113,14 +170,12 @@ def _check_as_they_come(source: str, collator: UniCompressCollator, context: int
     def checked(shards: list[int]) -> Iterator[dict]:
         for shard in shards:
             where = f", shard {shard + 1} of {count}" if count > 1 else ""
-            yield from _checked_shard(dataset.shard(count, shard), source, where, collator, context, skip)
+            yield from _checked_shard(dataset.shard(count, shard), source, where, check, skip)
 
     return IterableDataset.from_generator(checked, ROW, {"shards": list(range(count))})
 
 
-def _checked_shard(
-    dataset: IterableDataset, source: str, where: str, collator: UniCompressCollator, context: int, skip: bool
-) -> Iterator[dict]:
+def _checked_shard(dataset: IterableDataset, source: str, where: str, check: RowCheck, skip: bool) -> Iterator[dict]:
     """Good rows; bad ones are counted when the shard ends or is left."""
     # Not by iterating the dataset: in a worker that would share the shard out among all workers once more.
     rows = ({name: values[0] for name, values in batch.items()} for batch in dataset.iter(batch_size=1))
@@ -128,7 +183,7 @@ def _checked_shard(
     try:
         for origin, made in groupby(rows, key=lambda row: row["origin"]):
             made = list(made)
-            problem = next(filter(None, (_problem(row, collator, context) for row in made)), None)
+            problem = next(filter(None, map(check.problem, made)), None)
             if problem is None:
                 good += 1
                 yield from made
@@ -145,22 +200,7 @@ def _checked_shard(
             tqdm.write(f"{bad} bad row(s) in {source}{where} skipped, {good} good row(s) read")
 
 
-def _problem(row: dict, collator: UniCompressCollator, context: int) -> str | None:
-    """Why no batch can be made of a row; None where one can."""
-    problem = _malformed(row["messages"], collator.processor.image_token)
-    if problem:
-        return problem
-    try:
-        batch = collator([decoded(row)])
-    except Exception as error:  # whatever a file may hold: PIL's, a processor's, ours
-        return f"{type(error).__name__}: {error}"
-    if not (batch["labels"] != -100).any():
-        return "nothing to learn; expected an assistant turn with words or an image"
-    length = batch["input_ids"].shape[1]
-    return f"{length} tokens, where the base takes {context}; shorten the text" if length > context else None
-
-
-def _malformed(messages: list[dict], image_token: str) -> str | None:
+def malformed(messages: list[dict], image_token: str) -> str | None:
     """What in the messages is not of TRL's form; None where nothing is."""
     if not messages:
         return "no messages; expected turns of {'role': ..., 'content': ...}"

@@ -26,6 +26,7 @@ BAD = [
     *[("bias", value, "none") for value in ("all", "lora_only")],
     ("modules_to_save", ["lm_head"], "None"),
     ("layer_replication", [[0, 1]], "None"),
+    ("target_parameters", ["model.vision_model.encoder.layers.0.self_attn.q_proj.weight"], "None: name modules"),
     *[("init_lora_weights", value, "gaussian") for value in ("pissa", "olora", None)],
     ("trainable_token_indices", [1], "None"),
     ("base_geometry", 3, ""),

@@ -295,6 +295,24 @@ def test_a_teachers_states_of_another_shape_are_refused(base, rows, collate, sha
         model(**collate(model, rows[1:3]), drawn_states=torch.zeros(shape))
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_of_the_teacher_out_of_range_is_refused(base, rows, collate, share):
+    model = attach(base)
+    with pytest.raises(InputError, match=rf"drawn_states_share={share}; expected a number from 0 to 1"):
+        model(**collate(model, rows[1:3]), drawn_states=torch.zeros(2, 64, 192), drawn_states_share=share)
+
+
+@pytest.mark.parametrize("change", [lambda probs: probs[:1], lambda probs: probs[1:], lambda probs: probs[:, :1]])
+def test_a_teachers_words_of_another_shape_are_refused(base, rows, collate, change):
+    model = attach(base)
+    batch = collate(model, rows[:1])
+    words = int((batch["labels"][:, 1:] != -100).sum())
+    probs = torch.full((words, base.config.text_config.vocab_size), 1 / base.config.text_config.vocab_size)
+    assert model(**batch, word_probs=probs).loss.isfinite()
+    with pytest.raises(InputError, match=rf"word_probs of shape .*; expected \({words}, {probs.shape[1]}\)"):
+        model(**batch, word_probs=change(probs))
+
+
 def test_a_teachers_states_without_an_image_to_draw_are_refused(base, rows, collate):
     model = attach(base)
     with pytest.raises(InputError, match=r"drawn_states of shape \(1, 64, 192\); expected \(0, 0, 192\)"):

@@ -106,6 +106,7 @@ class UniCompressConfig(LoraConfig):
         self._require("task_type", self.task_type is None, "None: a task type would force another model class")
         self._require("bias", self.bias == "none", "'none': a trained bias would change the disabled model")
         self._require("modules_to_save", not self.modules_to_save, "None: an adapter holds no weight of its base")
+        self._require("target_parameters", not self.target_parameters, "None: name modules; parameters are found outside, too")
         self._require("layer_replication", not self.layer_replication, "None: the base is never changed")
         self._require("kasa_config", self.kasa_config is None, "None: it changes the weights of the base")
         self._require("megatron_config", not self.megatron_config, "None: PEFT would import a module that the config names")

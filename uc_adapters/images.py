@@ -50,6 +50,7 @@ class Images:
             return
         if self.pixel_values is not None:
             raise InputError("drawn_pixel_values and drawn_latents at once; expected one of them: they are the same images.")
+        family.check_sizes(len(self.latents), self.image_sizes)
         shape, code_width = tuple(self.latents.shape), family.geometry.code_width
         longest = self.longest(family)
         if len(shape) != 3 or shape[1:] != (longest, code_width):

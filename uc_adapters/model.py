@@ -139,8 +139,8 @@ class UniCompressModel(SharedModel):
             The base's output, or a `JointOutput`.
 
         Raises:
-            InputError: Placeholders and images disagree, pixels are of the wrong shape, the stride does not divide an image's
-                grid, or images are to be drawn by a disabled adapter.
+            InputError: Placeholders and images disagree, pixels or what a teacher says are of the wrong shape, the stride does
+                not divide an image's grid, or images are to be drawn by a disabled adapter.
             UnsupportedError: Images are to be drawn by a base that cannot draw, or `drawn_states` are there for a decompressor
                 other than "strip".
         """
@@ -155,6 +155,8 @@ class UniCompressModel(SharedModel):
         self._check_inputs(input_ids, read, drawn, drawn_mask)
         if drawn_states is not None:
             self._check_drawn_states(drawn_states, drawn)
+            if not 0 <= drawn_states_share <= 1:
+                raise InputError(f"drawn_states_share={drawn_states_share}; expected a number from 0 to 1.")
         if drawn.values is None and word_probs is None and not (fused_lm_head and enabled):
             if fused_lm_head:
                 kwargs["fused_lm_head"] = True
@@ -217,7 +219,12 @@ class UniCompressModel(SharedModel):
             raise InputError(f"input_ids of shape {shape}; expected (batch, tokens), neither of them empty.")
         if to_draw:
             kwargs.pop("generation_mode")
-            self._check_inputs(input_ids, Images(kwargs.get("pixel_values")), Images())
+            if read.values is not None and not self.family.geometry.image_size:
+                raise InputError(
+                    f"pixel_values of shape {tuple(read.values.shape)} with prompts to draw; expected prompts of words alone: "
+                    "image_sizes are those of the drawings here. Leave pixel_values out."
+                )
+            self._check_inputs(input_ids, Images(read.values), Images())
             return draw(self.drawing, self.reading, input_ids, **kwargs)
         self._check_inputs(input_ids, read, Images())
         kwargs.pop("generator", None)

@@ -1,9 +1,15 @@
 """What is Chameleon's own: codes that its logits mask, images of one size, no decoder."""
 
+from functools import partial
+
 import pytest
 import torch
+from conversations import DatasetError
+from distillation import filled_in
+from finetuning import write_rows
 from helpers import attach, logits, question_inputs
 from tiny_chameleon import CODES, make_model, make_processor
+from training_rows import RowCheck, places_of, training_rows
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import UnsupportedError
@@ -81,3 +87,19 @@ def test_images_to_draw_in_a_training_batch_are_refused(base, processor, images)
     }
     with pytest.raises(UnsupportedError, match=r"chameleon base cannot draw.*no decoder"):
         model(**UniCompressCollator(compact, model.active_peft_config)([row]))
+
+
+def test_rows_to_draw_are_refused_before_training_whether_or_not_a_teacher_is_to_draw_them(base, processor, images, tmp_path):
+    images[0].save(tmp_path / "0.png")
+    model = attach(base)
+    check = RowCheck(
+        UniCompressCollator(model.compact_processor(processor), model.active_peft_config), 512, partial(places_of, model)
+    )
+    captioned = write_rows(tmp_path / "captioned.jsonl", [{"image": "0.png", "text": "a red 3"}])
+    with pytest.raises(DatasetError, match=r"row 0 \(0.png\): .*an image to draw, for a base that cannot: .*no decoder"):
+        training_rows([captioned], check)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": "a red 3"}])
+    with pytest.raises(
+        DatasetError, match=r"prompts.jsonl, row 0 is a prompt for the base to draw, which cannot: .*no decoder"
+    ):
+        training_rows([prompts], check, fill_in=lambda rows: filled_in(rows, model, processor))

@@ -17,6 +17,7 @@ from uc_adapters import UniCompressCollator, UniCompressConfig, get_uc_model
 from uc_adapters.errors import BaseModelError, InputError
 from uc_adapters.families import family_of
 from uc_adapters.families.emu3 import CompactEmu3Processor
+from uc_adapters.images import pack_latents
 from uc_adapters.joint_loss import CELL
 from uc_adapters.layers import nearest_codes
 
@@ -390,6 +391,27 @@ def test_images_without_their_sizes_are_refused(model, compact, mixed):
             call(**inputs, image_sizes=torch.tensor([[60, 64]]))
         with pytest.raises(InputError, match=r"128 x 64 pixels.*lie within"):
             call(**inputs, image_sizes=torch.tensor([[128, 64]]))
+
+
+def test_latents_to_draw_without_their_sizes_are_refused(model, compact, mixed):
+    latents = pack_latents(model.family, compact, mixed[:2])
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a red 3"}]},
+        {"role": "assistant", "content": [{"type": "image"}]},
+    ]
+    rows = [{"messages": messages, "images": [image], "latents": [own]} for image, own in zip(mixed, latents, strict=False)]
+    batch = UniCompressCollator(compact, model.active_peft_config)(rows)
+    sizes = batch.pop("drawn_image_sizes")
+    assert model(**batch, drawn_image_sizes=sizes).loss.isfinite()
+    for wrong in (None, sizes[:1]):
+        with pytest.raises(InputError, match=r"image sizes of shape .* for 2 image\(s\); expected \(2, 2\)"):
+            model(**batch, drawn_image_sizes=wrong)
+
+
+def test_images_in_a_prompt_to_draw_are_refused(model, compact, mixed):
+    prompt = to_draw(compact, "a red 3")
+    with pytest.raises(InputError, match=r"pixel_values of shape .* with prompts to draw; expected prompts of words alone"):
+        draw(model, prompt, pixel_values=torch.zeros(1, 3, 64, 64))
 
 
 def test_a_config_without_the_image_words_is_refused(pristine):

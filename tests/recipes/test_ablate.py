@@ -125,6 +125,13 @@ def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_bud
         ablate.main(ablate.AblateArguments(**options | {"scenes": 3}))
 
 
+def test_the_file_of_another_recipe_is_not_written_over(tmp_path):
+    (tmp_path / "speed.json").write_text('{"drawing": {}}')
+    with pytest.raises(SystemExit, match=r"speed\.json is there and holds no scores of ablate\.py"):
+        ablate.main(ablate.AblateArguments(base="not-there", json=str(tmp_path / "speed.json")))
+    assert (tmp_path / "speed.json").read_text() == '{"drawing": {}}'
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -112,6 +112,17 @@ def test_a_batch_that_does_not_fit_is_reported_and_the_others_are_measured(tmp_p
     assert Path(chart).exists()
 
 
+def test_models_that_do_not_fit_say_so(monkeypatch):
+    monkeypatch.setattr(benchmark, "pair", lambda *_: torch.empty(2**50))
+    with pytest.raises(SystemExit, match=r"--shape janus-pro-7b ran out of memory at float32.*bfloat16"):
+        benchmark.main(benchmark.BenchmarkArguments(shape="janus-pro-7b"))
+
+
+def test_a_disabled_adapter_that_does_not_fit_is_no_figure(tiny, monkeypatch):
+    monkeypatch.setattr(reading_benchmark, "in_turn", lambda works, *_: dict.fromkeys(works))
+    assert reading_benchmark.disabled_over_bare(tiny, 1) is None
+
+
 def test_training_that_does_not_fit_says_so():
     with pytest.raises(SystemExit, match=r"out of memory.*smaller"):
         benchmark.main(benchmark.BenchmarkArguments(train=True, repeats=1, warm_up=False, batch_sizes=[NEVER_FITS]))
@@ -129,6 +140,7 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny, m
     [
         ({"shape": "huge"}, r"--shape 'huge'.*tiny, janus-pro-1b, janus-pro-7b"),
         ({"decompressor": "magic"}, r"--decompressor 'magic'.*strip, cell, phase, raster"),
+        ({"decompressor": "cell"}, r"--decompressor 'cell'.*strip with --shape tiny"),
         ({"dtype": "int7"}, r"--dtype 'int7'.*float32"),
         ({"device": "cuda:99"}, r"--device 'cuda:99'.*cpu"),
         ({"device": "toaster"}, r"--device 'toaster'.*cpu"),

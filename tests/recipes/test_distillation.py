@@ -2,17 +2,19 @@
 
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conversations import UNFINISHED_FORMS, DatasetError, conversations
-from distillation import DistillingTrainer, dense_codes, filled_in
-from finetuning import TRAINING, say, train, write_captioned
+from distillation import DistillingTrainer, dense_codes, filled_in, teacher_collator
+from finetuning import TRAINING, say, train, turn, write_captioned, write_rows
 from helpers import assert_same, attach, base_weights, drawing_inputs, question_inputs
 from PIL import Image
 from safetensors.torch import load_file
 from scenes_dataset import scenes_dataset
+from training_rows import RowCheck, places_of, training_rows
 from trl import SFTConfig
 
 from uc_adapters import UniCompressCollator, UniCompressModel
@@ -111,6 +113,90 @@ def test_what_lacks_its_half_is_refused_where_nobody_fills_it_in(asked, prompts)
     for file in (asked, prompts):
         with pytest.raises(DatasetError, match=r"has the columns .*expected one of"):
             conversations(str(file))
+
+
+def taught_rows(model, processor, short_processor, source: str, context: int = 1024, **options):
+    """What `finetune.py --distill` trains on."""
+    collator = UniCompressCollator(short_processor, model.active_peft_config)
+    check = RowCheck(collator, context, teacher=teacher_collator(collator, processor))
+    return training_rows([source], check, fill_in=lambda rows: filled_in(rows, model, processor), **options)
+
+
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"image": "nowhere.png", "question": QUESTION}, "No such file"),
+        ({"image": "words.png", "question": QUESTION}, "An image is none that PIL can read"),
+        ({"image": None, "question": QUESTION}, "An image is missing"),
+        ({"image": "good.png", "question": " "}, r"turn 1 \(user\) has a text that is empty"),
+    ],
+)
+def test_a_bad_question_is_named_and_can_be_left_out(base, processor, short_processor, images, tmp_path, row, problem):
+    images[0].save(tmp_path / "good.png")
+    (tmp_path / "words.png").write_text("no image")
+    model = attach(base)
+    source = write_rows(tmp_path / "asked.jsonl", [{"image": "good.png", "question": QUESTION}, row])
+    with pytest.raises(DatasetError, match=rf"1 bad row\(s\) .*\n  {source}, row 1.*{problem}"):
+        taught_rows(model, processor, short_processor, source)
+    assert len(taught_rows(model, processor, short_processor, source, skip_bad_rows=True)) == 1
+
+
+def test_a_missing_image_to_read_is_not_drawn(base, processor, short_processor, tmp_path):
+    """Only a prompt is drawn: words, and an image to draw for them."""
+    row = {"messages": [turn("user", IMAGE, say(QUESTION)), turn("assistant", say("3"))], "images": []}
+    source = write_rows(tmp_path / "told.jsonl", [row])
+    with pytest.raises(DatasetError, match=r"row 0: .*0 image\(s\) for 1 image part\(s\)"):
+        taught_rows(attach(base), processor, short_processor, source)
+
+
+def test_a_question_to_which_the_base_says_nothing_is_named_as_such(base, processor, short_processor, asked):
+    end = processor.tokenizer.eos_token_id
+    base.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor(end), 1e9))
+    with pytest.raises(DatasetError, match=r"4 bad row\(s\).*\n.*row 0.*nothing to learn: the base has no word to answer"):
+        taught_rows(attach(base), processor, short_processor, str(asked))
+
+
+def test_a_row_that_the_teacher_has_no_room_for_is_refused(base, processor, short_processor, images, tmp_path):
+    images[0].save(tmp_path / "0.png")
+    messages = [part for _ in range(3) for part in (turn("user", IMAGE, say(QUESTION)), turn("assistant", say("3")))]
+    source = write_rows(tmp_path / "told.jsonl", [{"messages": messages, "images": ["0.png"] * 3}])
+    model = attach(base)
+    length = len(
+        teacher_collator(UniCompressCollator(short_processor, model.active_peft_config), processor)(
+            [{"messages": messages, "images": images[:1] * 3}]
+        )["input_ids"][0]
+    )
+    assert len(taught_rows(model, processor, short_processor, source, context=length)) == 1
+    with pytest.raises(
+        DatasetError, match=rf"{length} tokens of the base's own, which teaches, where the base takes {length - 1}"
+    ):
+        taught_rows(model, processor, short_processor, source, context=length - 1)
+
+
+@pytest.mark.parametrize("decompressor", ["strip", "cell"])
+def test_a_drawing_takes_the_places_of_the_context_that_it_is_given(base, short_processor, images, tmp_path, decompressor):
+    """With "strip" those of the base's own sequence, far more than its tokens."""
+    images[0].save(tmp_path / "0.png")
+    model = attach(base, decompressor=decompressor)
+    collator = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)
+    messages = [turn("user", say("a red 3")), turn("assistant", IMAGE)]
+    batch = collator([{"messages": messages, "images": images[:1]}])
+    seen = []
+    hook = base.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    places = int(seen[0].max()) + 1
+    assert places - batch["input_ids"].shape[1] == {"strip": 47, "cell": 0}[decompressor]
+    source = write_rows(tmp_path / "drawn.jsonl", [{"messages": messages, "images": ["0.png"]}])
+    assert len(training_rows([source], RowCheck(collator, places, partial(places_of, model)))) == 1
+    with pytest.raises(DatasetError, match=rf"{places} tokens, where the base takes {places - 1}"):
+        training_rows([source], RowCheck(collator, places - 1, partial(places_of, model)))
 
 
 def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):

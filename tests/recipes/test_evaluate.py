@@ -220,6 +220,10 @@ def test_the_scores_enter_the_card_and_its_model_index(scores):
         ({"card": True, "adapter": "org/on-the-hub"}, r"that is 'org/on-the-hub'; expected a folder"),
         ({"json": "nowhere/scores.json"}, r"--json nowhere/scores\.json: the folder nowhere does not exist"),
         ({"also": ["a/twin", "b/twin"]}, r"--also a/twin b/twin: expected adapters in folders of different names"),
+        ({"also": ["work/adapter"]}, r"--also work/adapter: .* none of them base or adapter"),
+        ({"temperature": 0.0}, r"--temperature 0\.0: expected a number above 0"),
+        ({"temperature": float("nan")}, r"--temperature nan: expected a number above 0"),
+        ({"grid": "drawings.txt"}, r"--grid drawings\.txt: expected a file that ends in \.png"),
         ({"grid": "nowhere/drawings.png"}, r"--grid nowhere/drawings\.png: the folder nowhere does not exist"),
     ],
 )

@@ -201,6 +201,12 @@ def test_a_bad_prompt_file_is_named_before_anything_is_loaded(tmp_path, lines, m
     assert not (tmp_path / "drawn").exists()
 
 
+def test_a_prompt_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "prompts.jsonl").write_bytes(json.dumps(PROMPTS[0], ensure_ascii=False).encode("utf-16"))
+    with pytest.raises(SystemExit, match=r"prompts\.jsonl is no text in UTF-8"):
+        run(base="not-there", prompts=str(tmp_path / "prompts.jsonl"), output_dir=str(tmp_path / "drawn"))
+
+
 def test_drawings_are_not_mixed_with_what_is_there(tmp_path):
     file = write_rows(tmp_path / "prompts.jsonl", PROMPTS)
     with pytest.raises(SystemExit, match="expected a new one"):
@@ -213,6 +219,7 @@ def test_drawings_are_not_mixed_with_what_is_there(tmp_path):
         ({"features": "inception", "clip": "none"}, "--features inception .*pip install torch-fidelity"),
         ({"features": "not_there:factory", "clip": "none"}, "--features not_there:factory.*module:factory"),
         ({"features": "digits:load_digits", "clip": "none"}, "--features digits:load_digits returned .*expected an nn.Module"),
+        ({"features": "json:dumps", "clip": "none"}, "--features json:dumps: .*missing 1 required.*module:factory"),
         ({"features": "none", "clip": "not/there"}, "--clip not/there cannot be loaded"),
     ],
 )
@@ -262,6 +269,8 @@ def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, me
         ({"dataset": "rows", "output_dir": "drawn"}, "--prompts and --output_dir; expected both"),
         ({"dataset": "rows", "batch_size": 0}, "--batch_size 0: expected 1 or more"),
         ({"dataset": "rows", "limit": 1}, "--limit 1: expected 2 or more"),
+        ({"dataset": "rows", "temperature": 0.0}, r"--temperature 0\.0: expected a number above 0"),
+        ({"dataset": "rows", "device": "cuda:99"}, "--device 'cuda:99': expected cpu"),
         ({"dataset": "rows", "json": "not/there/scores.json"}, "--json .*make it first"),
     ],
 )

@@ -138,6 +138,8 @@ def test_each_stage_can_be_run_alone(base_folder, captioned, tmp_path):
     assert_same(weights(apart), weights(both))
     with pytest.raises(SystemExit, match=r"--stage 3.*expected 1, 2"):
         train(base_folder, apart, stage=3)
+    with pytest.raises(SystemExit, match=r"--stage 1 with --adapter .*expected one of them"):
+        train(base_folder, tmp_path / "neither", stage=1, adapter=str(both / "stage1"))
 
 
 class Spoil(TrainerCallback):
@@ -198,9 +200,8 @@ def with_callback(trainer, callback):
 def test_latents_are_computed_once(base, captioned, short_processor, tmp_path):
     model, encoded = attach(base), []
     base.model.vqmodel.encoder.register_forward_hook(lambda module, args, output: encoded.append(len(output)))
-    rows = finetune.training_rows(
-        [str(captioned)], finetune.UniCompressCollator(short_processor, model.active_peft_config), 1024
-    )
+    collator = finetune.UniCompressCollator(short_processor, model.active_peft_config)
+    rows = finetune.training_rows([str(captioned)], finetune.RowCheck(collator, 1024))
     first = with_latents(rows, model, short_processor)
     assert sum(encoded) == 12  # each image once: drawn and described are rows of one image
     again = with_latents(rows, model, short_processor)
@@ -218,7 +219,7 @@ def test_latents_cut_off_leave_no_half_cache(base, captioned, short_processor):
     model, processor = attach(base, stride=4), copy.deepcopy(short_processor)
     processor.image_processor.image_mean = [0.4] * 3  # for a cache of its own
     collator = finetune.UniCompressCollator(model.compact_processor(processor), model.active_peft_config)
-    rows = finetune.training_rows([str(captioned)], collator, 1024)
+    rows = finetune.training_rows([str(captioned)], finetune.RowCheck(collator, 1024))
 
     def stop(module, args, output):
         raise KeyboardInterrupt
@@ -242,6 +243,8 @@ def test_several_datasets_are_mixed_and_streamed(base_folder, captioned, tmp_pat
     assert weights(folder)
     with pytest.raises(SystemExit, match=r"--streaming with --max_steps -1.*expected a number"):
         train(base_folder, tmp_path / "endless", dataset=sources, streaming=True, training={"max_steps": -1})
+    with pytest.raises(SystemExit, match=r"--streaming with --distill.*expected one of them"):
+        train(base_folder, tmp_path / "taught", dataset=sources, streaming=True, distill=True, training={"max_steps": 2})
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])

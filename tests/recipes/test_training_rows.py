@@ -12,7 +12,7 @@ from finetuning import say, turn, write_rows
 from helpers import rng, small_config
 from PIL import Image
 from torch.utils.data import DataLoader
-from training_rows import training_rows
+from training_rows import RowCheck, training_rows
 
 from uc_adapters import UniCompressCollator
 
@@ -52,7 +52,7 @@ def folder(tmp_path):
 
 
 def check(source: str, collator: UniCompressCollator, streaming: bool = False, **options) -> list[dict]:
-    return list(training_rows([source], collator, CONTEXT, streaming=streaming, **options))
+    return list(training_rows([source], RowCheck(collator, CONTEXT), streaming=streaming, **options))
 
 
 GOOD = told(turn("user", IMAGE, say("a red 3")), turn("assistant", say("yes")), images=1)
@@ -157,7 +157,7 @@ def test_skipped_rows_are_named_and_counted(folder, collator, capsys, streaming)
 
 def test_skipped_rows_are_counted_when_a_pass_is_left_early(folder, collator, capsys):
     source = write_rows(folder / "rows.jsonl", [drawn("nowhere.png"), drawn("good.png"), drawn("good.png")])
-    rows = iter(training_rows([source], collator, CONTEXT, streaming=True, skip_bad_rows=True))
+    rows = iter(training_rows([source], RowCheck(collator, CONTEXT), streaming=True, skip_bad_rows=True))
     next(rows)
     del rows
     assert f"1 bad row(s) in {source} skipped" in capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_images_of_later_user_turns_and_of_any_kind_are_good(folder, collator, s
     names = ["grey.png", "rgba.png", "palette.gif", "cmyk.jpg", "bit.png", "deep.png", "float.tiff", "pixel.png"]
     first, *later = [[turn("user", IMAGE, say("hi")), turn("assistant", say("3"))] for _ in names]
     source = write_rows(folder / "rows.jsonl", [{"messages": sum(later, first), "images": names}])
-    rows = training_rows([source], collator, 1000, streaming=streaming)
+    rows = training_rows([source], RowCheck(collator, 1000), streaming=streaming)
     assert collator(list(samples(rows)))["pixel_values"].shape == (len(names), 3, 64, 64)
 
 
@@ -214,7 +214,7 @@ def test_a_hundred_megapixels_are_good_and_twice_as_many_are_bad_by_name(folder,
 @BOTH
 def test_rows_are_still_encoded_and_make_batches_once_they_are_decoded(folder, collator, streaming):
     source = write_rows(folder / "rows.jsonl", [drawn("good.png"), drawn("whole.jpg", "a blue 7")])
-    rows = training_rows([source], collator, CONTEXT, streaming=streaming)
+    rows = training_rows([source], RowCheck(collator, CONTEXT), streaming=streaming)
     assert next(iter(rows))["images"] == [{"path": str(folder / "good.png"), "bytes": None}]
     (batch,) = DataLoader(samples(rows), batch_size=4, collate_fn=collator)
     assert len(batch["input_ids"]) == 4
@@ -225,7 +225,7 @@ def mixture(folder, collator, streaming=False, **options) -> list[str]:
     """The source of each row of a short and a long one."""
     row = told(turn("user", say("hi")), turn("assistant", say("3")))
     short, long = (write_rows(folder / f"{name}.jsonl", [row] * count) for name, count in (("short", 4), ("long", 30)))
-    rows = training_rows([short, long], collator, CONTEXT, streaming=streaming, **options)
+    rows = training_rows([short, long], RowCheck(collator, CONTEXT), streaming=streaming, **options)
     return [Path(row["origin"].split(",")[0]).stem for row in rows]
 
 
@@ -247,12 +247,12 @@ def test_weights_are_shares_of_the_mixture_and_shorter_sources_repeat(folder, co
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")]], ids=str)
 def test_weights_that_are_none_are_refused(collator, weights, streaming):
     with pytest.raises(DatasetError, match=r"weights .* for 2 dataset\(s\); expected as many, all above 0"):
-        training_rows(["a", "b"], collator, CONTEXT, weights=weights, streaming=streaming)
+        training_rows(["a", "b"], RowCheck(collator, CONTEXT), weights=weights, streaming=streaming)
 
 
 def test_no_dataset_is_refused(collator):
     with pytest.raises(DatasetError, match="expected at least one"):
-        training_rows([], collator, CONTEXT)
+        training_rows([], RowCheck(collator, CONTEXT))
 
 
 def test_columns_are_added_to_each_source_behind_its_check(folder, collator):
@@ -264,10 +264,10 @@ def test_columns_are_added_to_each_source_behind_its_check(folder, collator):
     def encode(dataset: Dataset) -> Dataset:
         return dataset.map(lambda row: {"latents": [float(len(dataset))]})
 
-    rows = samples(training_rows(sources, collator, CONTEXT, skip_bad_rows=True, encode=encode))
+    rows = samples(training_rows(sources, RowCheck(collator, CONTEXT), skip_bad_rows=True, encode=encode))
     assert [row["latents"] for row in rows] == [[2.0]] * 2 + [[4.0]] * 4
     with pytest.raises(DatasetError, match="streaming with something to add"):
-        training_rows(sources, collator, CONTEXT, streaming=True, encode=encode)
+        training_rows(sources, RowCheck(collator, CONTEXT), streaming=True, encode=encode)
 
 
 def test_the_collator_is_left_as_it_was(folder, short_processor):
@@ -283,7 +283,7 @@ def test_streams_are_read_shard_by_shard_by_several_workers(folder, collator):
         rows = {"image": [image] * 2, "question": ["hi"] * 2, "answer": ["3", "4" if shard == 0 else None]}
         Dataset.from_dict(rows).to_parquet(folder / "shards" / f"train-{shard}.parquet")
     source = str(folder / "shards")
-    rows = training_rows([source], collator, CONTEXT, streaming=True, skip_bad_rows=True)
+    rows = training_rows([source], RowCheck(collator, CONTEXT), streaming=True, skip_bad_rows=True)
     assert isinstance(rows, IterableDataset)
     assert len(list(DataLoader(samples(rows), batch_size=1, collate_fn=collator, num_workers=2))) == 3
     with pytest.raises(DatasetError, match=r"row 1 \(good\.png\), shard 2 of 2: turn 2"):
@@ -295,15 +295,15 @@ import sys
 sys.path[:0] = ["tests", "recipes"]
 from helpers import SHORT, small_config
 from tiny_janus import make_processor
-from training_rows import training_rows
+from training_rows import RowCheck, training_rows
 from uc_adapters import UniCompressCollator
-print(training_rows([sys.argv[1]], UniCompressCollator(make_processor(SHORT), small_config()), 100)._fingerprint)
+print(training_rows([sys.argv[1]], RowCheck(UniCompressCollator(make_processor(SHORT), small_config()), 100))._fingerprint)
 """
 
 
 def test_another_process_does_not_check_again(folder, collator):
     source = write_rows(folder / "rows.jsonl", [asked()] * 3)
-    dataset = training_rows([source], collator, CONTEXT)
+    dataset = training_rows([source], RowCheck(collator, CONTEXT))
     cache = Path(dataset.cache_files[0]["filename"]).parent
     before = {file.name: file.stat().st_mtime_ns for file in cache.iterdir()}
     again = subprocess.run(
@@ -320,12 +320,12 @@ def test_another_process_does_not_check_again(folder, collator):
 
 def test_rows_are_checked_again_where_the_verdict_may_be_another(folder, collator, short_processor):
     source = write_rows(folder / "rows.jsonl", [asked()])
-    cache = Path(training_rows([source], collator, CONTEXT).cache_files[0]["filename"]).parent
+    cache = Path(training_rows([source], RowCheck(collator, CONTEXT)).cache_files[0]["filename"]).parent
     count = len(list(cache.iterdir()))
     with pytest.raises(DatasetError, match="where the base takes 10"):
-        training_rows([source], collator, 10)
-    training_rows([source], UniCompressCollator(short_processor, small_config(num_global_tokens=3)), CONTEXT)
-    training_rows([source], UniCompressCollator(short_processor, small_config(decompressor="cell")), CONTEXT)
+        training_rows([source], RowCheck(collator, 10))
+    training_rows([source], RowCheck(UniCompressCollator(short_processor, small_config(num_global_tokens=3)), CONTEXT))
+    training_rows([source], RowCheck(UniCompressCollator(short_processor, small_config(decompressor="cell")), CONTEXT))
     assert len(list(cache.iterdir())) == count + 3
 
 

@@ -82,12 +82,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
                 f"pixel_values of shape {shape}; expected (images, 3, height, width) with at least one image. Let the "
                 "processor prepare RGB images: processor(text=..., images=...)."
             )
-        if image_sizes is None or tuple(torch.as_tensor(image_sizes).shape) != (shape[0], 2):
-            given = None if image_sizes is None else tuple(torch.as_tensor(image_sizes).shape)
-            raise InputError(
-                f"image sizes of shape {given} for {shape[0]} image(s); expected ({shape[0]}, 2), the height and width of each "
-                "in pixels. Pass the processor's image_sizes on with its pixel_values."
-            )
+        self.check_sizes(shape[0], image_sizes)
         for height, width in self.sizes(pixel_values, image_sizes):
             factor, within = self._factor, 0 < height <= shape[2] and 0 < width <= shape[3]
             if not within or height % factor or width % factor:

@@ -117,6 +117,15 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
             pixels = pixel_values if len(rows) == len(sizes) else pixel_values[rows]
             yield rows, pixels[..., :height, :width], (height, width)
 
+    def check_sizes(self, count: int, image_sizes: torch.Tensor | None) -> None:
+        """Raises InputError unless the sizes of `count` images are known: `image_sizes` are (count, 2), where they have any."""
+        given = None if image_sizes is None else tuple(torch.as_tensor(image_sizes).shape)
+        if self.geometry.image_size is None and given != (count, 2):
+            raise InputError(
+                f"image sizes of shape {given} for {count} image(s); expected ({count}, 2), the height and width of each in "
+                "pixels. Pass the processor's image_sizes on with its pixel_values."
+            )
+
     def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
         """Raises InputError unless pixels are (N, 3, S, S) with N >= 1 and the base's own S."""
         size = self.geometry.image_size
