@@ -108,16 +108,18 @@ class CellAtDensePlaces(CellDecompressor):
         return of_cells.diff(prepend=of_cells.new_zeros(1)).tolist()
 
 
-class StripAtCompactPlaces(StripDecompressor):
+class StripOfLast(StripDecompressor):
+    """A step's input is the embedding of its last code, what the base would read in its place: not the mean of all."""
+
+    def embed(self, embeddings: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        """(..., s^2, D) and (..., s^2, C) -> (..., D)."""
+        return embeddings[..., -1, :] + self.places_in(entries.flatten(-2))
+
+
+class StripOfLastAtCompactPlaces(StripOfLast):
     """Positions count compact tokens, as those of "cell" do."""
 
     advances = CellDecompressor.advances
-
-
-class StripOfMeans(StripDecompressor):
-    """A step reads the mean of its codes' embeddings, as "cell" does."""
-
-    pooled = CellDecompressor.pooled
 
 
 class OneShotDecompressor(RasterDecompressor):
@@ -178,6 +180,11 @@ def strip(change: Change | None = None, **options) -> Variant:
     return Variant({"decompressor": "strip", **options}, change)
 
 
+def strip_of_last(**options) -> Variant:
+    """One whose steps read their last code alone."""
+    return strip(partial(draw_with, StripOfLast), **options)
+
+
 START = cell()
 DENSE = cell(stride=1, num_global_tokens=0)  # "cell" draws the base's own codes then, one a step
 PAPER = Variant({"decompressor": "raster"})
@@ -222,15 +229,17 @@ AXES: dict[str, dict[str, Variant]] = {
         "raster, strided conv in place of the average": Variant(PAPER.options, partial(pool_drawn_with, StridedConv)),
         "cell": START,
         "cell, no global codes, at the dense places": cell(partial(draw_with, CellAtDensePlaces), num_global_tokens=0),
-        "strip, at the compact places": strip(partial(draw_with, StripAtCompactPlaces)),
-        "strip of means": strip(partial(draw_with, StripOfMeans)),
+        "strip of the last code, at the compact places": strip(partial(draw_with, StripOfLastAtCompactPlaces)),
+        "strip of the last code": strip_of_last(),
         "strip": strip(),
-        "strip, one layer": strip(decompressor_layers=1),
+        "strip of the last code, one layer": strip_of_last(decompressor_layers=1),
+        "strip of the last code, taught": strip_of_last(distill=True),
         "strip, taught": strip(distill=True),
-        "strip of means, taught": strip(partial(draw_with, StripOfMeans), distill=True),
-        "strip, taught, one layer": strip(distill=True, decompressor_layers=1),
-        "strip, taught, rank 8": strip(distill=True, r=8, lora_alpha=8),
-        "strip, taught, LoRA on attention alone": strip(distill=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        "strip of the last code, taught, one layer": strip_of_last(distill=True, decompressor_layers=1),
+        "strip of the last code, taught, rank 8": strip_of_last(distill=True, r=8, lora_alpha=8),
+        "strip of the last code, taught, LoRA on attention alone": strip_of_last(
+            distill=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        ),
     },
 }
 """What is varied: by its name, the variants by theirs. One that stands on several axes is trained once; `START` is on all."""

@@ -253,8 +253,8 @@ class StripDecompressor(nn.Module):
         self.stride = stride
         self.hidden_in = nn.Linear(out_width, width)
         self.decoder = BlockDecoder(stride**2, code_width, width, out_width, layers)
-        # What `pooled` keeps of a cell's embeddings forgets some codes, or which stood where: so a linear map of the entries
-        # in their places is added. At zero, it starts as `pooled`.
+        # The mean of a step's embeddings forgets which code stood where: so a linear map of the entries in their places is
+        # added. At zero, it starts as the mean.
         self.places_in = nn.Linear(stride**2 * code_width, out_width, bias=False)
         nn.init.zeros_(self.places_in.weight)
 
@@ -292,11 +292,7 @@ class StripDecompressor(nn.Module):
 
     def embed(self, embeddings: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         """The next step's input: embeddings (..., s^2, D) and entries (..., s^2, C) of this one's codes -> (..., D)."""
-        return self.pooled(embeddings) + self.places_in(entries.flatten(-2))
-
-    def pooled(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The last code's embedding: the base's own input at that place, (..., s^2, D) -> (..., D)."""
-        return embeddings[..., -1, :]
+        return embeddings.mean(-2) + self.places_in(entries.flatten(-2))  # AvgPool in embedding space
 
     def _read(self, hidden: torch.Tensor, globals_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         told = self.hidden_in(hidden).unsqueeze(1)  # (B, 1, W)
@@ -321,10 +317,6 @@ class CellDecompressor(StripDecompressor):
         return cells_to_raster(x, self.stride, grid)
 
     advances = CompactDecompressor.advances  # positions count compact tokens
-
-    def pooled(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Their mean: AvgPool in embedding space."""
-        return embeddings.mean(-2)
 
     def memory(self, told: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
         return torch.cat([told, self.global_in(globals_)], 1)
