@@ -193,13 +193,16 @@ def test_a_base_alone(base_folder, capsys):
 
 def test_a_second_adapter_has_a_column_of_its_own_and_differs_from_nobody(base_folder, adapter_folder, tmp_path):
     other = shutil.copytree(adapter_folder, tmp_path / "other")
-    files = {"base": str(base_folder), "adapter": str(adapter_folder), "also": [str(other)]}
-    scores = main(EvaluateArguments(**files, scenes=3, grid=str(tmp_path / "drawings.png")))
+    own = shutil.copytree(adapter_folder, tmp_path / "own")
+    files = {"base": str(base_folder), "adapter": str(own), "also": [str(other)]}
+    scores = main(EvaluateArguments(**files, scenes=3, grid=str(tmp_path / "drawings.png"), card=True))
     for what in ("reading", "drawing", "nats_per_image", "reconstruction"):
         assert list(scores[what]) == ["base", "adapter", "other"]
         assert scores[what]["other"] == scores[what]["adapter"]
     assert "| base | adapter | other | adapter - base |" in score_report.markdown(scores)
     assert (tmp_path / "drawings.png").exists()
+    [nats] = [result for result in ModelCard.load(own / "README.md").data.eval_results if result.metric_type == "nats_per_image"]
+    assert nats.metric_value == scores["nats_per_image"]["adapter"]
 
 
 def test_the_scores_enter_the_card_and_its_model_index(scores):

@@ -234,7 +234,7 @@ def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[st
         str(name).replace("_", " "): [pair["base"], pair["adapter"]]
         for name, pair in content.items()
         if isinstance(pair, Mapping)
-        and pair.keys() == {"base", "adapter"}
+        and pair.keys() >= {"base", "adapter"}  # `evaluate.py --also` scores further adapters beside them
         and all(isinstance(value, (int, float)) for value in pair.values())
     }
     if not metrics:
