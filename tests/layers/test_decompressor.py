@@ -235,14 +235,9 @@ def test_features_start_from_the_hidden_state(kind):
     assert torch.equal(case.features(case.codes), case.conditions[0].unsqueeze(1).expand(-1, 4, -1))
 
 
-def test_an_untrained_strips_input_is_its_last_codes_embedding():
-    module = StripDecompressor(2, layers=1, **SHAPE)
-    embeddings, entries = torch.randn(3, 5, 4, OUT_WIDTH), torch.randn(3, 5, 4, CODE_WIDTH)
-    assert torch.equal(module.embed(embeddings, entries), embeddings[..., 3, :])
-
-
-def test_an_untrained_cells_input_is_the_mean_of_its_codes_embeddings():
-    module = CellDecompressor(2, layers=1, **SHAPE)
+@pytest.mark.parametrize("kind", INSIDE_LOOP)
+def test_an_untrained_steps_input_is_the_mean_of_its_codes_embeddings(kind):
+    module = INSIDE_LOOP[kind](2, layers=1, **SHAPE)
     embeddings, entries = torch.randn(3, 5, 4, OUT_WIDTH), torch.randn(3, 5, 4, CODE_WIDTH)
     assert torch.equal(module.embed(embeddings, entries), embeddings.mean(-2))
 

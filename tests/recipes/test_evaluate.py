@@ -201,7 +201,9 @@ def test_a_second_adapter_has_a_column_of_its_own_and_differs_from_nobody(base_f
         assert scores[what]["other"] == scores[what]["adapter"]
     assert "| base | adapter | other | adapter - base |" in score_report.markdown(scores)
     assert (tmp_path / "drawings.png").exists()
-    [nats] = [result for result in ModelCard.load(own / "README.md").data.eval_results if result.metric_type == "nats_per_image"]
+    [nats] = [
+        result for result in ModelCard.load(own / "README.md").data.eval_results if result.metric_type == "nats_per_image"
+    ]
     assert nats.metric_value == scores["nats_per_image"]["adapter"]
 
 
