@@ -85,7 +85,7 @@ def reply(contender: Contender, chats: list[list[dict]], images: list[Image.Imag
     """The next turn of each conversation, greedily; `images` are those of all of them, in the order of their places."""
     processor = contender.processor
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt").to(contender.model.device)
+    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt").to(contender.model.device)
     output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]

@@ -14,11 +14,12 @@ from io import BytesIO
 from typing import Any
 
 import torch
+from contenders import Contender, draw, reply
 from conversations import DatasetError, decoded, fingerprint_of
 from datasets import Dataset
 from joint_stage import JointTrainer, NamingCollator
-from sample_pictures import is_drawn
-from stock_calls import calls_of, drawing_inputs, to_images
+from PIL.Image import Image
+from sample_pictures import caption_of, is_drawn
 from torch.nn.utils.rnn import pad_sequence
 from training_rows import malformed, state_of
 from transformers import ProcessorMixin
@@ -29,6 +30,7 @@ from uc_adapters.images import Images
 from uc_adapters.layers import Grid, nearest_codes
 
 ANSWER_TOKENS = 64
+TOGETHER = 8  # rows that the base is asked at once
 
 
 @torch.no_grad()
@@ -40,36 +42,43 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
             missing is drawn. Rows with something wrong stay as they are: `training_rows` names them.
         model: The base with an adapter, which is disabled for it.
         processor: The base's own.
-        seed: Of the drawings.
+        seed: Of the drawings, which are drawn eight at once.
 
     Raises:
         DatasetError: A prompt to draw, for a base that cannot.
     """
-    base, why_no_drawing = model.get_base_model(), model.family.why_no_drawing
+    teacher, why_no_drawing = Contender("base", model.get_base_model(), processor), model.family.why_no_drawing
 
     def fill_in(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        told = {"messages": [], "images": []}
-        for messages, images, origin, index in zip(*(batch[name] for name in (*told, "origin")), indices, strict=True):
-            row = {"messages": messages, "images": images}
-            if _is_question(row, processor.image_token):
-                answer = _answer(base, processor, decoded(row))
+        rows = [
+            {"messages": messages, "images": images}
+            for messages, images in zip(batch["messages"], batch["images"], strict=True)
+        ]
+        asked = [row for row in rows if _is_question(row, processor.image_token)]
+        if asked:
+            whole = [decoded(row) for row in asked]
+            images = [image for row in whole for image in row["images"]]
+            answers = reply(teacher, [row["messages"] for row in whole], images, ANSWER_TOKENS)
+            for row, answer in zip(asked, answers, strict=True):
                 if answer:
-                    row["messages"] = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            elif is_drawn(row) and not images and not malformed(messages, processor.image_token):
-                if why_no_drawing is not None:
-                    raise DatasetError(f"{origin} is a prompt for the base to draw, which cannot: {why_no_drawing}.")
-                torch.manual_seed(seed * 1_000_003 + index)
-                row["images"] = [{"path": None, "bytes": _drawing(base, processor, messages)}]
-            for name in told:
-                told[name].append(row[name])
-        return told
+                    row["messages"] = [*row["messages"], {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        prompts = [place for place, row in enumerate(rows) if _is_prompt(row, processor.image_token)]
+        if prompts:
+            if why_no_drawing is not None:
+                origin = batch["origin"][prompts[0]]
+                raise DatasetError(f"{origin} is a prompt for the base to draw, which cannot: {why_no_drawing}.")
+            torch.manual_seed(seed * 1_000_003 + indices[0])
+            drawings, _ = draw(teacher, [caption_of(rows[place]) for place in prompts], do_sample=True)
+            for place, drawing in zip(prompts, drawings, strict=True):
+                rows[place]["images"] = [{"path": None, "bytes": _png(drawing)}]
+        return {name: [row[name] for row in rows] for name in ("messages", "images")}
 
     settings = rows._fingerprint, model.active_peft_config.base_fingerprint, state_of(processor), seed
     with model.disable_adapter(), torch.random.fork_rng():
         filled = rows.map(
             fill_in,
             batched=True,
-            batch_size=16,
+            batch_size=TOGETHER,
             with_indices=True,
             features=rows.features,
             new_fingerprint=fingerprint_of(*settings),
@@ -90,21 +99,12 @@ def _is_question(row: dict, image_token: str) -> bool:
         return False
 
 
-def _answer(base, processor: ProcessorMixin, row: dict) -> str:
-    """What the base says to a conversation that ends in a user turn."""
-    text = processor.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=[text], images=row["images"] or None, return_tensors="pt").to(base.device)
-    output = base.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+def _is_prompt(row: dict, image_token: str) -> bool:
+    """Whether a row, with nothing wrong in it, is a caption whose image is missing."""
+    return not malformed(row["messages"], image_token) and is_drawn(row) and not row["images"]
 
 
-def _drawing(base, processor: ProcessorMixin, messages: list[dict]) -> bytes:
-    """A PNG of what the base draws for the words of the first turn."""
-    calls = calls_of(base)
-    prompt = " ".join(part["text"] for part in messages[0]["content"] if part["text"])
-    inputs = drawing_inputs(processor, [prompt], calls).to(base.device)
-    pixels = calls.pixels(base, calls.draw(base, inputs, do_sample=True), calls.grid(base, inputs))
-    [image] = to_images(processor, pixels)
+def _png(image: Image) -> bytes:
     file = BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
