@@ -54,12 +54,11 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
             {"messages": messages, "images": images}
             for messages, images in zip(batch["messages"], batch["images"], strict=True)
         ]
-        asked = [row for row in rows if _is_question(row, processor.image_token)]
+        asked = [(row, question) for row in rows if (question := _question(row, processor.image_token))]
         if asked:
-            whole = [decoded(row) for row in asked]
-            images = [image for row in whole for image in row["images"]]
-            answers = reply(teacher, [row["messages"] for row in whole], images, ANSWER_TOKENS)
-            for row, answer in zip(asked, answers, strict=True):
+            images = [image for _, question in asked for image in question["images"]]
+            answers = reply(teacher, [question["messages"] for _, question in asked], images, ANSWER_TOKENS)
+            for (row, _), answer in zip(asked, answers, strict=True):
                 if answer:
                     row["messages"] = [*row["messages"], {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         prompts = [place for place, row in enumerate(rows) if _is_prompt(row, processor.image_token)]
@@ -87,16 +86,16 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
     return filled
 
 
-def _is_question(row: dict, image_token: str) -> bool:
-    """Whether a row, with nothing wrong in it, ends in a user turn."""
+def _question(row: dict, image_token: str) -> dict | None:
+    """A row that ends in a user turn, decoded; None where it does not, or something is wrong with it."""
     messages = row["messages"]
     if malformed(messages, image_token) or messages[-1]["role"] != "user":
-        return False
+        return None
     places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     try:
-        return len(decoded(row)["images"]) == places
+        return decoded(row) if len(row["images"]) == places else None
     except Exception:  # whatever a file may hold
-        return False
+        return None
 
 
 def _is_prompt(row: dict, image_token: str) -> bool:

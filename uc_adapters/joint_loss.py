@@ -146,11 +146,11 @@ def _score_text(
     log_probs = logits.float().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     hits = (log_probs.argmax(-1) == targets).float()
-    if probs is not None and probs.shape != log_probs.shape:
+    if probs is None:
+        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, hits
+    if probs.shape != log_probs.shape:
         raise InputError(
             f"word_probs of shape {tuple(probs.shape)}; expected {tuple(log_probs.shape)}: the probability of each word of the "
             "vocabulary, at each labelled word of the batch."
         )
-    if probs is None:
-        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, hits
     return -F.kl_div(log_probs, probs.float(), reduction="none").sum(-1), entropy, hits

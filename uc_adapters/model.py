@@ -224,7 +224,7 @@ class UniCompressModel(SharedModel):
                     f"pixel_values of shape {tuple(read.values.shape)} with prompts to draw; expected prompts of words alone: "
                     "image_sizes are those of the drawings here. Leave pixel_values out."
                 )
-            self._check_inputs(input_ids, Images(read.values), Images())
+            self._check_inputs(input_ids, read, Images())
             return draw(self.drawing, self.reading, input_ids, **kwargs)
         self._check_inputs(input_ids, read, Images())
         kwargs.pop("generator", None)
