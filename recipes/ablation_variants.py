@@ -235,6 +235,10 @@ AXES: dict[str, dict[str, Variant]] = {
         "strip of the last code, one layer": strip_of_last(decompressor_layers=1),
         "strip of the last code, taught": strip_of_last(distill=True),
         "strip, taught": strip(distill=True),
+        "strip, taught, three layers": strip(distill=True, decompressor_layers=3),
+        "strip, taught, twice as wide": strip(distill=True, decompressor_width=384),
+        "strip, taught, rank 16": strip(distill=True, r=16, lora_alpha=16),
+        "strip, taught, rank 32": strip(distill=True, r=32, lora_alpha=32),
         "strip of the last code, taught, one layer": strip_of_last(distill=True, decompressor_layers=1),
         "strip of the last code, taught, rank 8": strip_of_last(distill=True, r=8, lora_alpha=8),
         "strip of the last code, taught, LoRA on attention alone": strip_of_last(
