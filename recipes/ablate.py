@@ -4,9 +4,10 @@
     python recipes/ablate.py --axes decompressor stride --seeds 1 2 3 --max_steps 900 --stage_1_steps 500
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on CPU cores: a variant and seed takes one of them five minutes,
-all of them six hours; the adapter that stands on every axis is trained once a seed. What is finished stays in `--output_dir`,
+all of them seven hours; the adapter that stands on every axis is trained once a seed. What is finished stays in `--output_dir`,
 and in `--json` for later runs: one that was cut off goes on where it stopped, and two with other `--seeds` can share a folder.
-Variants are trained alike and briefly, so their scores compare with each other, not with the shipped adapter's.
+Variants are trained alike and briefly, so their scores compare with each other, not with the shipped adapter's. What a drawing
+costs does not hang on training: everyone is timed side by side at the start of each call, so let nothing else run then.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import transformers
+from ablation_costs import costs
 from ablation_variants import AXES, START, Variant
 from contenders import Contender, contenders
 from digits import random_scene
@@ -39,6 +41,9 @@ from trl import TrlParser
 from uc_adapters import get_uc_model
 
 SCORES = {"reading": "reading", "cells": "cells drawn right", "scenes": "whole scenes", "nats": "nats an image"}
+COSTS = {"milliseconds": "ms a drawing", "megabytes": "MB of weights"}
+SAMPLING = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}  # evaluate.py's
+BATCH = 25  # prompts drawn at once, as there
 
 
 @dataclass
@@ -106,8 +111,7 @@ def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, f
     """Reading, drawing and nats of held-out scenes: the same ones for every variant."""
     rng = np.random.default_rng([seed, args.scenes])
     scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
-    sampling = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}  # evaluate.py's
-    drawing = score_drawing([contender], scenes, seed, 25, **sampling)[contender.name].estimates
+    drawing = score_drawing([contender], scenes, seed, BATCH, **SAMPLING)[contender.name].estimates
     return {
         "reading": score_reading(contender, scenes, seed).estimates["mean"].value,
         "cells": drawing["cells"].value,
@@ -168,15 +172,18 @@ def spread(values: list[float], score: str) -> str:
 
 def markdown(ablation: dict) -> str:
     """One table, an axis after another."""
-    lines = [f"| | {' | '.join(SCORES.values())} |", "|---" * (len(SCORES) + 1) + "|"]
+    titles = [*SCORES.values(), *COSTS.values()]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
 
     def row(title: str, run: str) -> str:
         by_seed = ablation["runs"][run].values()
-        return f"| {title} | {' | '.join(spread([scores[score] for scores in by_seed], score) for score in SCORES)} |"
+        figures = [spread([scores[score] for scores in by_seed], score) for score in SCORES]
+        figures += [f"{ablation['costs'][run][cost]:.1f}" for cost in COSTS]
+        return f"| {title} | {' | '.join(figures)} |"
 
     lines.append(row("the dense base", "base"))
     for axis in ablation["axes"]:
-        lines.append(f"| **{axis}** |{' |' * len(SCORES)}")
+        lines.append(f"| **{axis}** |{' |' * len(titles)}")
         for name, variant in AXES[axis].items():
             lines.append(row(name, run_of(variant)))
     return "\n".join(lines)
@@ -190,6 +197,8 @@ def main(args: AblateArguments) -> dict:
         written = json.loads(Path(args.json).read_text())
         check_budget(Path(args.json), written.get("budget"), args)
         runs = written["runs"]  # and so the file keeps what is not asked for this time
+    shown = {name: variant for name, variant in runs_of(list(AXES)).items() if name in {*runs, *runs_of(args.axes)}}
+    of_each = costs(args.base, shown, min(BATCH, args.scenes), SAMPLING)  # first: a run that was cut off lost minutes
     todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes).items()]]
     for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed: a part of the time gives a whole table
         of_run = runs.setdefault(name, {})
@@ -198,6 +207,7 @@ def main(args: AblateArguments) -> dict:
         "budget": args.budget,
         "axes": [axis for axis in AXES if all(name in runs for name in runs_of([axis]))],
         "runs": runs,
+        "costs": of_each,
         "environment": environment(),
     }
     print(markdown(ablation))

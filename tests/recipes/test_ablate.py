@@ -1,11 +1,13 @@
 import json
 
 import ablate
+import ablation_costs
 import pytest
 import torch
 from ablation_variants import AXES, START, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK, pool_drawn_with
-from contenders import Contender, draw
+from contenders import Contender, contenders, draw
 from helpers import attach
+from safetensors.torch import load_file
 from scenes_dataset import scene_row
 from tokenizer_stage import TokenizerStage
 
@@ -94,7 +96,8 @@ def test_a_variant_that_stands_on_several_axes_runs_once():
     assert "stride, 1, no global tokens" in ablate.runs_of(["drawing"])
 
 
-def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_budget(base_folder, tmp_path, capsys):
+def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_budget(base_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablation_costs, "TURNS", 1)
     work, file = tmp_path / "work", tmp_path / "ablation.json"
     options = {
         "base": str(base_folder),
@@ -116,13 +119,23 @@ def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_bud
     kept = (work / "default-seed-1.json").stat().st_mtime_ns
     again = ablate.main(ablate.AblateArguments(**options))
     assert (work / "default-seed-1.json").stat().st_mtime_ns == kept
-    assert again == first
+    assert {**again, "costs": None} == {**first, "costs": None}  # timed anew, all of them
     fewer = ablate.main(ablate.AblateArguments(**options | {"axes": ["LoRA rank"], "seeds": [2]}))
     assert fewer["axes"] == ["stride", "LoRA rank"]
     assert fewer["runs"]["stride, 4"] == first["runs"]["stride, 4"]  # what is not asked for is kept
     assert fewer["runs"]["default"].keys() == {"1", "2"}
+    assert fewer["costs"].keys() == fewer["runs"].keys()
+    assert all(of_run["milliseconds"] > 0 for of_run in fewer["costs"].values())
     with pytest.raises(SystemExit, match="scenes"):
         ablate.main(ablate.AblateArguments(**options | {"scenes": 3}))
+
+
+def test_a_variant_costs_what_its_repo_holds(base_folder, tmp_path):
+    (dense,) = contenders(str(base_folder), None)
+    model = ablation_costs.fresh("default", dense, START).model
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert ablation_costs.megabytes(model) == sum(weight.nbytes for weight in stored.values()) / 1e6
 
 
 def test_the_file_of_another_recipe_is_not_written_over(tmp_path):
