@@ -24,6 +24,7 @@ from transformers import JanusForConditionalGeneration
 from uc_adapters import UniCompressConfig, UniCompressModel, errors
 from uc_adapters.hub.folder import _UNSEALED as UNSEALED
 
+pytestmark = pytest.mark.no_cover  # thousands of loads, which the other tests cover: watched, they take half as long again
 OURS = tuple(error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, Exception))
 TALLY = Counter()
 MEMORY = 4 * 2**30  # bytes more than now: a config may ask for any size, and must not get it from this machine

@@ -5,6 +5,11 @@ from helpers import attach
 from transformers import AutoModelForImageTextToText
 
 
+def pytest_itemcollected(item):
+    """Coverage is of the package by its own tests; watching a recipe's would take half as long again."""
+    item.add_marker("no_cover")
+
+
 def saved(base_folder, processor, folder, decompressor: str):
     attach(AutoModelForImageTextToText.from_pretrained(base_folder), decompressor=decompressor).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,12 @@ from uc_adapters import UniCompressModel
 def captioned(tmp_path_factory):
     """An imagefolder."""
     return write_captioned(tmp_path_factory.mktemp("data") / "captioned")
+
+
+@pytest.fixture(scope="module")
+def whole(base_folder, captioned, tmp_path_factory):
+    """What a run leaves behind that nothing cut off; no test may change it."""
+    return train(base_folder, tmp_path_factory.mktemp("whole") / "out", dataset=[str(captioned)])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -97,8 +104,7 @@ def test_sample_pictures_are_drawn_as_after_training(base_folder, captioned, tmp
     assert pictures[0] == pictures[1]
 
 
-def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, captioned, tmp_path):
-    whole = train(base_folder, tmp_path / "whole", dataset=[str(captioned)])
+def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, captioned, whole, tmp_path):
     told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)]}
     for more in ({"kill": [1, 2]}, {"kill": [2, 3], "resume": True}, {"resume": True}):
         command = [sys.executable, finetuning.__file__, json.dumps({**told, **more})]
@@ -109,8 +115,8 @@ def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, cap
     assert_same(weights(tmp_path / "cut"), weights(whole))
 
 
-def test_half_a_checkpoint_is_not_resumed_from(base_folder, captioned, tmp_path):
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)])
+def test_half_a_checkpoint_is_not_resumed_from(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "out")
     assert last_checkpoint(folder).name == "checkpoint-4"
     state = folder / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
@@ -120,8 +126,8 @@ def test_half_a_checkpoint_is_not_resumed_from(base_folder, captioned, tmp_path)
     assert last_checkpoint(folder) is None
 
 
-def test_resuming_with_other_settings_is_refused(base_folder, captioned, tmp_path):
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)])
+def test_resuming_with_other_settings_is_refused(base_folder, captioned, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "out")
     with pytest.raises(TrainingError, match=r"learning_rate: 0\.001 then, 0\.01 now"):
         train(base_folder, folder, dataset=[str(captioned)], resume=True, training={"learning_rate": 0.01})
     with pytest.raises(TrainingError, match=r"earlier run.*--resume true.*another --output_dir"):
@@ -130,16 +136,15 @@ def test_resuming_with_other_settings_is_refused(base_folder, captioned, tmp_pat
         train(base_folder, tmp_path / "nowhere", dataset=[str(captioned)], resume=True)
 
 
-def test_each_stage_can_be_run_alone(base_folder, captioned, tmp_path):
-    both = train(base_folder, tmp_path / "both", dataset=[str(captioned)])
+def test_each_stage_can_be_run_alone(base_folder, captioned, whole, tmp_path):
     apart = train(base_folder, tmp_path / "apart", dataset=[str(captioned)], stage=1)
     assert not (apart / "adapter_config.json").exists()
     train(base_folder, apart, dataset=[str(captioned)], stage=2)
-    assert_same(weights(apart), weights(both))
+    assert_same(weights(apart), weights(whole))
     with pytest.raises(SystemExit, match=r"--stage 3.*expected 1, 2"):
         train(base_folder, apart, stage=3)
     with pytest.raises(SystemExit, match=r"--stage 1 with --adapter .*expected one of them"):
-        train(base_folder, tmp_path / "neither", stage=1, adapter=str(both / "stage1"))
+        train(base_folder, tmp_path / "neither", stage=1, adapter=str(whole / "stage1"))
 
 
 class Spoil(TrainerCallback):
@@ -168,7 +173,7 @@ def test_a_loss_that_is_no_number_stops_and_names_step_and_rows(base_folder, cap
     assert last_checkpoint(folder).name == "checkpoint-2"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(base_folder, captioned, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(base_folder, captioned, whole, tmp_path):
     train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1)
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -187,7 +192,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(base_fo
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
-    whole = train(base_folder, tmp_path / "whole", dataset=[str(captioned)])
     train(base_folder, out, dataset=[str(captioned)], stage=2, resume=True)
     assert_same(weights(out), weights(whole))
 
