@@ -24,7 +24,7 @@ from ablation_costs import costs
 from ablation_variants import AXES, START, Variant
 from contenders import Contender, contenders
 from digits import random_scene
-from environment import environment
+from environment import check_output, environment
 from finetune import (
     leave_batches_to_the_collator,
     load_base,
@@ -137,7 +137,9 @@ def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArgumen
     scores["perplexity"] = perplexity
     shutil.rmtree(folder, ignore_errors=True)  # not every variant could be loaded again: the package does not have it
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"budget": args.budget, "scores": scores}, indent=2) + "\n")
+    half = file.with_suffix(".half")
+    half.write_text(json.dumps({"budget": args.budget, "scores": scores}, indent=2) + "\n")
+    half.replace(file)  # whole, or not there
     return scores
 
 
@@ -148,11 +150,12 @@ def check(args: AblateArguments) -> None:
         raise SystemExit(f"--axes {unknown or '(none)'}: expected one or more of {', '.join(AXES)}.")
     if not args.seeds:
         raise SystemExit("--seeds (none): expected one or more.")
+    if min(args.seeds) < 0:
+        raise SystemExit(f"--seeds {min(args.seeds)}: expected 0 or more.")
     for option, least in (("stage_1_steps", 1), ("max_steps", 1), ("batch_size", 1), ("scenes", 2)):
         if getattr(args, option) < least:
             raise SystemExit(f"--{option} {getattr(args, option)}: expected {least} or more.")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise SystemExit(f"--json {args.json}: the folder {Path(args.json).parent} does not exist; make it first.")
+    check_output("json", args.json)
 
 
 def check_budget(file: Path, budget: dict | None, args: AblateArguments) -> None:
@@ -195,7 +198,7 @@ def main(args: AblateArguments) -> dict:
     runs: dict[str, dict[str, dict[str, float | None]]] = {}
     if args.json and Path(args.json).is_file():
         written = json.loads(Path(args.json).read_text())
-        check_budget(Path(args.json), written.get("budget"), args)
+        check_budget(Path(args.json), written.get("budget") if isinstance(written, dict) else None, args)
         runs = written["runs"]  # and so the file keeps what is not asked for this time
     shown = {name: variant for name, variant in runs_of(list(AXES)).items() if name in {*runs, *runs_of(args.axes)}}
     of_each = costs(args.base, shown, min(BATCH, args.scenes), SAMPLING)  # first: a run that was cut off lost minutes

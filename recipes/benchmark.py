@@ -23,7 +23,7 @@ import transformers
 from benchmark_models import SHAPES, pair, prompts, random_pixels
 from benchmark_report import draw_chart, markdown
 from drawing_benchmark import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
-from environment import environment, is_here
+from environment import check_output, environment, is_here, make_current
 from reading_benchmark import disabled_over_bare, image_cache_bytes, reading_figures
 from stopwatch import Work, fitting, in_turn
 from torch import nn
@@ -66,9 +66,13 @@ class BenchmarkArguments:
         self._require("device", is_here(self.device), "cpu, or the device of a GPU that is there, such as cuda")
         if self.gradient_checkpointing and not self.train:
             raise SystemExit("--gradient_checkpointing true without --train true; expected both: only training has gradients.")
+        if self.alternatives and self.train:
+            raise SystemExit(
+                f"--alternatives {' '.join(self.alternatives)} with --train true; expected one: they are of drawing."
+            )
         for name in ("json", "chart"):
-            file = getattr(self, name)
-            self._require(name, file is None or Path(file).parent.is_dir(), "a file in a folder that is there")
+            check_output(name, getattr(self, name))
+        self._require("chart", self.chart is None or Path(self.chart).suffix == ".png", "a file that ends in .png")
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -136,6 +140,7 @@ def training_speed(models: dict[str, nn.Module], args: BenchmarkArguments) -> di
 def main(args: BenchmarkArguments) -> dict:
     transformers.logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
     set_seed(0)
+    make_current(args.device)
     models = fitting(lambda: pair(args.shape, args.decompressor, getattr(torch, args.dtype), args.device))
     if models is None:
         raise SystemExit(

@@ -47,10 +47,14 @@ def with_adapter(dense: Contender, adapter: str, name: str) -> Contender:
     return Contender(name, model, load_processor(adapter))
 
 
-def check_temperature(temperature: float) -> None:
-    """Stops on one that nothing can be sampled at."""
+def check_sampling(temperature: float, guidance_scale: float, seed: int) -> None:
+    """Stops on what nothing can be sampled by."""
     if not 0 < temperature < float("inf"):
         raise SystemExit(f"--temperature {temperature}: expected a number above 0; drawings are sampled.")
+    if not 1 < guidance_scale < float("inf"):
+        raise SystemExit(f"--guidance_scale {guidance_scale}: expected a number above 1; drawings are guided.")
+    if seed < 0:
+        raise SystemExit(f"--seed {seed}: expected 0 or more.")
 
 
 def load_processor(source: str) -> ProcessorMixin:
@@ -85,7 +89,8 @@ def reply(contender: Contender, chats: list[list[dict]], images: list[Image.Imag
     """The next turn of each conversation, greedily; `images` are those of all of them, in the order of their places."""
     processor = contender.processor
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt").to(contender.model.device)
+    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+    inputs = inputs.to(contender.model.device, dtype=contender.model.dtype)  # numbers of pixels; words stay whole
     output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]

@@ -202,7 +202,8 @@ def _asked(row: dict) -> list[list[dict]]:
 
 def _referenced(row: dict) -> list[list[dict]]:
     """Each answer, as words or as VQA's {"answer": words}, is a turn of its own behind the question."""
-    told = [_words(answer.get("answer") if isinstance(answer, dict) else answer) for answer in _list(row["answers"])]
+    answers = _list(row["answers"]) or [None]  # which is refused where it is read: a row without an answer is a bad one
+    told = [_words(answer.get("answer") if isinstance(answer, dict) else answer) for answer in answers]
     return [[*_to_answer(row)[0], *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in told)]]
 
 

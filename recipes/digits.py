@@ -66,6 +66,15 @@ class Cell:
     scan: int = -1
 
 
+def check_scene_size(image_size: int | None) -> None:
+    """Stops where a base's pictures are of another size than a scene's; None is any."""
+    if image_size not in (None, IMAGE_SIZE):
+        raise SystemExit(
+            f"The base's pictures have {image_size} pixels a side, digit scenes {IMAGE_SIZE}; expected a tiny base, or a "
+            "--dataset: finetune.py and evaluate_dataset.py take one."
+        )
+
+
 @dataclass(frozen=True)
 class Scene:
     """Four cells in raster order; `None` is an empty cell."""

@@ -166,7 +166,6 @@ class DistillingTrainer(JointTrainer):
         with model.disable_adapter():
             hidden = self._dense_hidden(batch, drawn_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
             told = {"word_probs": family.text_logits(hidden[words[:, 1:]]).float().softmax(-1)}
-        model.train_only("language model")  # leaving disable_adapter makes all of the adapter trainable
         if codes and model.active_peft_config.decompressor == "strip":
             before = hidden[drawn_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
             states = [  # M times (T, D): those before the ends of rows are left out

@@ -28,10 +28,24 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} CPU cores, {model.partition(': ')[2] or platform.processor() or platform.machine()}"
 
 
+def check_output(option: str, file: str | None) -> None:
+    """Stops, before hours of work, on a file that could not be written after them."""
+    if file is not None and not Path(file).parent.is_dir():
+        raise SystemExit(f"--{option} {file}: the folder {Path(file).parent} does not exist; make it first.")
+    if file is not None and Path(file).is_dir():
+        raise SystemExit(f"--{option} {file} is a folder; expected a file.")
+
+
 def in_words(found: dict) -> str:
     """An `environment` in a line."""
     versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
     return f"{found['hardware']}; {versions}; {found['date']}"
+
+
+def make_current(device: str) -> None:
+    """Whoever synchronises or measures without naming a GPU is to mean this one."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
 
 
 def is_here(device: str) -> bool:

@@ -20,15 +20,15 @@ import numpy as np
 import transformers
 from contenders import (
     Contender,
-    check_temperature,
+    check_sampling,
     contenders,
     drawn_steps,
     read_tokens,
     why_no_drawing,
     with_adapter,
 )
-from digits import Scene, random_scene
-from environment import environment
+from digits import Scene, check_scene_size, random_scene
+from environment import check_output, environment
 from intervals import mean
 from scene_scores import (
     SPLIT,
@@ -47,6 +47,7 @@ from score_report import markdown, save_drawings
 from trl import TrlParser
 
 from uc_adapters import CardFacts
+from uc_adapters.families import family_of
 from uc_adapters.hub.card import update_card
 
 
@@ -75,6 +76,7 @@ def main(args: EvaluateArguments) -> dict:
     transformers.logging.set_verbosity_error()
     pair = contenders(args.base, args.adapter)
     pair += [with_adapter(pair[0], source, name) for source, name in zip(args.also or [], also_names(args), strict=True)]
+    check_scene_size(family_of(pair[0].model).geometry.image_size)
     reason = why_no_drawing(pair[0])
     if reason is not None:
         if args.grid:
@@ -105,7 +107,7 @@ def check(args: EvaluateArguments) -> None:
         raise SystemExit(f"--scenes {args.scenes}: expected 2 or more; an interval needs several.")
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
-    check_temperature(args.temperature)
+    check_sampling(args.temperature, args.guidance_scale, args.seed)
     names = ["base", "adapter", *also_names(args)]
     if len(set(names)) < len(names):
         raise SystemExit(
@@ -115,8 +117,7 @@ def check(args: EvaluateArguments) -> None:
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise SystemExit(f"--card writes into the folder of --adapter, and that is {args.adapter!r}; expected a folder.")
     for option, file in (("json", args.json), ("grid", args.grid)):
-        if file is not None and not Path(file).parent.is_dir():
-            raise SystemExit(f"--{option} {file}: the folder {Path(file).parent} does not exist; make it first.")
+        check_output(option, file)
     if args.grid is not None and Path(args.grid).suffix != ".png":
         raise SystemExit(f"--grid {args.grid}: expected a file that ends in .png.")
 

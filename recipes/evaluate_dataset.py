@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from contenders import check_temperature, contenders, side_by_side, why_no_drawing
+from contenders import check_sampling, contenders, side_by_side, why_no_drawing
 from conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations, decoded
 from datasets import Dataset
-from environment import environment, is_here
+from environment import check_output, environment, is_here, make_current
 from geneval import draw_prompts, free_folder, read_prompts
 from picture_metrics import load_clip, load_features, score_pictures
 from sample_pictures import is_drawn
@@ -71,6 +71,7 @@ def main(args: EvaluateDatasetArguments) -> dict:
     # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
     transformers.logging.set_verbosity_error()
     check(args)
+    make_current(args.device)
     prompts = read_prompts(args.prompts) if args.prompts else []
     folder = free_folder(args.output_dir) if args.output_dir else None
     rows = checked_rows(args) if args.dataset else None
@@ -122,11 +123,10 @@ def check(args: EvaluateDatasetArguments) -> None:
             raise SystemExit(f"--{option} {getattr(args, option)}: expected 1 or more.")
     if args.limit is not None and args.limit < 2:
         raise SystemExit(f"--limit {args.limit}: expected 2 or more; one row alone has no spread.")
-    check_temperature(args.temperature)
+    check_sampling(args.temperature, args.guidance_scale, args.seed)
     if not is_here(args.device):
         raise SystemExit(f"--device {args.device!r}: expected cpu, or the device of a GPU that is there, such as cuda.")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise SystemExit(f"--json {args.json}: the folder {Path(args.json).parent} does not exist; make it first.")
+    check_output("json", args.json)
 
 
 def checked_rows(args: EvaluateDatasetArguments) -> Dataset:

@@ -28,10 +28,12 @@ from pathlib import Path
 
 from conversations import AnyDataset, samples
 from datasets import Dataset, IterableDataset
+from digits import check_scene_size
 from distillation import DistillingTrainer, filled_in, teacher_collator
 from finetune_arguments import FinetuneArguments, TrainingConfig
 from joint_stage import JointTrainer
 from latent_cache import with_latents
+from peft.utils import CONFIG_NAME
 from quantised import quantisation
 from resumable import TrainingError, begin_run, last_checkpoint
 from sample_pictures import SamplePictures, caption_of, drawings, is_drawn, reconstructions
@@ -45,6 +47,7 @@ from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel, get_uc
 
 ENOUGH_PERPLEXITY = 2.0  # of a global token's codes: below it, it has collapsed
 SHOWN = 6  # samples in a picture
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def leave_batches_to_the_collator(training: TrainingConfig) -> None:
@@ -68,6 +71,7 @@ def make_rows(
 ) -> tuple[AnyDataset, AnyDataset]:
     """Rows of stage 1, each image once, and of stage 2; `dense` is the base's own processor."""
     if args.dataset is None:
+        check_scene_size(model.family.geometry.image_size)
         rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         return scenes_dataset(8192, training.seed), scenes_dataset(max(rows, 1), training.seed + 1)
     collator = UniCompressCollator(processor, model.active_peft_config)
@@ -106,7 +110,7 @@ def train_stage_1(
         return None
     training.output_dir = str(Path(training.output_dir, "stage1"))
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
-    training.per_device_train_batch_size = args.stage_1_batch_size
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = args.stage_1_batch_size, 1
     training.gradient_checkpointing = training.activation_checkpointing = False  # the old name and the new
     folder = Path(training.output_dir)
     collator = ImageCollator(processor, model.family.geometry.code_width)
@@ -153,7 +157,6 @@ def train_stage_2(
     folder = Path(training.output_dir)
     collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout)
     make_trainer = partial(DistillingTrainer, teacher_processor=dense) if args.distill else JointTrainer
-    model.set_adapter(model.active_adapter)  # all trainable: of a quantised base's adapter, TRL casts just that to bfloat16
     trainer = make_trainer(model=model, args=training, train_dataset=rows, processing_class=processor, data_collator=collator)
     if training.fsdp and not trainer.is_fsdp_enabled:
         raise TrainingError("--fsdp on CPUs: accelerate shards on accelerators alone, and would train each process as a whole.")
@@ -193,7 +196,8 @@ def card_facts(args: FinetuneArguments, training: TrainingConfig, seconds: float
         "rows": "streamed" if isinstance(rows, IterableDataset) else f"{len(rows):,}",
         "stage 1": "before this run"
         if args.adapter
-        else f"{args.stage_1_steps} steps of {args.stage_1_batch_size}, learning rate {args.stage_1_learning_rate:g}",
+        else f"{args.stage_1_steps} steps of {args.stage_1_batch_size * training.world_size}, "
+        f"learning rate {args.stage_1_learning_rate:g}",
         "steps": f"{training.max_steps if training.max_steps > 0 else epochs}",
         "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
@@ -212,6 +216,13 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
         raise SystemExit(f"--streaming with --max_steps {training.max_steps}: nobody knows how long it is; expected a number.")
     if args.streaming and args.distill:
         raise SystemExit("--streaming with --distill: what the base fills in is kept on the disk; expected one of them.")
+    if args.dtype not in DTYPES:
+        raise SystemExit(f"--dtype {args.dtype} is not known; expected one of {', '.join(DTYPES)}.")
+    if args.stage == 2 and not args.adapter and not Path(training.output_dir, "stage1", CONFIG_NAME).is_file():
+        raise SystemExit(
+            f"--stage 2, and {Path(training.output_dir, 'stage1')} holds no adapter; expected one: run --stage 1 with this "
+            "--output_dir first, or name one with --adapter."
+        )
     if args.stage == 1 and args.adapter:
         raise SystemExit(f"--stage 1 with --adapter {args.adapter}: with that, stage 1 is done; expected one of them.")
     set_seed(training.seed)
@@ -219,7 +230,7 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     leave_batches_to_the_collator(training)
     folder = Path(training.output_dir)
     stage_1 = Path(args.adapter or folder / "stage1")
-    done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / "adapter_config.json").is_file())
+    done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / CONFIG_NAME).is_file())
     stages = ([] if done else [stage_1]) + ([] if args.stage == 1 else [folder])
     begin_run(folder, args.settings, training, args.resume, stages)
     base = load_base(args, training)

@@ -53,7 +53,7 @@ class FinetuneArguments:
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of drawing prompts dropped, for guidance."})
     sample_steps: int = field(default=0, metadata={"help": "Write sample pictures every so many steps. 0: none."})
     stage_1_steps: int = field(default=500, metadata={"help": "Optimizer steps of stage 1."})
-    stage_1_batch_size: int = field(default=32, metadata={"help": "Images a step and process."})
+    stage_1_batch_size: int = field(default=32, metadata={"help": "Images a step and process; never accumulated."})
     stage_1_learning_rate: float = field(default=1e-3, metadata={"help": "Peak of stage 1."})
     stride: int = field(default=2, metadata={"help": "See UniCompressConfig."})
     num_global_tokens: int = field(default=4, metadata={"help": "See UniCompressConfig."})

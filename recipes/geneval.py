@@ -18,10 +18,10 @@ def read_prompts(file: str) -> list[dict]:
     if not path.is_file():
         raise SystemExit(f"--prompts {file} is no file; expected JSONL in GenEval's format.")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SystemExit(f"--prompts {file} is no text in UTF-8: {error}; expected JSONL in GenEval's format.") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise SystemExit(f"--prompts {file} is empty; expected a line of JSON a prompt, in GenEval's format.")
     return [_prompt(line, f"--prompts {file}, line {number}") for number, line in lines]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
+_NUMBERS_AT_ONCE = 10**7
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -46,5 +48,7 @@ def mean_share(shares: Sequence[Estimate]) -> Estimate:
 
 def mean(values: np.ndarray) -> Estimate:
     """The mean of a value a scene, (N,), with the bootstrap's interval over scenes; of a difference, it is the paired one."""
-    interval = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    at_once = max(1, _NUMBERS_AT_ONCE // len(values))  # resamples: ten thousand of a large dataset's answers take gigabytes
+    rng = np.random.default_rng(0)
+    interval = bootstrap((values,), np.mean, method="percentile", batch=at_once, rng=rng).confidence_interval
     return Estimate(float(values.mean()), float(interval.low), float(interval.high), len(values))

@@ -11,7 +11,7 @@ from resumable import ResumableTrainer
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from uc_adapters import UniCompressCollator
+from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.joint_loss import CELL, GLOBAL_CODE, WORD, JointOutput
 
 PARTS = {"loss_words": WORD, "loss_global_codes": GLOBAL_CODE, "loss_cells": CELL}
@@ -42,8 +42,10 @@ class JointTrainer(ResumableTrainer, SFTTrainer):
 
     parts = tuple(PARTS)
 
-    def __init__(self, *args, data_collator: UniCompressCollator, **kwargs):
-        super().__init__(*args, data_collator=NamingCollator(data_collator), **kwargs)
+    def __init__(self, model: UniCompressModel, *args, data_collator: UniCompressCollator, **kwargs):
+        # TRL turns what trains on a quantised base into bfloat16, where AdamW's steps vanish beside any weight of size
+        model.requires_grad_(False)
+        super().__init__(model, *args, data_collator=NamingCollator(data_collator), **kwargs)
         self.add_callback(EpochCallback(data_collator))
         self.model.train_only("language model")
         self.model.register_forward_hook(self._record_scores)  # SFTTrainer keeps the model's output to itself

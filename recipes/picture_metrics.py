@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import numpy as np
 import torch
@@ -94,7 +95,12 @@ class PictureMetrics:
 
     def __init__(self, features: int | nn.Module | None, clip: tuple[ClipFeatures, CLIPProcessor] | None, device: str):
         self.fid = None if features is None else FrechetInceptionDistance(features).to(device)
-        self.clip = None if clip is None else CLIPScore(lambda: clip).to(device)
+        self.clip = None
+        if clip is not None:
+            model, processor = clip
+            # Cut where the model's context ends, its end behind the words: torchmetrics would cut the end off, too
+            cutting = partial(processor, truncation=True, max_length=model.config.text_config.max_position_embeddings)
+            self.clip = CLIPScore(lambda: (model, cutting)).to(device)
         self.device = device
 
     def update(self, captions: list[str], drawn: list[Image.Image], real: list[Image.Image]) -> None:

@@ -17,10 +17,11 @@ ENOUGH_AGREE = 3  # people who gave an answer, for it to count whole
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # others stay: 50% is not 50
 # Those whose letters alone are another word (we're, she'll, I'd) stay away: an apostrophe there would be a guess.
 CONTRACTIONS = """
-    ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he's how'd how's
-    i'd've i'm isn't it'd it'd've it'll i've let's ma'am mightn't mightn't've might've mustn't must've needn't o'clock oughtn't
+    ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he's how'd how's
+    i'd've isn't it'd it'd've it'll i've ma'am mightn't mightn't've might've mustn't must've needn't o'clock oughtn't
     shan't shouldn't shouldn't've should've she's somebody's someone's something's that'd that'll that's there'd there're
     there's they'd they'd've they'll they're they've 'twas wasn't we'd've weren't we've what'll what're what's what've when's
     where'd where's where've who'd who'll who's who've why'd why's won't would've wouldn't wouldn't've y'all you'd you'd've
@@ -115,10 +116,13 @@ def normalised(text: str) -> str:
     """An answer as the VQA evaluation compares it (https://visualqa.org/evaluation.html).
 
     In small letters; without articles; numbers up to ten as digits; contractions with their apostrophe; punctuation as spaces,
-    but for apostrophes, colons and decimal points. A comma between digits goes without a space.
+    or as nothing where it stands beside a space anywhere, or where a comma stands between digits anywhere. Periods go, but
+    for those of decimals.
     """
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().replace("\u2019", "'"))
-    text = re.sub(r"\.(?!\d)", "", text)  # periods go; those of decimals stay
-    text = re.sub(r"[^\w\s':.]|_", " ", text)
+    said = text = text.lower().replace("\u2019", "'")
+    for mark in PUNCTUATION:
+        joins = f"{mark} " in said or f" {mark}" in said or re.search(r"\d,\d", said)
+        text = text.replace(mark, "" if joins else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
     words = [NUMBERS.get(word, word) for word in text.split() if word not in ARTICLES]
     return " ".join(_BY_LETTERS.get(word.replace("'", ""), word) for word in words)

@@ -2,10 +2,22 @@
 
 import pytest
 import torch
-from helpers import CAPTIONS, DECOMPRESSORS, IMAGE, answer, attach, chat, draw, drawing_inputs, logits, question_inputs
+from helpers import (
+    CAPTIONS,
+    DECOMPRESSORS,
+    IMAGE,
+    answer,
+    attach,
+    chat,
+    draw,
+    drawing_inputs,
+    logits,
+    question_inputs,
+    small_config,
+)
 
-from uc_adapters import UniCompressCollator
-from uc_adapters.errors import InputError, UnsupportedError
+from uc_adapters import UniCompressCollator, get_uc_model
+from uc_adapters.errors import BaseModelError, InputError, UnsupportedError
 
 
 @pytest.fixture
@@ -144,3 +156,63 @@ def test_a_refusal_leaves_the_model_as_it_was(model, short_processor, short_ques
 def test_a_batch_of_unequal_image_counts_is_fine(model, short_processor, images):
     inputs = question_inputs(short_processor, ["What colour is the 3?"] * 2, images[:2])
     assert logits(model, inputs).shape[0] == 2
+
+
+def test_an_unknown_generation_mode(model, prompts):
+    with pytest.raises(InputError, match=r"generation_mode='images'; expected 'image' to draw, 'text'"):
+        model.generate(**prompts, generation_mode="images")
+
+
+def test_a_prompt_to_draw_without_the_generation_mode(model, prompts):
+    with pytest.raises(InputError, match=r"an image's begin, without generation_mode; expected.*'image'"):
+        model.generate(**prompts)
+    assert model.generate(**prompts, generation_mode="text", max_new_tokens=1).shape[0] == len(CAPTIONS)
+
+
+def test_arguments_by_position(model, prompts):
+    with pytest.raises(InputError, match=r"2 arguments by position; expected input_ids alone"):
+        model.generate(prompts["input_ids"], prompts["attention_mask"], generation_mode="image")
+
+
+@pytest.mark.parametrize("mode", ["image", "text"])
+def test_an_attention_mask_of_another_shape(model, prompts, mode):
+    for mask in (prompts["attention_mask"][:1], prompts["attention_mask"][:, 3:]):
+        with pytest.raises(InputError, match=r"attention_mask of shape .* for input_ids of shape"):
+            model.generate(**{**prompts, "attention_mask": mask}, generation_mode=mode)
+
+
+def test_drawing_in_training_with_checkpointed_gradients(model, prompts):
+    drawn = draw(model, prompts, do_sample=False)
+    model.get_base_model().gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(UnsupportedError, match=r"keeps no cache; call model\.eval\(\)"):
+        draw(model, prompts)
+    assert torch.equal(draw(model.eval(), prompts, do_sample=False), drawn)
+
+
+def test_labels_of_another_collator(model, short_question):
+    with pytest.raises(InputError, match=r"21 image placeholder\(s\) labelled as words.*UniCompressCollator"):
+        model(**short_question, labels=short_question["input_ids"])
+
+
+def test_several_adapters_chosen_at_once(model):
+    with pytest.raises(UnsupportedError, match=r"\['default', 'other'\]\); expected one"):
+        model.set_adapter(["default", "other"])
+    model.set_adapter(["default"])
+    assert model.active_adapter == "default"
+
+
+def test_a_base_by_its_name_alone():
+    with pytest.raises(BaseModelError, match=r"base='org/janus' is a str; expected a loaded model"):
+        get_uc_model("org/janus", small_config())
+
+
+@pytest.mark.parametrize("share", [-0.1, 10, float("nan")])
+def test_a_caption_dropout_that_is_no_share(model, short_processor, share):
+    with pytest.raises(InputError, match=rf"caption_dropout={share}; expected a share from 0 to 1"):
+        UniCompressCollator(short_processor, model.active_peft_config, share)
+
+
+def test_rows_of_another_form(model, short_processor):
+    with pytest.raises(InputError, match=r"A row of prompt, completion; expected .*messages"):
+        UniCompressCollator(short_processor, model.active_peft_config)([{"prompt": "2", "completion": "3"}])

@@ -72,3 +72,16 @@ def test_enabled_differs_from_the_base(base, pristine, processor, short_question
 
 def test_a_copy_behaves_alike(model, short_question):
     assert torch.equal(logits(copy.deepcopy(model), short_question), logits(model, short_question))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "language model", None])
+def test_disabling_for_a_while_changes_nothing_of_what_trains(base, part):
+    model = attach(base)
+    if part is None:
+        model.requires_grad_(False)
+    else:
+        model.train_only(part)
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before

@@ -23,10 +23,10 @@ from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, get_peft_
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from tiny_janus import make_processor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from uc_adapters import UniCompressConfig, UniCompressModel, __version__, get_uc_model
-from uc_adapters.errors import BaseModelError, InputError, UnsupportedError
+from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel, __version__, get_uc_model
+from uc_adapters.errors import AdapterFileError, BaseModelError, InputError, UnsupportedError
 
 each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 under_both_names = pytest.mark.parametrize("name", ["default", "zap"])
@@ -320,3 +320,38 @@ def test_a_batch_over_several_adapters_is_refused(two, images):
 
 def test_loading_does_not_touch_the_base(saved, base, pristine):
     assert_same(base_weights(UniCompressModel.from_pretrained(base, saved.folder)), base_weights(pristine))
+
+
+def test_weights_of_another_form_do_not_take_the_place_of_an_adapters(fresh, tmp_path):
+    attach(fresh(), lora_alpha=64, seed=1).save_pretrained(tmp_path)
+    model = attach(fresh(), lora_alpha=8, seed=2)
+    before = lora_weights(model)
+    with pytest.raises(AdapterFileError, match=r"not of the form of 'default': lora_alpha 8 here, 64 there.*another name"):
+        model.load_adapter(tmp_path, "default")
+    assert_same(lora_weights(model), before)
+    model.load_adapter(tmp_path, "other")
+
+
+def test_no_weight_of_the_base_is_saved(base, tmp_path):
+    with pytest.raises(UnsupportedError, match="save_embedding_layers=True"):
+        attach(base).save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+def test_a_plain_peft_model_refuses_to_learn_drawing(saved, base, short_processor, images):
+    model = PeftModel.from_pretrained(base, saved.folder)
+    asked, drawn = [{"type": "text", "text": CAPTIONS[0]}], [{"type": "image"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": drawn}]
+    collator = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)
+    batch = collator([{"messages": turns, "images": images[:1]}])
+    with pytest.raises(UnsupportedError, match=r"drawn_pixel_values, drawn_mask came to the base.*UniCompressModel"):
+        model(**batch)
+    plain = model.unload()
+    assert not plain._forward_pre_hooks
+    assert UniCompressModel.from_pretrained(plain, saved.folder)(**batch).loss.isfinite()
+
+
+def test_a_base_quantised_whole_draws(base_folder, saved, short_processor):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForImageTextToText.from_pretrained(base_folder, quantization_config=config, device_map={"": "cpu"})
+    tokens = draw(UniCompressModel.from_pretrained(base, saved.folder), drawing_inputs(short_processor, CAPTIONS[:1]))
+    assert tokens.shape == (1, 64)

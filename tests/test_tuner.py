@@ -263,3 +263,26 @@ def test_train_only_names_its_parts(base):
 
 def test_the_model_is_a_peft_model(base):
     assert isinstance(attach(base), UniCompressModel)
+
+
+def test_an_embedding_is_no_target(base):
+    with pytest.raises(ConfigError, match=r"embed_tokens', an embedding; expected linear layers"):
+        get_uc_model(base, small_config(target_modules=["embed_tokens", "q_proj"]))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "input_layernorm"], ["nothing"]])
+def test_a_base_that_could_not_be_attached_to_is_as_it_was(base, pristine, targets):
+    with pytest.raises(ValueError, match=r"input_layernorm|nothing|LlamaRMSNorm"):
+        get_uc_model(base, small_config(target_modules=targets))
+    assert_same(base_weights(base), base_weights(pristine))
+    attach(base)  # it carries none
+
+
+def test_an_adapter_that_could_not_be_added_leaves_nothing_behind(base):
+    model = attach(base)
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match="LlamaRMSNorm"):
+        model.add_adapter("second", small_config(target_modules=["q_proj", "input_layernorm"]))
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
+    model.add_adapter("second", small_config())
+    assert list(model.peft_config) == ["default", "second"]

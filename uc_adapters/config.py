@@ -108,6 +108,9 @@ class UniCompressConfig(LoraConfig):
         self._require("modules_to_save", not self.modules_to_save, "None: an adapter holds no weight of its base")
         self._require("target_parameters", not self.target_parameters, "None: name modules; parameters are found outside, too")
         self._require("layer_replication", not self.layer_replication, "None: the base is never changed")
+        self._require(
+            "alora_invocation_tokens", self.alora_invocation_tokens is None, "None: such a LoRA would never be switched on here"
+        )
         self._require("kasa_config", self.kasa_config is None, "None: it changes the weights of the base")
         self._require("megatron_config", not self.megatron_config, "None: PEFT would import a module that the config names")
         self._require(

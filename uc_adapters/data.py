@@ -55,13 +55,18 @@ class UniCompressCollator:
         epoch: To be counted up by who trains, so that other rows lose their captions in the next. Default 0.
 
     Raises:
-        InputError: An empty batch, images that are not RGB, or more or fewer images than the messages mention.
+        InputError: A share that is none; an empty batch, rows without messages, images that are not RGB, or more or fewer
+            images than the messages mention.
     """
 
     processor: ProcessorMixin
     config: UniCompressConfig
     caption_dropout: float = 0.1
     epoch: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.caption_dropout <= 1:
+            raise InputError(f"caption_dropout={self.caption_dropout}; expected a share from 0 to 1.")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows -> input_ids, attention_mask, labels, drawn_mask (B, L), pixel_values (N, 3, H, W), drawn_pixel_values (M, ...).
@@ -71,6 +76,9 @@ class UniCompressCollator:
         """
         if not rows:
             raise InputError("An empty batch; expected at least one row of {'messages': [...], 'images': [...]}.")
+        for row in rows:
+            if "messages" not in row:
+                raise InputError(f"A row of {', '.join(row)}; expected {{'messages': [...], 'images': [...]}}.")
         turns = [self._render(row["messages"]) for row in rows]
         images = [self._images(row, row_turns) for row, row_turns in zip(rows, turns, strict=True)]
         read = self._pixels([image for to_read, _ in images for image in to_read])

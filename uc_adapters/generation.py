@@ -20,6 +20,11 @@ from .steps import Steps
 
 def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves the padding of every row (B, L) to its left, the order of its tokens kept."""
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} for input_ids of shape {tuple(input_ids.shape)}; expected "
+            "the same. Pass on both as the processor returns them."
+        )
     order = attention_mask.argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
@@ -68,10 +73,13 @@ def draw(
     Raises:
         InputError: A prompt that is empty or does not end in the image's begin, a size that the stride does not divide, or an
             unknown argument.
-        UnsupportedError: Beam search, structured outputs, or a cache that is neither "dynamic" nor "static".
+        UnsupportedError: Beam search, structured outputs, a cache that is neither "dynamic" nor "static", or a model in
+            training that checkpoints its gradients.
         BaseModelError: The language model's states are no finite numbers.
     """
     family, base = drawing.family, drawing.family.base
+    if base.training and base.is_activation_checkpointing:
+        raise UnsupportedError("Drawing while training with gradient checkpointing keeps no cache; call model.eval() first.")
     config, unknown = base._prepare_generation_config(generation_config, **kwargs)
     if unknown:
         raise InputError(

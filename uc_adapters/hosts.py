@@ -71,6 +71,23 @@ class UniCompressLayer(nn.Module, BaseTunerLayer):
 class ReadHost(UniCompressLayer):
     """What both ways to read share."""
 
+    def __init__(self, base_layer: nn.Module, family: Family):
+        super().__init__(base_layer, family)
+        self.guard = family.base.register_forward_pre_hook(self._refuse_drawn, with_kwargs=True)
+
+    def unload_and_optionally_merge_module(self, *args, **kwargs) -> nn.Module:
+        self.guard.remove()
+        return super().unload_and_optionally_merge_module(*args, **kwargs)
+
+    def _refuse_drawn(self, base: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The base takes any argument and looks at few: images to draw would be read, and their places learned as words."""
+        told = [name for name in kwargs if name.startswith("drawn_") or name == "word_probs"]
+        if told:
+            raise UnsupportedError(
+                f"{', '.join(told)} came to the base, which knows nothing of them; expected a UniCompressModel around it: "
+                "get_uc_model(base, config), or UniCompressModel.from_pretrained(...). A plain PeftModel reads alone."
+            )
+
     @abstractmethod
     def image_embeddings(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[torch.Tensor]:
         """Images (N, 3, H, W) -> what the language model reads of each, N times (N_g + 1 + T', D)."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -19,6 +21,7 @@ from .hub.model import SharedModel, refuse_carrier
 from .images import Images
 from .joint_loss import joint_loss
 from .layers import Grid
+from .tuner import detach
 
 
 class UniCompressModel(SharedModel):
@@ -70,6 +73,31 @@ class UniCompressModel(SharedModel):
         """A copy of the base's processor that writes the active adapter's placeholders; `save_pretrained` saves such a one."""
         config = self.active_peft_config
         return self.family.compact_processor(processor, config.stride, config.num_global_tokens)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base itself, for a while. Afterwards the same weights train as before: PEFT alone would have all of them do."""
+        trained = [(weight, weight.requires_grad) for weight in self.parameters()]
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            for weight, trains in trained:
+                weight.requires_grad_(trains)
+
+    def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
+        """PEFT's; one name, also alone in a list.
+
+        Raises:
+            UnsupportedError: Several names: an image has one compact form.
+        """
+        if not isinstance(adapter_name, str):
+            if len(adapter_name) != 1:
+                raise UnsupportedError(
+                    f"set_adapter({list(adapter_name)!r}); expected one name: an image has one compact form."
+                )
+            (adapter_name,) = adapter_name
+        super().set_adapter(adapter_name, *args, **kwargs)
 
     def train_only(self, part: str) -> None:
         """Chooses what of the active adapter trains, as the paper's two stages do (section 3).
@@ -139,8 +167,8 @@ class UniCompressModel(SharedModel):
             The base's output, or a `JointOutput`.
 
         Raises:
-            InputError: Placeholders and images disagree, pixels or what a teacher says are of the wrong shape, the stride does
-                not divide an image's grid, or images are to be drawn by a disabled adapter.
+            InputError: Placeholders and images disagree, placeholders are labelled as words, pixels or what a teacher says are
+                of the wrong shape, the stride does not divide an image's grid, or images are to be drawn by a disabled adapter.
             UnsupportedError: Images are to be drawn by a base that cannot draw, or `drawn_states` are there for a decompressor
                 other than "strip".
         """
@@ -153,6 +181,8 @@ class UniCompressModel(SharedModel):
                 "and is taught."
             )
         self._check_inputs(input_ids, read, drawn, drawn_mask)
+        if labels is not None and enabled:
+            self._check_labels(labels, drawn_mask)
         if drawn_states is not None:
             self._check_drawn_states(drawn_states, drawn)
             if not 0 <= drawn_states_share <= 1:
@@ -199,18 +229,23 @@ class UniCompressModel(SharedModel):
         are the base's, token for token.
 
         Raises:
-            InputError: An empty batch or prompt, placeholders that do not fit the images, or a prompt to draw without
-                `generation_mode="image"`.
+            InputError: An empty batch or prompt, placeholders that do not fit the images, an unknown `generation_mode`, or a
+                prompt to draw without `generation_mode="image"`.
             UnsupportedError: Beam search for drawing, two active adapters, or drawing with a base that cannot.
         """
         _refuse_mixed_batch(kwargs)
-        to_draw = kwargs.get("generation_mode") == "image"
+        mode = kwargs.get("generation_mode")
+        if mode not in (None, "text", "image"):
+            raise InputError(f"generation_mode={mode!r}; expected 'image' to draw, 'text' or nothing to answer.")
+        to_draw = mode == "image"
         if to_draw:
             self._check_draws()
         read = Images(kwargs.get("pixel_values"), kwargs.get("image_sizes"))
         if self.reading.active_module() is None:
             self._check_inputs(args[0] if args else kwargs.get("input_ids"), read, Images())
             return super().generate(*args, **kwargs)
+        if len(args) > 1:
+            raise InputError(f"generate got {len(args)} arguments by position; expected input_ids alone, the others by name.")
         if kwargs.get("inputs_embeds") is not None and not to_draw:
             return super().generate(*args, **kwargs)
         input_ids = args[0] if args else kwargs.pop("input_ids", kwargs.pop("inputs", None))
@@ -230,7 +265,8 @@ class UniCompressModel(SharedModel):
         kwargs.pop("generator", None)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
-        self._check_no_drawing_prompt(input_ids)
+        if mode is None or self.family.codes_are_words:
+            self._check_no_drawing_prompt(input_ids)
         return super().generate(input_ids, **self.reading.encode_for_generate(kwargs))
 
     def _check_draws(self) -> None:
@@ -254,9 +290,18 @@ class UniCompressModel(SharedModel):
                 "dense code of each image to draw."
             )
 
+    def _check_labels(self, labels: torch.Tensor, drawn_mask: torch.Tensor | None) -> None:
+        as_words = labels == self.family.image_token_id
+        count = int((as_words if drawn_mask is None else as_words & ~drawn_mask).sum())
+        if count:  # another collator's: it would teach to write placeholders, and would read the images to draw
+            raise InputError(
+                f"{count} image placeholder(s) labelled as words; expected the batches of UniCompressCollator(processor, "
+                "model.active_peft_config): pass it to the trainer as data_collator."
+            )
+
     def _check_no_drawing_prompt(self, input_ids: torch.Tensor) -> None:
-        # Where images are words, the base's own generate would draw without being told to: dense words, with a model for cells
-        if not self.family.codes_are_words or self.family.why_no_drawing is not None:
+        # The base would write words behind it; or, where images are words, draw dense ones, with a model for compact ones
+        if self.family.why_no_drawing is not None:
             return
         begin = self.family.image_begin(self.generation_config)
         if bool((input_ids[:, -1] == begin).any()):
@@ -311,13 +356,17 @@ def get_uc_model(
         low_cpu_mem_usage: Leaves the new weights on the meta device, for loading into. Default False.
 
     Raises:
-        BaseModelError: The base cannot carry the adapter, or carries one already.
+        BaseModelError: The base is no loaded model, cannot carry the adapter, or carries one already.
         ConfigError: `target_modules` matches nothing in the language model.
         AdapterNameError: PEFT cannot hold the name.
     """
     refuse_carrier(base)
     config = copy.deepcopy(config)
-    return UniCompressModel(base, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    try:
+        return UniCompressModel(base, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    except Exception:
+        detach(base)  # the caller's base is as it was
+        raise
 
 
 def _refuse_mixed_batch(kwargs: dict) -> None:

@@ -50,8 +50,15 @@ class UniCompressTuner(LoraModel):
         if not config.target_modules or config.target_modules == "all-linear":
             return
         language_model = self._family.module_names["language model"] + "."
-        names = (name for name, _ in model.named_modules() if name.startswith(language_model))
-        if not any(self._check_target_module_exists(config, name) for name in names):
+        inside = [(name, module) for name, module in model.named_modules() if name.startswith(language_model)]
+        targets = [(name, module) for name, module in inside if self._check_target_module_exists(config, name)]
+        embeddings = [name for name, module in targets if isinstance(module, nn.Embedding)]
+        if embeddings:
+            raise ConfigError(
+                f"target_modules={config.target_modules!r} matches {embeddings[0]!r}, an embedding; expected linear layers: an "
+                "adapter leaves the base's words as they are."
+            )
+        if not targets:
             raise ConfigError(
                 f"target_modules={config.target_modules!r} matches nothing under {language_model[:-1]!r}; expected names "
                 "or a pattern of its linear layers, None for all of them, or [] for no LoRA."

@@ -22,7 +22,7 @@ from tiny_janus import make_model
 from transformers import JanusForConditionalGeneration
 
 from uc_adapters import UniCompressConfig, UniCompressModel, errors
-from uc_adapters.hub.folder import _UNSEALED as UNSEALED
+from uc_adapters.hub.folder import UNSEALED
 
 pytestmark = pytest.mark.no_cover  # thousands of loads, which the other tests cover: watched, they take half as long again
 OURS = tuple(error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, Exception))

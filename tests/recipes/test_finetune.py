@@ -260,8 +260,12 @@ def test_options_for_small_hardware_train_in_both_stages(base_folder, captioned,
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_base_trains(base_folder, captioned, tmp_path, bits):
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], quantize=bits, training={"max_steps": 1})
-    assert all(value.isfinite().all() for value in weights(folder).values())
+    training = {"max_steps": 2, "learning_rate": 1e-4}
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], quantize=bits, training=training)
+    before, after = weights(folder / "stage1"), weights(folder)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in after.values())
+    (norm,) = [name for name in after if name.endswith("decoder.norm.weight")]
+    assert not (before[norm] == after[norm]).any()  # in bfloat16 such steps would leave each of these at 1
     with pytest.raises(SystemExit, match=r"'3bit'.*8bit or 4bit"):
         train(base_folder, tmp_path / "no", quantize="3bit")
 
@@ -303,6 +307,9 @@ def test_rows_without_images_cannot_begin_with_stage_1(base_folder, tmp_path):
 
 
 def test_settings_of_stage_1_are_its_own(base_folder, captioned, tmp_path):
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1, stage_1_steps=2)
-    assert [row["step"] for row in log_of(folder / "stage1") if "loss" in row] == [1, 2]
+    training = {"gradient_accumulation_steps": 3}
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1, stage_1_steps=2, training=training)
+    log = [row for row in log_of(folder / "stage1") if "loss" in row]
+    assert [row["step"] for row in log] == [1, 2]
+    assert log[-1]["epoch"] == pytest.approx(2 * 4 / 12)  # steps of four images, of twelve
     assert TRAINING["max_steps"] == 4

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from .family import Geometry
+from .family import Geometry, exact
 from .words import WordFamily
 
 
@@ -46,6 +46,7 @@ class Chameleon(WordFamily):
             code_width=vq.embed_dim,
         )
 
+    @exact
     @torch.no_grad()
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vqmodel = self.base.model.vqmodel

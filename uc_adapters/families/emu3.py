@@ -11,7 +11,7 @@ from transformers import AutoProcessor, Emu3Processor, GenerationConfig, Process
 
 from ..errors import BaseModelError, InputError
 from ..layers import Grid
-from .family import Geometry, Size
+from .family import Geometry, Size, exact
 from .words import WordFamily
 
 POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' are stretched from it
@@ -91,6 +91,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
                     "that lie within. Let the processor prepare images: processor(text=..., images=...)."
                 )
 
+    @exact
     @torch.no_grad()
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vqmodel = self.base.model.vqmodel
@@ -114,14 +115,17 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
         return self._wrapper
 
     def prompt_grids(self, count: int, image_sizes: torch.Tensor | None) -> list[Grid]:
-        """Raises InputError unless there is a grid a prompt."""
+        """Raises InputError unless there is a grid a prompt, of one token at least."""
         given = None if image_sizes is None else tuple(torch.as_tensor(image_sizes).shape)
         if given != (count, 2):
             raise InputError(
                 f"image_sizes of shape {given} for {count} prompt(s); expected ({count}, 2), the rows and columns of each "
                 "image in tokens. Pass on what processor(text=..., return_for_image_generation=True) returns."
             )
-        return [(int(rows), int(columns)) for rows, columns in image_sizes]
+        grids = [(int(rows), int(columns)) for rows, columns in image_sizes]
+        if min(map(min, grids)) < 1:
+            raise InputError(f"image_sizes of {grids}; expected rows and columns of 1 or more.")
+        return grids
 
     @property
     def row_end(self) -> torch.Tensor:

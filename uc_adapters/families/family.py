@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,17 @@ class Geometry:
     draw_side: int  # side of the grid of codes; likewise
     num_codes: int  # K
     code_width: int  # C
+
+
+def exact(latents: Callable) -> Callable:
+    """Keeps autocast out of an encoder: a code is the nearest of thousands to its latent, and rounding finds others."""
+
+    @wraps(latents)
+    def exact_latents(family: Family, pixel_values: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return latents(family, pixel_values)
+
+    return exact_latents
 
 
 class Family(ABC):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
 
 from ..layers import unit
-from .family import Family, Geometry
+from .family import Family, Geometry, exact
 
 
 class Janus(Family):
@@ -57,6 +57,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
     def codebook(self) -> torch.Tensor:
         return self.code_space(self.base.model.vqmodel.quantize.embedding.weight.detach().float())
 
+    @exact
     @torch.no_grad()
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vqmodel = self.base.model.vqmodel
@@ -72,7 +73,8 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.base.model.generation_head
         head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-        return head(hidden.to(head.proj_out.weight.dtype))
+        dtype = head.proj_out.weight.dtype
+        return head(hidden.to(dtype if dtype.is_floating_point else self.base.dtype))  # quantised, it holds whole numbers
 
     def language_model(self, **inputs):
         return self.base.model.language_model(**inputs)

@@ -38,7 +38,7 @@ PROCESSOR_NAMES = (
 ADAPTER_NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_NAMES)
 
 # What of a config may change after saving: where the base lies and who wrote the file. All else is mathematics.
-_UNSEALED = {
+UNSEALED = {
     "seal",
     "auto_mapping",
     "base_model_name_or_path",
@@ -265,5 +265,5 @@ def _check_sizes(config: dict, shapes: list[list[int]], weights: Path) -> None:
 
 
 def _config_sha256(config: dict) -> str:
-    fields = {name: value for name, value in config.items() if name not in _UNSEALED}
+    fields = {name: value for name, value in config.items() if name not in UNSEALED}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,7 @@ from ..identity import name_and_commit
 from ..tuner import detach, uncover
 from .base import load_base
 from .card import CardFacts, published_as, update_card
-from .folder import CARD_NAME, find_weights, locked, read_config, saving, seal_folder
+from .folder import CARD_NAME, UNSEALED, find_weights, locked, read_config, saving, seal_folder
 from .pull import pull
 from .push import push_folder
 
@@ -95,12 +95,15 @@ class SharedModel(PeftModel):
             raise InputError("The base is given twice, by position and as base_model=; expected one of the two.")
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = pull(adapter, subfolder=subfolder, revision=revision, force_download=force_download, **access)
+        if isinstance(base, nn.Module):
+            refuse_carrier(base)
+        else:
+            with locked(folder):
+                stored = _read_adapter(folder)
+            # Not under the lock: many processes load their bases at once
+            base = load_base(str(adapter), base, stored, dtype=dtype, device_map=device_map, **access)
         with locked(folder):
             stored = _read_adapter(folder)
-            if isinstance(base, nn.Module):
-                refuse_carrier(base)
-            else:
-                base = load_base(str(adapter), base, stored, dtype=dtype, device_map=device_map, **access)
             if config is None:
                 config = stored
             elif config.base_geometry is None:
@@ -128,13 +131,17 @@ class SharedModel(PeftModel):
     ):
         """PEFT's `load_adapter`, from one verified snapshot; an adapter that fails to load leaves nothing behind.
 
+        Under a name that is there, weights take the place of its own: the configs have to agree.
+
         Args and errors as in `from_pretrained`; `kwargs` are passed to PEFT.
         """
         known, trainable = adapter_name in self.peft_config, [weight for weight in self.parameters() if weight.requires_grad]
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = pull(model_id, subfolder=subfolder, revision=revision, force_download=force_download, **access)
         with locked(folder):
-            _read_adapter(folder)
+            stored = _read_adapter(folder)
+            if known:
+                _check_same(self.peft_config[adapter_name], stored, adapter_name, folder)
             with _explained(folder):
                 try:
                     return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
@@ -142,6 +149,16 @@ class SharedModel(PeftModel):
                     if not known:
                         self._forget(adapter_name, trainable)
                     raise
+
+    def add_adapter(self, adapter_name: str, peft_config: UniCompressConfig, *args, **kwargs) -> None:
+        """PEFT's; an adapter that cannot be added leaves nothing behind."""
+        known, trainable = adapter_name in self.peft_config, [weight for weight in self.parameters() if weight.requires_grad]
+        try:
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        except Exception:
+            if not known:
+                self._forget(adapter_name, trainable)
+            raise
 
     def _forget(self, adapter_name: str, trainable: list[nn.Parameter]) -> None:
         """Takes off what there is of an adapter that failed to load: PEFT's own `delete_adapter` wants it whole."""
@@ -185,16 +202,18 @@ class SharedModel(PeftModel):
 
         Raises:
             AdapterFileError: The folder cannot be written; what was in it is as it was.
-            UnsupportedError: `safe_serialization=False`.
+            UnsupportedError: `safe_serialization=False`, or `save_embedding_layers=True`.
         """
         if not safe_serialization:
             raise UnsupportedError("safe_serialization=False would write a pickle; expected True: only safetensors are loaded.")
+        if kwargs.pop("save_embedding_layers", False) is True:
+            raise UnsupportedError("save_embedding_layers=True would save weights of the base; expected False.")
         if not is_main_process:
             return
         for name in selected_adapters or list(self.peft_config):
             folder = Path(save_directory, "" if name == "default" else name)
             with saving(folder) as stage:
-                super().save_pretrained(str(stage), selected_adapters=[name], **kwargs)
+                super().save_pretrained(str(stage), selected_adapters=[name], save_embedding_layers=False, **kwargs)
                 if name != "default":  # PEFT has put it into a folder of its name
                     for path in (stage / name).iterdir():
                         path.rename(stage / path.name)
@@ -270,7 +289,12 @@ class SharedModel(PeftModel):
 
 
 def refuse_carrier(base: nn.Module) -> None:
-    """Raises BaseModelError where a base has an adapter already."""
+    """Raises BaseModelError where a base has an adapter already, or is no model."""
+    if not isinstance(base, nn.Module):
+        raise BaseModelError(
+            f"base={base!r} is a {type(base).__name__}; expected a loaded model: "
+            "AutoModelForImageTextToText.from_pretrained(...)."
+        )
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise BaseModelError(
             "The base carries an adapter already; expected a plain base. Add a second adapter with model.add_adapter(name, "
@@ -284,6 +308,21 @@ def _read_adapter(folder: Path) -> UniCompressConfig:
     return UniCompressConfig.from_pretrained(folder)
 
 
+def _check_same(ours: UniCompressConfig, stored: UniCompressConfig, adapter_name: str, folder: Path) -> None:
+    """PEFT looks at the weights alone where the name is known, and would go on with the config that is there."""
+    ours, stored = (
+        {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+        for config in (ours, stored)
+    )
+    differing = [name for name in sorted(stored) if name not in UNSEALED and stored[name] != ours.get(name)]
+    if differing:
+        told = ", ".join(f"{name} {ours.get(name)} here, {stored[name]} there" for name in differing)
+        raise AdapterFileError(
+            f"The adapter in {folder} is not of the form of {adapter_name!r}: {told}. Load it under another name, or take "
+            f"that one off with delete_adapter({adapter_name!r})."
+        )
+
+
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """PEFT trusts a config's values: what it stumbles over is told as the file's fault."""
@@ -294,5 +333,5 @@ def _explained(folder: Path) -> Iterator[None]:
             raise
         raise AdapterFileError(
             f"The adapter in {folder} could not be attached: {type(error).__name__}: {error}. Its config holds a value that "
-            "PEFT cannot take: fetch or save it again."
+            "PEFT cannot take (fetch or save it again), or parts of the base are not in memory, where PEFT could reach them."
         ) from error

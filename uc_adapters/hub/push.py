@@ -7,7 +7,7 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft.utils import CONFIG_NAME
 
@@ -60,6 +60,8 @@ def push_folder(
     api = HfApi(token=token, library_name="uc-adapters")
     with locked(folder):
         config = _check(folder, base_model)
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(f"Offline mode is on (HF_HUB_OFFLINE): nothing was sent to {repo_id!r}. Unset it and push again.")
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name in front
             if revision is not None and not revision.startswith("refs/pr/") and not create_pr:

@@ -16,7 +16,9 @@ def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
     |x - e|^2 is least where x e - |e|^2 / 2 is greatest. For a codebook on the unit sphere that is the nearest by cosine.
     """
-    return (x @ codebook.T - codebook.square().sum(-1) / 2).argmax(-1)
+    with torch.autocast(x.device.type, enabled=False):  # rounded to bfloat16, a fifth of the codes would be others
+        x, codebook = x.float(), codebook.float()
+        return (x @ codebook.T - codebook.square().sum(-1) / 2).argmax(-1)
 
 
 def straight_through(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class UcAdapters(lmms):
         max_batch_size: lmms-eval passes it on to every model; nothing here looks for a batch size.
 
     Raises:
-        ValueError: Neither of them is named.
+        ValueError: Neither of them is named, or the batch size is no number.
     """
 
     is_simple = False
@@ -58,6 +58,10 @@ class UcAdapters(lmms):
             model = model if pretrained is None else UniCompressModel.from_pretrained(model, pretrained)
         self.model = model.eval().to(device)
         self.processor = AutoProcessor.from_pretrained(pretrained or base)
+        if self.processor.chat_template is None:  # Chameleon's class keeps none: what was saved with it went to the tokenizer
+            self.processor.chat_template = self.processor.tokenizer.chat_template
+        if not str(batch_size).isdecimal():
+            raise ValueError(f"batch_size={batch_size!r}; expected a number of questions.")
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -91,7 +95,7 @@ class UcAdapters(lmms):
         ]
         inputs = self.processor(
             text=texts, images=[image.convert("RGB") for image in images] or None, padding=True, return_tensors="pt"
-        ).to(self.model.device)
+        ).to(self.model.device, dtype=self.model.dtype)
         sampling = {"do_sample": False}
         if options.get("temperature"):
             sampling = {"do_sample": True, "temperature": options["temperature"], "top_p": options.get("top_p")}
