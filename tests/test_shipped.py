@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 from stock_calls import calls_of, drawing_inputs
 
+from uc_adapters import UniCompressModel
+
 CARDS = Path(__file__).parents[1] / "model_cards"
 BASE, ADAPTER = str(CARDS / "tiny-janus"), str(CARDS / "tiny-janus-uc4x")
 LIMIT = 12 * 2**20
@@ -56,3 +58,9 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch(pair):
     together = tokens(prompts)
     for row, prompt in zip(together, prompts, strict=True):
         assert torch.equal(tokens([prompt])[0], row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_base_is_recognised_in_half_precision(dtype, recwarn):
+    UniCompressModel.from_pretrained(ADAPTER, base_model=BASE, dtype=dtype)
+    assert not [warning for warning in recwarn if "was trained on" in str(warning.message)]

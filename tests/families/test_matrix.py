@@ -470,3 +470,15 @@ def test_a_stride_that_divides_no_grid_is_refused(base, processor, pictures):
         model(**inputs)
     adapters = question_inputs(model.compact_processor(processor), QUESTIONS[:1], [odd])
     assert logits(model, adapters).isfinite().all()
+
+
+def test_codes_are_the_bases_under_autocast_too(model, processor, pictures):
+    prepared = processor.image_processor(pictures, return_tensors="pt")
+    sizes = prepared.get("image_sizes")
+
+    def codes() -> list[torch.Tensor]:
+        return [model.family.dense_codes(pixels) for _, pixels, _ in model.family.by_size(prepared["pixel_values"], sizes)]
+
+    exact = codes()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, codes(), exact))

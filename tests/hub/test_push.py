@@ -490,3 +490,10 @@ def test_a_trainers_folder(shelf, loaded, processor, tmp_path):
     assert "To the fox." in card.text
     assert f'from_pretrained("{NEW}"' in card.text
     assert str(tmp_path) not in shelf.repos[NEW].files()[CARD].decode()
+
+
+def test_offline_nothing_is_sent_and_it_is_said(shelf, folder, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"Offline mode is on \(HF_HUB_OFFLINE\): nothing was sent.*Unset it"):
+        push_folder(folder, NEW, token=ANN)
+    assert NEW not in hub.repos

@@ -139,10 +139,11 @@ def test_a_variant_costs_what_its_repo_holds(base_folder, tmp_path):
 
 
 def test_the_file_of_another_recipe_is_not_written_over(tmp_path):
-    (tmp_path / "speed.json").write_text('{"drawing": {}}')
-    with pytest.raises(SystemExit, match=r"speed\.json is there and holds no scores of ablate\.py"):
-        ablate.main(ablate.AblateArguments(base="not-there", json=str(tmp_path / "speed.json")))
-    assert (tmp_path / "speed.json").read_text() == '{"drawing": {}}'
+    for text in ('{"drawing": {}}', "[]"):
+        (tmp_path / "speed.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"speed\.json is there and holds no scores of ablate\.py"):
+            ablate.main(ablate.AblateArguments(base="not-there", json=str(tmp_path / "speed.json")))
+        assert (tmp_path / "speed.json").read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ def test_the_file_of_another_recipe_is_not_written_over(tmp_path):
         ({"axes": ["flavour"]}, "flavour.*expected one or more of global tokens"),
         ({"axes": []}, "none.*expected one or more"),
         ({"seeds": []}, "--seeds"),
+        ({"seeds": [1, -1]}, "--seeds -1: expected 0 or more"),
         ({"max_steps": 0}, "--max_steps 0: expected 1 or more"),
         ({"scenes": 1}, "--scenes 1: expected 2 or more"),
         ({"json": "nowhere/ablation.json"}, "nowhere does not exist"),

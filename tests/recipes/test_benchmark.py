@@ -148,8 +148,11 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny, m
         ({"batch_sizes": [1, 0]}, r"--batch_sizes \[1, 0\].*1 or more"),
         ({"batch_sizes": []}, r"--batch_sizes \[\].*1 or more"),
         ({"alternatives": ["quantum"]}, r"--alternatives \['quantum'\].*dynamic, static, compiled"),
-        ({"json": "no/such/folder/figures.json"}, r"--json .*a folder that is there"),
+        ({"json": "no/such/folder/figures.json"}, r"--json .*no/such/folder does not exist; make it first"),
+        ({"json": "/tmp"}, r"--json /tmp is a folder; expected a file"),
+        ({"chart": "figures.txt"}, r"--chart 'figures.txt'.*ends in \.png"),
         ({"gradient_checkpointing": True}, "expected both"),
+        ({"train": True, "alternatives": ["static"]}, r"--alternatives static with --train true; expected one"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(given, message):

@@ -10,7 +10,7 @@ import pytest
 import score_report
 import torch
 from contenders import Contender, contenders
-from digits import QUESTION_KINDS, Cell, Scene, random_scene
+from digits import QUESTION_KINDS, Cell, Scene, check_scene_size, random_scene
 from evaluate import EvaluateArguments, main, score_scenes
 from helpers import rng
 from huggingface_hub import ModelCard
@@ -226,6 +226,10 @@ def test_the_scores_enter_the_card_and_its_model_index(scores):
         ({"json": "nowhere/scores.json"}, r"--json nowhere/scores\.json: the folder nowhere does not exist"),
         ({"also": ["a/twin", "b/twin"]}, r"--also a/twin b/twin: expected adapters in folders of different names"),
         ({"also": ["work/adapter"]}, r"--also work/adapter: .* none of them base or adapter"),
+        ({"guidance_scale": 1.0}, r"--guidance_scale 1\.0: expected a number above 1"),
+        ({"guidance_scale": float("nan")}, r"--guidance_scale nan"),
+        ({"seed": -1}, r"--seed -1: expected 0 or more"),
+        ({"json": "/tmp"}, r"--json /tmp is a folder; expected a file"),
         ({"temperature": 0.0}, r"--temperature 0\.0: expected a number above 0"),
         ({"temperature": float("nan")}, r"--temperature nan: expected a number above 0"),
         ({"grid": "drawings.txt"}, r"--grid drawings\.txt: expected a file that ends in \.png"),
@@ -247,3 +251,11 @@ def test_a_processor_without_a_chat_template_is_told_of(base_folder, tmp_path):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(SystemExit, match=r"has no chat template; expected a file chat_template\.jinja"):
         main(EvaluateArguments(base=str(folder), scenes=2))
+
+
+@pytest.mark.parametrize("size", [32, 384])
+def test_a_base_whose_pictures_are_no_scenes_is_refused_ahead(size):
+    with pytest.raises(SystemExit, match=rf"have {size} pixels a side, digit scenes 64; expected a tiny base, or a --dataset"):
+        check_scene_size(size)
+    check_scene_size(64)
+    check_scene_size(None)

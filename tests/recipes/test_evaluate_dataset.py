@@ -5,16 +5,18 @@ import numpy as np
 import pytest
 import torch
 from contenders import Contender, answer, contenders
-from conversations import DatasetError, conversations
+from conversations import REFERENCED_FORMS, DatasetError, conversations
 from digit_features import digit_features
 from digits import random_scene
 from finetuning import say, turn, write_captioned, write_rows
+from geneval import read_prompts
 from helpers import rng
 from picture_metrics import PictureMetrics, load_clip, score_pictures
 from PIL import Image
 from sample_pictures import is_drawn
 from tiny_words import DIGITS_AND_WORDS, word_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from vqa import questions_of
 
 FEATURES = "digit_features:digit_features"
 QUESTION = "What digit is at the top left?"
@@ -277,3 +279,30 @@ def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, me
 def test_arguments_that_do_not_go_together_are_refused(arguments, message):
     with pytest.raises(SystemExit, match=message):
         run(base="not-there", **arguments)
+
+
+def test_a_caption_beyond_clips_context_is_cut_behind_its_first_words(clip_folder):
+    pictures = [Image.new("RGB", (64, 64), "red")] * 2
+
+    def score(*captions: str) -> float:
+        metrics = PictureMetrics(None, load_clip(str(clip_folder)), "cpu")
+        metrics.update(list(captions), pictures[: len(captions)], pictures[: len(captions)])
+        return metrics.compute()["clip_score"]
+
+    long, other = "red 3 " * 60, "blue 7 " * 60
+    assert score(long) == pytest.approx(score(long + "blue 9"))
+    assert score(long) != pytest.approx(score(other))
+
+
+def test_a_row_without_a_reference_answer_is_refused(pictures, tmp_path):
+    rows = [{"image": str(pictures / f"{i}.png"), "question": QUESTION, "answers": [["3"], ["5"], []][i]} for i in range(3)]
+    file = write_rows(tmp_path / "asked.jsonl", rows)
+    with pytest.raises(DatasetError, match=r"row 2.*without words"):
+        questions_of(conversations(file, forms=REFERENCED_FORMS))
+
+
+def test_a_prompt_file_may_begin_with_a_mark_and_hold_any_line_separator(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps(PROMPTS[0] | {"prompt": "a\u2028red 3"}, ensure_ascii=False), json.dumps(PROMPTS[1])]
+    file.write_text("\n".join(lines), "utf-8-sig")
+    assert [prompt["prompt"] for prompt in read_prompts(str(file))] == ["a\u2028red 3", "a 1"]

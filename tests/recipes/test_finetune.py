@@ -313,3 +313,16 @@ def test_settings_of_stage_1_are_its_own(base_folder, captioned, tmp_path):
     assert [row["step"] for row in log] == [1, 2]
     assert log[-1]["epoch"] == pytest.approx(2 * 4 / 12)  # steps of four images, of twelve
     assert TRAINING["max_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"dtype": "fp16"}, r"--dtype fp16 is not known; expected one of auto, float32"),
+        ({"stage": 2}, r"--stage 2, and .*out/stage1 holds no adapter; expected one: run --stage 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, given, told):
+    with pytest.raises(SystemExit, match=told):
+        train(tmp_path / "no-base", tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

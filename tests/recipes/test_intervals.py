@@ -1,9 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from helpers import rng
 from hypothesis import given
 from hypothesis import strategies as st
 from intervals import Estimate, mean, mean_share, share
+from scipy.stats import bootstrap
 
 RIGHT = st.lists(st.booleans(), min_size=1, max_size=60)
 
@@ -60,3 +63,14 @@ def test_the_difference_of_two_who_err_alike_is_surer_than_either():
     assert difference.low > 0
     assert width(difference) < width(mean(base)) / 5
     assert mean(base - base) == Estimate(0.0, 0.0, 0.0, 200)
+
+
+def test_the_interval_of_a_large_dataset_takes_no_gigabytes_and_is_the_same():
+    few = np.random.default_rng(0).normal(size=50)
+    whole = bootstrap((few,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    assert (mean(few).low, mean(few).high) == (whole.low, whole.high)
+    tracemalloc.start()
+    mean(np.random.default_rng(0).normal(size=20_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.5 * 2**30  # all resamples at once: 3 GB

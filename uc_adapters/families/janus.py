@@ -68,7 +68,8 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
         return unit(x)  # Janus compares by cosine
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        return self.base.prepare_embeddings_for_image_generation(codes)
+        embeddings = self.base.prepare_embeddings_for_image_generation(codes.flatten()[None])  # quantised layers take no more
+        return embeddings[0].unflatten(0, codes.shape)
 
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.base.model.generation_head
