@@ -8,6 +8,7 @@ always makes a static cache and never compiles. `cache_implementation` only choo
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 
@@ -37,7 +38,8 @@ def _draw_dense_dynamically(base: nn.Module, batch: int) -> torch.Tensor:
 def why_not_compiled(device: str) -> str | None:
     """Why nothing can be compiled here; None where it can."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        new = torch.zeros(random.randrange(2, 10**6), device=device)  # of a size that no cache knows: the compiler has to work
+        torch.compile(lambda x: x + 1, dynamic=False)(new)
     except Exception as error:  # of TorchDynamo, of its backend, of a compiler: each has its own
         return f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
     return None

@@ -44,6 +44,7 @@ from scene_scores import (
 )
 from scipy.stats import sem
 from score_report import markdown, save_drawings
+from stopwatch import fitting_batch
 from trl import TrlParser
 
 from uc_adapters import CardFacts
@@ -84,7 +85,7 @@ def main(args: EvaluateArguments) -> dict:
         print(f"Only reading is scored: {args.base} cannot draw, since {reason}.")
     rng = np.random.default_rng(args.seed)
     scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
-    scores, drawn = score_scenes(pair, scenes, args)
+    scores, drawn = fitting_batch(lambda: score_scenes(pair, scenes, args), args.batch_size)
     scores = {
         "dataset": f"digit scenes of held-out scans, n = {args.scenes}, seed {args.seed}",
         **scores,

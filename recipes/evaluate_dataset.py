@@ -22,16 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from contenders import check_sampling, contenders, side_by_side, why_no_drawing
+from contenders import Contender, check_sampling, contenders, side_by_side, why_no_drawing
 from conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations, decoded
 from datasets import Dataset
 from environment import check_output, environment, is_here, make_current
 from geneval import draw_prompts, free_folder, read_prompts
 from picture_metrics import load_clip, load_features, score_pictures
 from sample_pictures import is_drawn
+from stopwatch import fitting_batch
 from tqdm.auto import tqdm
 from trl import TrlParser
-from vqa import answer_questions, questions_of, vqa_scores
+from vqa import Question, answer_questions, questions_of, vqa_scores
 
 LABELS = {
     "fid": "drawing: FID",
@@ -91,25 +92,34 @@ def main(args: EvaluateDatasetArguments) -> dict:
             f"{args.adapter or args.base} cannot draw: {reason}. It reads; expected a dataset of questions, and no --prompts."
         )
     sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
-    scores: dict = {"dataset": args.dataset, "drawing": {}, "reading": {}, "geneval": {}}
-    if drawn:
-        scored = score_pictures(pair, drawn, features, clip, args.seed, args.batch_size, **sampling)
-        scores["drawing"] = {"n": len(drawn), **scored}
-    if questions:
-        references = [question.references for question in questions]
-        answers = {c.name: answer_questions(c, rows, questions, args.batch_size, args.max_new_tokens) for c in pair}
-        estimates = {name: vqa_scores(told, references) for name, told in answers.items()}
-        written = {name: {what: asdict(x) for what, x in of_one.items()} for name, of_one in estimates.items()}
-        scores["reading"] = {"n": len(questions), **side_by_side(written)}
-    if prompts:
-        taken = draw_prompts(pair, prompts, args.samples, folder, args.seed, args.batch_size, **sampling)
-        scores["geneval"] = {"prompts": len(prompts), "samples": args.samples, "seconds": taken}
+
+    def score_all() -> dict:
+        scores: dict = {"dataset": args.dataset, "drawing": {}, "reading": {}, "geneval": {}}
+        if drawn:
+            scored = score_pictures(pair, drawn, features, clip, args.seed, args.batch_size, **sampling)
+            scores["drawing"] = {"n": len(drawn), **scored}
+        if questions:
+            scores["reading"] = {"n": len(questions), **score_answers(pair, rows, questions, args)}
+        if prompts:
+            taken = draw_prompts(pair, prompts, args.samples, folder, args.seed, args.batch_size, **sampling)
+            scores["geneval"] = {"prompts": len(prompts), "samples": args.samples, "seconds": taken}
+        return scores
+
+    scores = fitting_batch(score_all, args.batch_size)
     scores["settings"] = vars(args)
     scores["environment"] = environment(args.device)
     print(markdown(scores))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def score_answers(pair: list[Contender], rows: Dataset, questions: list[Question], args: EvaluateDatasetArguments) -> dict:
+    """Exact match and VQA accuracy, each by contender."""
+    references = [question.references for question in questions]
+    answers = {c.name: answer_questions(c, rows, questions, args.batch_size, args.max_new_tokens) for c in pair}
+    estimates = {name: vqa_scores(told, references) for name, told in answers.items()}
+    return side_by_side({name: {what: asdict(x) for what, x in of_one.items()} for name, of_one in estimates.items()})
 
 
 def check(args: EvaluateDatasetArguments) -> None:

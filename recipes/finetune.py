@@ -13,8 +13,9 @@ Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores, 
     image + question, or text   with `--distill`: the dense base answers the question, draws the text
 Without it, digit scenes. Several are mixed by `--dataset_weights`. Stage 1 (`tokenizer_stage.py`) is saved in
 OUTPUT_DIR/stage1; `--adapter A` begins with stage 2, from an adapter that is there. Options of `SFTConfig` work, but for those
-about preparing text and about evaluation, and apply to both stages but for those that stage 1 has its own of. A run that was cut off goes on with `--resume true`, to the same
-weights. `--push_to_hub --hub_model_id org/name` pushes the finished adapter, with a card that tells how it was trained.
+about preparing text and about evaluation, and apply to both stages but for those that stage 1 has its own of. A run that was
+cut off goes on with `--resume true`, to the same weights. `--push_to_hub --hub_model_id org/name` pushes the finished adapter,
+with a card that tells how it was trained.
 """
 
 from __future__ import annotations

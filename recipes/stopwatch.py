@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,14 @@ def fitting(work: Work) -> object | None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None
+
+
+def fitting_batch(work: Work, batch_size: int) -> Any:
+    """What work returns; stops with a word on the batch where memory runs out."""
+    done = fitting(work)
+    if done is None:
+        raise SystemExit(f"--batch_size {batch_size} ran out of memory; expected one that fits. Take a smaller one.")
+    return done
 
 
 def synchronize() -> None:

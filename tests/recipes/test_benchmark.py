@@ -11,6 +11,7 @@ import pytest
 import reading_benchmark
 import stopwatch
 import torch
+import torch._inductor.config
 from PIL import Image
 
 SIDES = ("base", "adapter")
@@ -128,9 +129,9 @@ def test_training_that_does_not_fit_says_so():
         benchmark.main(benchmark.BenchmarkArguments(train=True, repeats=1, warm_up=False, batch_sizes=[NEVER_FITS]))
 
 
-def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    drawing = drawing_benchmark.drawing_figures(tiny, [1], 1, False, ["compiled"])
+def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):  # what CXX is read into
+        drawing = drawing_benchmark.drawing_figures(tiny, [1], 1, False, ["compiled"])
     assert drawing["alternatives"] == {}
     assert "no-such-compiler" in drawing["left_out"]["compiled"]
 

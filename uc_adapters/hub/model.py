@@ -31,6 +31,9 @@ from .push import push_folder
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# What two configs may differ in though they compute the same: how weights began and are trained, and a base's rounding
+OF_TRAINING = {"base_fingerprint", "codebook_weight", "init_lora_weights", "lora_dropout"}
+
 
 class SharedModel(PeftModel):
     """Loading and saving, from a folder and from the Hub alike: all of an adapter, or an error that says why not."""
@@ -314,7 +317,8 @@ def _check_same(ours: UniCompressConfig, stored: UniCompressConfig, adapter_name
         {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
         for config in (ours, stored)
     )
-    differing = [name for name in sorted(stored) if name not in UNSEALED and stored[name] != ours.get(name)]
+    free = UNSEALED | OF_TRAINING
+    differing = [name for name in sorted(stored) if name not in free and stored[name] != ours.get(name)]
     if differing:
         told = ", ".join(f"{name} {ours.get(name)} here, {stored[name]} there" for name in differing)
         raise AdapterFileError(
