@@ -421,3 +421,10 @@ def test_a_config_without_the_image_words_is_refused(pristine):
     base.config = config
     with pytest.raises(BaseModelError, match=r"vocabulary_map lacks '<\|extra_200\|>'"):
         get_uc_model(base, UniCompressConfig())
+
+
+@pytest.mark.parametrize("size", [[0, 8], [-2, 8]])
+def test_an_image_of_no_tokens_is_refused(model, compact, size):
+    prompt = to_draw(compact, "a red 3", "1:1")
+    with pytest.raises(InputError, match=r"image_sizes of .*expected rows and columns of 1 or more"):
+        draw(model, {**prompt, "image_sizes": torch.tensor([size])})
