@@ -38,8 +38,6 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, set_seed
 from trl import TrlParser
 
-from uc_adapters import get_uc_model
-
 SCORES = {"reading": "reading", "cells": "cells drawn right", "scenes": "whole scenes", "nats": "nats an image"}
 COSTS = {"milliseconds": "ms a drawing", "megabytes": "MB of weights"}
 SAMPLING = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}  # evaluate.py's
@@ -96,9 +94,7 @@ def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> t
     )
     leave_batches_to_the_collator(training)
     set_seed(seed)
-    model = get_uc_model(load_base(options, training), options.config()).to(training.device)
-    if variant.change is not None:
-        variant.change(model)
+    model = variant.attach(load_base(options, training)).to(training.device)
     dense = AutoProcessor.from_pretrained(args.base)
     processor = model.compact_processor(dense)
     of_stage_1, of_stage_2 = make_rows(options, training, model, processor, dense)

@@ -9,20 +9,17 @@ import numpy as np
 from ablation_variants import Variant
 from contenders import Contender, contenders, draw_in_turn, twin_of
 from digits import random_scene
-from finetune_arguments import FinetuneArguments
 from peft import get_peft_model_state_dict
 from scene_scores import SPLIT, drawing_prompts
 
-from uc_adapters import UniCompressModel, get_uc_model
+from uc_adapters import UniCompressModel
 
 TURNS = 5
 
 
 def fresh(name: str, dense: Contender, variant: Variant) -> Contender:
     """The variant as it starts, on a bare base's weights."""
-    model = get_uc_model(twin_of(dense.model), FinetuneArguments(**variant.options).config()).eval()
-    if variant.change is not None:
-        variant.change(model)
+    model = variant.attach(twin_of(dense.model)).eval()
     return Contender(name, model, model.compact_processor(dense.processor))
 
 

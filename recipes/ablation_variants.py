@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from finetune_arguments import FinetuneArguments
 from torch import nn
 
-from uc_adapters import UniCompressModel
+from uc_adapters import UniCompressModel, get_uc_model
 from uc_adapters.compression import after_loop, inside_loop
 from uc_adapters.layers import CellDecompressor, Grid, RasterDecompressor, StripDecompressor, raster_to_cells
 from uc_adapters.layers.attention import Attention
@@ -168,6 +169,13 @@ class Variant:
     """Of `finetune.py`."""
     change: Change | None = None
     """Of a fresh adapter, where no option does it."""
+
+    def attach(self, base: nn.Module) -> UniCompressModel:
+        """A fresh adapter of it on a base."""
+        model = get_uc_model(base, FinetuneArguments(**self.options).config())
+        if self.change is not None:
+            self.change(model)
+        return model
 
 
 def cell(change: Change | None = None, **options) -> Variant:

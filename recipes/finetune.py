@@ -219,11 +219,6 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
         raise SystemExit("--streaming with --distill: what the base fills in is kept on the disk; expected one of them.")
     if args.dtype not in DTYPES:
         raise SystemExit(f"--dtype {args.dtype} is not known; expected one of {', '.join(DTYPES)}.")
-    if args.stage == 2 and not args.adapter and not Path(training.output_dir, "stage1", CONFIG_NAME).is_file():
-        raise SystemExit(
-            f"--stage 2, and {Path(training.output_dir, 'stage1')} holds no adapter; expected one: run --stage 1 with this "
-            "--output_dir first, or name one with --adapter."
-        )
     if args.stage == 1 and args.adapter:
         raise SystemExit(f"--stage 1 with --adapter {args.adapter}: with that, stage 1 is done; expected one of them.")
     set_seed(training.seed)
@@ -231,6 +226,11 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     leave_batches_to_the_collator(training)
     folder = Path(training.output_dir)
     stage_1 = Path(args.adapter or folder / "stage1")
+    if args.stage == 2 and not args.adapter and not (stage_1 / CONFIG_NAME).is_file():
+        raise SystemExit(
+            f"--stage 2, and {stage_1} holds no adapter; expected one: run --stage 1 with this --output_dir first, or name one "
+            "with --adapter."
+        )
     done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / CONFIG_NAME).is_file())
     stages = ([] if done else [stage_1]) + ([] if args.stage == 1 else [folder])
     begin_run(folder, args.settings, training, args.resume, stages)

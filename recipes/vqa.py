@@ -120,8 +120,9 @@ def normalised(text: str) -> str:
     for those of decimals.
     """
     said = text = text.lower().replace("\u2019", "'")
+    grouped = re.search(r"\d,\d", said)
     for mark in PUNCTUATION:
-        joins = f"{mark} " in said or f" {mark}" in said or re.search(r"\d,\d", said)
+        joins = grouped or f"{mark} " in said or f" {mark}" in said
         text = text.replace(mark, "" if joins else " ")
     text = re.sub(r"\.(?!\d)", "", text)
     words = [NUMBERS.get(word, word) for word in text.split() if word not in ARTICLES]

@@ -138,26 +138,26 @@ class SharedModel(PeftModel):
 
         Args and errors as in `from_pretrained`; `kwargs` are passed to PEFT.
         """
-        known, trainable = adapter_name in self.peft_config, [weight for weight in self.parameters() if weight.requires_grad]
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = pull(model_id, subfolder=subfolder, revision=revision, force_download=force_download, **access)
         with locked(folder):
             stored = _read_adapter(folder)
-            if known:
+            if adapter_name in self.peft_config:
                 _check_same(self.peft_config[adapter_name], stored, adapter_name, folder)
-            with _explained(folder):
-                try:
-                    return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
-                except Exception:
-                    if not known:
-                        self._forget(adapter_name, trainable)
-                    raise
+            with _explained(folder), self._whole_or_not_there(adapter_name):
+                return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
 
     def add_adapter(self, adapter_name: str, peft_config: UniCompressConfig, *args, **kwargs) -> None:
         """PEFT's; an adapter that cannot be added leaves nothing behind."""
+        with self._whole_or_not_there(adapter_name):
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    @contextmanager
+    def _whole_or_not_there(self, adapter_name: str) -> Iterator[None]:
+        """Where a new adapter fails on its way in, nothing of it stays."""
         known, trainable = adapter_name in self.peft_config, [weight for weight in self.parameters() if weight.requires_grad]
         try:
-            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            yield
         except Exception:
             if not known:
                 self._forget(adapter_name, trainable)
