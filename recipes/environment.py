@@ -1,4 +1,4 @@
-"""What figures are quoted with: the machine, the versions, the day."""
+"""Around figures: the machine, versions and day they are quoted with, the device they are made on, the file they go to."""
 
 from __future__ import annotations
 
