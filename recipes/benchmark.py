@@ -2,6 +2,7 @@
 
     python recipes/benchmark.py --shape tiny --batch_sizes 1 8                     # two minutes: the shipped base and adapter
     python recipes/benchmark.py --shape janus-pro-1b --repeats 1 --warm_up false   # a quarter of an hour on two cores, 14 GiB
+    python recipes/benchmark.py --shape tiny --also phase cell                     # other decompressors in the same turns
     python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8 --alternatives compiled
     python recipes/benchmark.py --shape janus-pro-1b --train                       # a step of training: six minutes, 14 GiB
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark_models import SHAPES, pair, prompts, random_pixels
+from benchmark_models import SHAPES, prompts, random_pixels, sides
 from benchmark_report import draw_chart, markdown
 from drawing_benchmark import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
 from environment import check_output, environment, is_here, make_current
@@ -42,11 +43,12 @@ class BenchmarkArguments:
 
     shape: str = field(default="tiny", metadata={"help": "tiny, janus-pro-1b or janus-pro-7b."})
     decompressor: str = field(default="strip", metadata={"help": "Of a random adapter: not with --shape tiny."})
+    also: list[str] = field(default_factory=list, metadata={"help": "Further decompressors to draw with, of random adapters."})
     train: bool = field(default=False, metadata={"help": "Time a step of training instead: LoRA on dense tokens, and stage 2."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "In training, on both sides."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once; training takes the first."})
     alternatives: list[str] = field(
-        default_factory=list, metadata={"help": "Also draw with both sides' dynamic and static caches, and compiled."}
+        default_factory=list, metadata={"help": "Also draw with dynamic and static caches, and compiled."}
     )
     repeats: int = field(default=3, metadata={"help": "Timed turns each; reading has three at least."})
     warm_up: bool = field(default=True, metadata={"help": "Draw once untimed. False where one drawing takes minutes."})
@@ -60,16 +62,17 @@ class BenchmarkArguments:
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         if self.shape == "tiny":
             self._require("decompressor", self.decompressor == "strip", "strip with --shape tiny, which is the shipped adapter")
+        others = [kind for kind in DECOMPRESSORS if kind != self.decompressor]
+        self._require("also", set(self.also) <= set(others), f"some of {', '.join(others)}")
         self._require("alternatives", set(self.alternatives) <= set(ALTERNATIVES), f"some of {', '.join(ALTERNATIVES)}")
         self._require("repeats", self.repeats >= 1, "1 or more")
         self._require("batch_sizes", self.batch_sizes and min(self.batch_sizes) >= 1, "one or more, each 1 or more")
         self._require("device", is_here(self.device), "cpu, or the device of a GPU that is there, such as cuda")
         if self.gradient_checkpointing and not self.train:
             raise SystemExit("--gradient_checkpointing true without --train true; expected both: only training has gradients.")
-        if self.alternatives and self.train:
-            raise SystemExit(
-                f"--alternatives {' '.join(self.alternatives)} with --train true; expected one: they are of drawing."
-            )
+        for name in ("also", "alternatives"):
+            if self.train and (chosen := getattr(self, name)):
+                raise SystemExit(f"--{name} {' '.join(chosen)} with --train true; expected one: they are of drawing.")
         for name in ("json", "chart"):
             check_output(name, getattr(self, name))
         self._require("chart", self.chart is None or Path(self.chart).suffix == ".png", "a file that ends in .png")
@@ -82,7 +85,7 @@ class BenchmarkArguments:
 def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
     """Of each side, the batches of drawings that ran out of memory, and the largest that fits."""
     found = {}
-    for name in ("base", "adapter"):
+    for name in next(iter(by_batch.values())):
         fits = [int(batch) for batch, seconds in by_batch.items() if seconds[name] is not None]
         failed = [int(batch) for batch, seconds in by_batch.items() if seconds[name] is None]
         found[name] = {"out_of_memory": failed, "largest_that_fits": max(fits, default=None)}
@@ -91,17 +94,17 @@ def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
 
 @torch.no_grad()
 def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
-    """Drawing, reading, memory."""
-    adapter = models["adapter"]
+    """Drawing of all sides; reading and memory of base and "adapter", since all adapters read alike."""
+    pair = {name: models[name] for name in ("base", "adapter")}
     short_turns = max(3, args.repeats)  # reading takes seconds where drawing takes minutes
-    reading = reading_figures(models, args.batch_sizes, short_turns)
+    reading = reading_figures(pair, args.batch_sizes, short_turns)
     drawing = drawing_figures(models, args.batch_sizes, args.repeats, args.warm_up, args.alternatives)
     peaks = drawing.pop("peak_bytes")
     drawing["shares"] = {name: fitting(lambda model=model: drawing_shares(model)) for name, model in models.items()}
     memory = {
-        "cache_bytes": image_cache_bytes(adapter),
+        "cache_bytes": image_cache_bytes(pair["adapter"]),
         "drawing": {
-            "keys and values, of a drawing": {str(batch): drawing_cache_bytes(adapter, batch) for batch in args.batch_sizes},
+            "keys and values, of a drawing": {str(batch): drawing_cache_bytes(models, batch) for batch in args.batch_sizes},
             "drawing, peak beyond the weights": {batch: peak for batch, peak in peaks.items() if all(peak.values())},
         },
     }
@@ -110,7 +113,7 @@ def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dic
         "reading": reading,
         "memory": memory,
         "batches": batches(drawing["by_batch"]),
-        "disabled_over_bare": disabled_over_bare(models, 2 * short_turns),
+        "disabled_over_bare": disabled_over_bare(pair, 2 * short_turns),
     }
 
 
@@ -141,7 +144,7 @@ def main(args: BenchmarkArguments) -> dict:
     transformers.logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
     set_seed(0)
     make_current(args.device)
-    models = fitting(lambda: pair(args.shape, args.decompressor, getattr(torch, args.dtype), args.device))
+    models = fitting(lambda: sides(args.shape, args.decompressor, args.also, getattr(torch, args.dtype), args.device))
     if models is None:
         raise SystemExit(
             f"--shape {args.shape} ran out of memory at {args.dtype}: base and adapter do not fit on {args.device}. Take "

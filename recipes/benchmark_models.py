@@ -1,4 +1,4 @@
-"""Who is compared: a dense Janus and an adapter on the same weights, the shipped tiny ones or of Janus-Pro's shapes."""
+"""Who is compared: a dense Janus and adapters on the same weights, the shipped tiny ones or of Janus-Pro's shapes."""
 
 from __future__ import annotations
 
@@ -56,15 +56,23 @@ def random_janus(config: JanusConfig, dtype: torch.dtype, device: str) -> JanusF
     return model.eval()
 
 
-def pair(shape: str, decompressor: str, dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """The bare base, and an adapter on the same weights: "tiny" is the shipped pair, the others' weights are random."""
+def sides(shape: str, decompressor: str, also: list[str], dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
+    """The bare base, and adapters on the same weights: "adapter", and one by the name of each further decompressor.
+
+    "tiny" is the shipped pair; the further ones' weights, and all of the other shapes, are random.
+    """
+
+    def fresh(kind: str) -> UniCompressModel:
+        return get_uc_model(twin_of(base), UniCompressConfig(decompressor=kind))
+
     if shape == "tiny":
         base = AutoModelForImageTextToText.from_pretrained(CARDS / "tiny-janus", dtype=dtype).to(device).eval()
         adapter = UniCompressModel.from_pretrained(twin_of(base), CARDS / "tiny-janus-uc4x")
     else:
         base = random_janus(janus_config(*SHAPES[shape]), dtype, device)
-        adapter = get_uc_model(twin_of(base), UniCompressConfig(decompressor=decompressor))
-    return {"base": base, "adapter": adapter.eval()}
+        adapter = fresh(decompressor)
+    adapters = {"adapter": adapter} | {kind: fresh(kind) for kind in also}
+    return {"base": base} | {name: model.eval() for name, model in adapters.items()}
 
 
 def prompts(model: nn.Module, batch: int, placeholders: int = 0) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What `benchmark.py` found as a table and as a chart, base beside adapter."""
+"""What `benchmark.py` found as a table and as a chart, base beside adapters."""
 
 from __future__ import annotations
 
@@ -8,49 +8,62 @@ from training_benchmark import training_rows
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed
 
-Pair = dict[str, float | None]
+Sides = dict[str, float | None]
 WAYS = {"dynamic": "dynamic caches", "static": "static caches", "compiled": "compiled"}
 
 
-def rows(figures: dict) -> list[tuple[str, str, Pair, bool]]:
-    """What is compared, its unit, the figures of base and adapter (None: out of memory), and whether less is better."""
+def rows(figures: dict) -> list[tuple[str, str, Sides, bool]]:
+    """What is compared, its unit, the figures of each side (None: out of memory), and whether less is better."""
     if "training" in figures:
         return [(*row, True) for row in training_rows(figures)]
     drawing, reading, memory = figures["drawing"], figures["reading"], figures["memory"]
-    found = [(f"drawing, prompt to pixels, batch {b}", "s", pair, True) for b, pair in drawing["by_batch"].items()]
+    found = [(f"drawing, prompt to pixels, batch {b}", "s", sides, True) for b, sides in drawing["by_batch"].items()]
     for way, by_batch in drawing["alternatives"].items():
-        found += [(f"drawing, {WAYS[way]}, batch {b}", "s", pair, True) for b, pair in by_batch.items()]
+        found += [(f"drawing, {WAYS[way]}, batch {b}", "s", sides, True) for b, sides in by_batch.items()]
     for b, phases in reading["by_batch"].items():
-        found += [(f"reading, {phase}, batch {b}", "s", pair, True) for phase, pair in phases.items()]
+        found += [(f"reading, {phase}, batch {b}", "s", sides, True) for phase, sides in phases.items()]
     found += [
-        (f"reading, after the first token, batch {b}", "tokens/s", pair, False)
-        for b, pair in reading["tokens_per_second"].items()
+        (f"reading, after the first token, batch {b}", "tokens/s", sides, False)
+        for b, sides in reading["tokens_per_second"].items()
     ]
     found.append(("keys and values, of an image", "MB", _megabytes(memory["cache_bytes"]), True))
     for what, by_batch in memory["drawing"].items():
-        found += [(f"{what}, batch {b}", "MB", _megabytes(pair), True) for b, pair in by_batch.items()]
+        found += [(f"{what}, batch {b}", "MB", _megabytes(sides), True) for b, sides in by_batch.items()]
     return found
 
 
-def _megabytes(pair: Pair) -> Pair:
-    return {name: size and size / 1e6 for name, size in pair.items()}
+def _megabytes(sides: Sides) -> Sides:
+    return {name: size and size / 1e6 for name, size in sides.items()}
 
 
-def _gain(pair: Pair, less_is_better: bool) -> float | None:
-    """How many times better the adapter is."""
-    if not all(pair.values()):
+def _gain(sides: Sides, name: str, less_is_better: bool) -> float | None:
+    """How many times better than the base one of the others is."""
+    if not (sides["base"] and sides[name]):
         return None
-    gain = pair["base"] / pair["adapter"]
+    gain = sides["base"] / sides[name]
     return gain if less_is_better else 1 / gain
 
 
+def _cells(sides: Sides, name: str, less_is_better: bool) -> list[str]:
+    """One side's figure and, but for the base, its gain: both blank where it was not measured."""
+    if name not in sides:
+        return ["", ""]
+    figure = "out of memory" if sides[name] is None else f"{sides[name]:.3g}"
+    if name == "base":
+        return [figure]
+    gain = _gain(sides, name, less_is_better)
+    return [figure, "" if gain is None else f"{gain:.2f}"]
+
+
 def markdown(figures: dict) -> str:
-    """The figures as a table, the adapter's gain beside them, and what could not be measured."""
-    lines = ["| | base | adapter | gain |", "|---|---|---|---|"]
-    for what, unit, pair, less_is_better in rows(figures):
-        cells = ["out of memory" if pair[name] is None else f"{pair[name]:.3g}" for name in ("base", "adapter")]
-        gain = _gain(pair, less_is_better)
-        lines.append(f"| {what} ({unit}) | {' | '.join(cells)} | {'' if gain is None else f'{gain:.2f}'} |")
+    """The figures as a table, each adapter's gain beside it, and what could not be measured."""
+    found = rows(figures)
+    names = list(found[0][2])  # of drawing, which all do
+    titles = [title for name in names for title in ([name] if name == "base" else [name, "gain"])]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for what, unit, sides, less_is_better in found:
+        cells = [cell for name in names for cell in _cells(sides, name, less_is_better)]
+        lines.append(f"| {what} ({unit}) | {' | '.join(cells)} |")
     for way, reason in figures.get("drawing", {}).get("left_out", {}).items():
         lines.append(f"\nLeft out: {WAYS[way]}, {reason}.")
     for name, found in figures.get("batches", {}).items():
@@ -64,16 +77,16 @@ def markdown(figures: dict) -> str:
 
 
 def draw_chart(figures: dict, path: str) -> None:
-    """Bars of the figures, base beside adapter, four to a row; what ran out of memory is left to the table."""
+    """Bars of the figures, base beside adapters, four to a row; what ran out of memory is left to the table."""
     compared = [row for row in rows(figures) if all(row[2].values())]
     lines = -(-len(compared) // 4)
     figure, axes = plt.subplots(lines, 4, figsize=(9, 2.8 * lines), squeeze=False)
     for axis in axes.flat[len(compared) :]:
         axis.set_visible(False)
-    for axis, (what, unit, pair, less_is_better) in zip(axes.flat, compared, strict=False):
-        bars = axis.bar(list(pair), list(pair.values()), color=["#999999", "#2a7f62"])
-        axis.bar_label(bars, [f"{value:.3g} {unit}" for value in pair.values()], fontsize=8)
-        axis.set_title(f"{what.replace(', ', chr(10))}: {_gain(pair, less_is_better):.1f} x", fontsize=9)
+    for axis, (what, unit, sides, less_is_better) in zip(axes.flat, compared, strict=False):
+        bars = axis.bar(list(sides), list(sides.values()), color=["#999999", "#2a7f62", *["#8fbfae"] * (len(sides) - 2)])
+        axis.bar_label(bars, [f"{value:.3g} {unit}" for value in sides.values()], fontsize=8)
+        axis.set_title(f"{what.replace(', ', chr(10))}: {_gain(sides, 'adapter', less_is_better):.1f} x", fontsize=9)
         axis.set_yticks([])
         axis.margins(y=0.15)
         axis.spines[["top", "right", "left"]].set_visible(False)

@@ -46,7 +46,7 @@ def why_not_compiled(device: str) -> str | None:
 
 
 def alternatives(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, dict[str, Callable[[int], object]]]:
-    """For each chosen alternative, how base and adapter draw a batch of a size."""
+    """For each chosen alternative, how base and "adapter" draw a batch of a size."""
     base, adapter = models["base"], models["adapter"]
     on_gpu = base.device.type == "cuda"
     found: dict[str, dict[str, Callable[[int], object]]] = {}
@@ -74,7 +74,7 @@ def alternatives(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, d
 def drawing_figures(
     models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool, chosen: list[str]
 ) -> dict:
-    """Of both sides, each in its default way and in the chosen alternatives, in turn; seconds of None did not fit."""
+    """Of all sides in their default way, and of two in the chosen alternatives, in turn; seconds of None did not fit."""
     device = models["base"].device.type
     left_out = {}
     if "compiled" in chosen and (reason := why_not_compiled(device)):
@@ -86,10 +86,10 @@ def drawing_figures(
             f"{way} {name}": partial(work, batch) for way, of in ways.items() for name, work in of.items()
         }
         if "compiled" in ways and not warm_up:  # compiling is no part of a drawing
-            for name in models:
+            for name in ways["compiled"]:
                 fitting(works[f"compiled {name}"])
         taken = in_turn(works, repeats, f"draw {batch} in turn", warm_up)
-        measured[str(batch)] = {way: {name: taken[f"{way} {name}"] for name in models} for way in ways}
+        measured[str(batch)] = {way: {name: taken[f"{way} {name}"] for name in of} for way, of in ways.items()}
 
     def seconds(way: str) -> dict[str, dict[str, float | None]]:
         return {
@@ -136,11 +136,13 @@ def token_bytes(model: UniCompressModel) -> int:
     return 2 * text.num_hidden_layers * width * model.dtype.itemsize
 
 
-def drawing_cache_bytes(model: UniCompressModel, batch: int) -> dict[str, int]:
+def drawing_cache_bytes(models: dict[str, nn.Module], batch: int) -> dict[str, int]:
     """Keys and values of a whole guided drawing: each prompt and its blank one, and what is fed behind them."""
-    geometry, config = model.family.geometry, model.active_peft_config
-    grid = (geometry.draw_side, geometry.draw_side)
-    fed = {"base": geometry.draw_side**2, "adapter": config.num_drawn_tokens(grid)}
-    # transformers' static cache has room for the last token, too; ours never feeds it
-    places = {"base": TEXT_TOKENS + fed["base"], "adapter": TEXT_TOKENS + fed["adapter"] - 1}
-    return {name: 2 * batch * count * token_bytes(model) for name, count in places.items()}
+    adapter = models["adapter"]
+    side = adapter.family.geometry.draw_side
+    found = {}
+    for name, model in models.items():
+        # transformers' static cache has room for the last token, too; ours never feeds it
+        fed = side**2 if name == "base" else model.active_peft_config.num_drawn_tokens((side, side)) - 1
+        found[name] = 2 * batch * (TEXT_TOKENS + fed) * token_bytes(adapter)
+    return found

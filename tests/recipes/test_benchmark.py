@@ -21,7 +21,7 @@ NEVER_FITS = 10**12  # prompts, whose words alone are more bytes than a process 
 @pytest.fixture(scope="module")
 def tiny():
     with torch.no_grad():
-        yield benchmark_models.pair("tiny", "strip", torch.float32, "cpu")
+        yield benchmark_models.sides("tiny", "strip", ["phase"], torch.float32, "cpu")
 
 
 def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
@@ -50,10 +50,31 @@ def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
     assert min(Image.open(files["chart"]).size) > 200
 
 
+def test_further_decompressors_draw_in_the_same_turns_and_are_told_beside(tmp_path, capsys):
+    chart = str(tmp_path / "figures.png")
+    arguments = {"repeats": 1, "warm_up": False, "also": ["phase", "cell"], "alternatives": ["static"], "chart": chart}
+    figures = benchmark.main(benchmark.BenchmarkArguments(**arguments))
+    everyone = {*SIDES, "phase", "cell"}
+    drawing = figures["drawing"]
+    assert drawing["seconds"].keys() == drawing["shares"].keys() == figures["batches"].keys() == everyone
+    assert all(taken > 0 for taken in drawing["seconds"].values())
+    assert drawing["alternatives"]["static"]["1"].keys() == figures["reading"]["seconds"]["prefill"].keys() == set(SIDES)
+    kept = figures["memory"]["drawing"]["keys and values, of a drawing"]["1"]
+    assert kept["adapter"] < kept["phase"] == kept["cell"] < kept["base"]  # phase and cell feed their global codes, too
+    header, _, first, *rows = capsys.readouterr().out.partition("\n\n")[2].splitlines()
+    assert header == "| | base | adapter | gain | phase | gain | cell | gain |"
+    base, adapter, gain, *_, cell, of_cell = first.strip("| ").split(" | ")[1:]
+    assert float(gain) == pytest.approx(float(base) / float(adapter), rel=0.02)
+    assert float(of_cell) == pytest.approx(float(base) / float(cell), rel=0.02)
+    prefill = next(row for row in rows if row.startswith("| reading, prefill"))
+    assert prefill.endswith(" |  |  |  |  |")  # all adapters read alike
+    assert min(Image.open(chart).size) > 200
+
+
 def test_the_bytes_of_a_drawings_cache_are_those_of_the_real_one(tiny):
     found = {}
     for name, model in tiny.items():
-        language_model = (model.get_base_model() if name == "adapter" else model).model.language_model
+        language_model = (model if name == "base" else model.get_base_model()).model.language_model
 
         def look(module, args, kwargs, name=name):
             found[name] = kwargs["past_key_values"]
@@ -62,12 +83,12 @@ def test_the_bytes_of_a_drawings_cache_are_those_of_the_real_one(tiny):
         drawing_benchmark.draw(model, 2)
         handle.remove()
     real = {name: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for name, cache in found.items()}
-    assert drawing_benchmark.drawing_cache_bytes(tiny["adapter"], 2) == real
+    assert drawing_benchmark.drawing_cache_bytes(tiny, 2) == real
 
 
 def test_the_bytes_of_a_read_image_are_those_it_adds_to_the_cache(tiny):
     expected = reading_benchmark.image_cache_bytes(tiny["adapter"])
-    works = reading_benchmark.reading_works(tiny, 1)["prefill"]
+    works = reading_benchmark.reading_works({name: tiny[name] for name in SIDES}, 1)["prefill"]
     text = benchmark_models.TEXT_TOKENS * drawing_benchmark.token_bytes(tiny["adapter"])
     for name, work in works.items():
         cache = work().past_key_values
@@ -114,7 +135,7 @@ def test_a_batch_that_does_not_fit_is_reported_and_the_others_are_measured(tmp_p
 
 
 def test_models_that_do_not_fit_say_so(monkeypatch):
-    monkeypatch.setattr(benchmark, "pair", lambda *_: torch.empty(2**50))
+    monkeypatch.setattr(benchmark, "sides", lambda *_: torch.empty(2**50))
     with pytest.raises(SystemExit, match=r"--shape janus-pro-7b ran out of memory at float32.*bfloat16"):
         benchmark.main(benchmark.BenchmarkArguments(shape="janus-pro-7b"))
 
@@ -148,6 +169,9 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
         ({"repeats": 0}, r"--repeats 0.*1 or more"),
         ({"batch_sizes": [1, 0]}, r"--batch_sizes \[1, 0\].*1 or more"),
         ({"batch_sizes": []}, r"--batch_sizes \[\].*1 or more"),
+        ({"also": ["magic"]}, r"--also \['magic'\].*some of cell, phase, raster"),
+        ({"also": ["strip"]}, r"--also \['strip'\].*some of cell, phase, raster"),
+        ({"train": True, "also": ["phase"]}, r"--also phase with --train true; expected one"),
         ({"alternatives": ["quantum"]}, r"--alternatives \['quantum'\].*dynamic, static, compiled"),
         ({"json": "no/such/folder/figures.json"}, r"--json .*no/such/folder does not exist; make it first"),
         ({"json": "/tmp"}, r"--json /tmp is a folder; expected a file"),
