@@ -4,11 +4,11 @@
     python recipes/ablate.py --axes decompressor stride --seeds 1 2 3 --max_steps 900 --stage_1_steps 500
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on CPU cores: a variant and seed takes one of them five to ten
-minutes, all of them eight hours or more; the adapter that stands on every axis is trained once a seed. What is finished stays in
-`--output_dir`, and in `--json` for later runs: one that was cut off goes on where it stopped, and two with other `--seeds` can
-share a folder.
-Variants are trained alike and briefly, so their scores compare with each other, not with the shipped adapter's. What a drawing
-costs does not hang on training: everyone is timed side by side at the start of each call, so let nothing else run then.
+minutes, all of them eight hours or more; the adapter that stands on every axis is trained once a seed. What is finished stays
+in `--output_dir`, and in `--json` for later runs: one that was cut off goes on where it stopped, and two with other `--seeds`
+can share a folder. Variants are trained alike and briefly, so their scores compare with each other, not with the shipped
+adapter's. What a drawing costs does not hang on training: everyone is timed side by side at the start of each call, so let
+nothing else run then.
 """
 
 from __future__ import annotations
