@@ -88,6 +88,7 @@ def draw_chart(figures: dict, path: str) -> None:
         axis.bar_label(bars, [f"{value:.3g} {unit}" for value in sides.values()], fontsize=8)
         axis.set_title(f"{what.replace(', ', chr(10))}: {_gain(sides, 'adapter', less_is_better):.1f} x", fontsize=9)
         axis.set_yticks([])
+        axis.tick_params(axis="x", labelsize=8)
         axis.margins(y=0.15)
         axis.spines[["top", "right", "left"]].set_visible(False)
     settings = figures["settings"]
