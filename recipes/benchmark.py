@@ -50,8 +50,8 @@ class BenchmarkArguments:
     alternatives: list[str] = field(
         default_factory=list, metadata={"help": "Also draw with dynamic and static caches, and compiled."}
     )
-    repeats: int = field(default=3, metadata={"help": "Timed turns each; reading has three at least."})
-    warm_up: bool = field(default=True, metadata={"help": "Draw once untimed. False where one drawing takes minutes."})
+    repeats: int = field(default=3, metadata={"help": "Timed turns each; reading one prompt has three at least."})
+    warm_up: bool = field(default=True, metadata={"help": "First once untimed. False where a drawing takes minutes."})
     dtype: str = field(default="float32", metadata={"help": "Of the base: float32, bfloat16 or float16."})
     device: str = field(default="cpu", metadata={"help": "Torch device."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
@@ -96,11 +96,11 @@ def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
 def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
     """Drawing of all sides; reading and memory of base and "adapter", since all adapters read alike."""
     pair = {name: models[name] for name in ("base", "adapter")}
-    short_turns = max(3, args.repeats)  # reading takes seconds where drawing takes minutes
-    reading = reading_figures(pair, args.batch_sizes, short_turns)
+    reading = reading_figures(pair, args.batch_sizes, args.repeats, args.warm_up)
+    # Before the turns: without a warm-up of their own, this drawing is theirs
+    shares = {name: fitting(lambda model=model: drawing_shares(model, args.warm_up)) for name, model in models.items()}
     drawing = drawing_figures(models, args.batch_sizes, args.repeats, args.warm_up, args.alternatives)
-    peaks = drawing.pop("peak_bytes")
-    drawing["shares"] = {name: fitting(lambda model=model: drawing_shares(model)) for name, model in models.items()}
+    drawing["shares"], peaks = shares, drawing.pop("peak_bytes")
     memory = {
         "cache_bytes": image_cache_bytes(pair["adapter"]),
         "drawing": {
@@ -113,7 +113,7 @@ def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dic
         "reading": reading,
         "memory": memory,
         "batches": batches(drawing["by_batch"]),
-        "disabled_over_bare": disabled_over_bare(pair, 2 * short_turns),
+        "disabled_over_bare": disabled_over_bare(pair, 4 * max(3, args.repeats)),
     }
 
 

@@ -110,8 +110,10 @@ def drawing_figures(
     }
 
 
-def drawing_shares(model: nn.Module) -> dict[str, float]:
+def drawing_shares(model: nn.Module, warm_up: bool) -> dict[str, float]:
     """Where the time of one drawing goes, as shares of it."""
+    if warm_up:
+        draw(model, 1)
     compact = isinstance(model, UniCompressModel)
     base = model.get_base_model().model if compact else model.model
     parts = {

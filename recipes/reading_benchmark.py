@@ -39,15 +39,17 @@ def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[st
     return works
 
 
-def reading_figures(models: dict[str, nn.Module], batch_sizes: list[int], repeats: int) -> dict:
-    """Of both sides, in turn; seconds of None did not fit."""
+def reading_figures(models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool) -> dict:
+    """Of both sides, in turn; seconds of None did not fit. One prompt is warmed up and has three turns at least."""
     by_batch: dict[str, dict[str, dict[str, float | None]]] = {}
     rates: dict[str, dict[str, float | None]] = {}
     for batch in batch_sizes:
+        few = batch == 1  # seconds where a drawing takes minutes
+        turns = max(3, repeats) if few else repeats
         works = fitting(partial(reading_works, models, batch))
         seconds = {phase: dict.fromkeys(models) for phase in PHASES}
         for phase in PHASES if works else ():
-            measured = in_turn(works[phase], repeats, f"read {batch}, {phase}, in turn")
+            measured = in_turn(works[phase], turns, f"read {batch}, {phase}, in turn", few or warm_up)
             seconds[phase] = {name: found and found.seconds for name, found in measured.items()}
         by_batch[str(batch)], rates[str(batch)] = seconds, {}
         for name in models:
