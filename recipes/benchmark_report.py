@@ -44,11 +44,16 @@ def _gain(sides: Sides, name: str, less_is_better: bool) -> float | None:
     return gain if less_is_better else 1 / gain
 
 
+def _number(value: float) -> str:
+    """Three figures, never as a power of ten."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 def _cells(sides: Sides, name: str, less_is_better: bool) -> list[str]:
     """One side's figure and, but for the base, its gain: both blank where it was not measured."""
     if name not in sides:
         return ["", ""]
-    figure = "out of memory" if sides[name] is None else f"{sides[name]:.3g}"
+    figure = "out of memory" if sides[name] is None else _number(sides[name])
     if name == "base":
         return [figure]
     gain = _gain(sides, name, less_is_better)
@@ -85,8 +90,9 @@ def draw_chart(figures: dict, path: str) -> None:
         axis.set_visible(False)
     for axis, (what, unit, sides, less_is_better) in zip(axes.flat, compared, strict=False):
         bars = axis.bar(list(sides), list(sides.values()), color=["#999999", "#2a7f62", *["#8fbfae"] * (len(sides) - 2)])
-        axis.bar_label(bars, [f"{value:.3g} {unit}" for value in sides.values()], fontsize=8)
-        axis.set_title(f"{what.replace(', ', chr(10))}: {_gain(sides, 'adapter', less_is_better):.1f} x", fontsize=9)
+        axis.bar_label(bars, [_number(value) for value in sides.values()], fontsize=8)
+        gain = _gain(sides, "adapter", less_is_better)
+        axis.set_title(f"{what.replace(', ', chr(10))} ({unit}): {gain:.1f} x", fontsize=9)
         axis.set_yticks([])
         axis.tick_params(axis="x", labelsize=8)
         axis.margins(y=0.15)

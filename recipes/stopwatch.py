@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,17 @@ def in_turn(works: dict[str, Work], repeats: int, what: str, warm_up: bool = Tru
     """Each work's measures, taking turns, after a warm-up; None for a work that ran out of memory, which drops out."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     peaks: dict[str, list[int | None]] = {name: [] for name in works}
-    fits = dict(works)
-    for turn in tqdm(range(repeats + warm_up), desc=what):
-        for name, work in list(fits.items()):
-            before = held_bytes()
-            taken = fitting(lambda work=work: seconds_of(work))
-            if taken is None:
-                del fits[name]
-            elif turn >= warm_up:
-                seconds[name].append(taken)
-                peaks[name].append(None if before is None else max(0, most_bytes() - before))
+    fits = set(works)
+    for turn, name in tqdm(list(product(range(repeats + warm_up), works)), desc=what):
+        if name not in fits:
+            continue
+        before = held_bytes()
+        taken = fitting(lambda name=name: seconds_of(works[name]))
+        if taken is None:
+            fits.remove(name)
+        elif turn >= warm_up:
+            seconds[name].append(taken)
+            peaks[name].append(None if before is None else max(0, most_bytes() - before))
     return {
         name: Measured(statistics.median(seconds[name]), None if None in peaks[name] else max(peaks[name]))
         if name in fits

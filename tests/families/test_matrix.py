@@ -23,6 +23,7 @@ from PIL import Image
 from specs import SPECS
 from stock_calls import calls_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
@@ -156,6 +157,27 @@ def test_disabled_it_is_its_base(pristine, model, processor, pictures):
     with model.disable_adapter():
         assert torch.equal(logits(model, inputs), logits(pristine, inputs))
         assert torch.equal(answer(model, inputs), answer(pristine, inputs))
+
+
+class Operations(TorchDispatchMode):
+    """Lists what PyTorch computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_disabled_the_base_computes_what_it_did_and_no_more(pristine, model):
+    embedded = torch.randn(2, 9, pristine.config.get_text_config().hidden_size)
+    with torch.no_grad(), Operations() as expected:
+        pristine(inputs_embeds=embedded)
+    with torch.no_grad(), model.disable_adapter(), Operations() as found:
+        model.get_base_model()(inputs_embeds=embedded)
+    assert found.names == expected.names
 
 
 def test_enabled_it_reads_otherwise(model, compact, pictures):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import benchmark
 import benchmark_models
+import benchmark_report
 import drawing_benchmark
 import pytest
 import reading_benchmark
@@ -183,3 +184,7 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
 def test_arguments_that_cannot_be_are_refused(given, message):
     with pytest.raises(SystemExit, match=message):
         benchmark.BenchmarkArguments(**given)
+
+
+def test_the_table_has_no_powers_of_ten():
+    assert [benchmark_report._number(value) for value in (1228.7, 999.7, 545.2, 0.01216, 3.0)] == ["1,230", "1,000", "545", "0.0122", "3"]
