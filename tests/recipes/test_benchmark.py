@@ -187,4 +187,5 @@ def test_arguments_that_cannot_be_are_refused(given, message):
 
 
 def test_the_table_has_no_powers_of_ten():
-    assert [benchmark_report._number(value) for value in (1228.7, 999.7, 545.2, 0.01216, 3.0)] == ["1,230", "1,000", "545", "0.0122", "3"]
+    shown = {1228.7: "1,230", 999.7: "1,000", 545.2: "545", 0.01216: "0.0122", 3.0: "3"}
+    assert {value: benchmark_report._number(value) for value in shown} == shown
