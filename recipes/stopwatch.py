@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def in_turn(works: dict[str, Work], repeats: int, what: str, warm_up: bool = Tru
         if name not in fits:
             continue
         before = held_bytes()
-        taken = fitting(lambda name=name: seconds_of(works[name]))
+        taken = fitting(partial(seconds_of, works[name]))
         if taken is None:
             fits.remove(name)
         elif turn >= warm_up:
