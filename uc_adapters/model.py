@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from os import PathLike
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from transformers import ProcessorMixin
 
 from .config import UniCompressConfig
 from .drawing import Drawing
-from .errors import InputError, UnsupportedError
+from .errors import AdapterNameError, InputError, UnsupportedError
 from .families import Family, family_of
 from .generation import draw, left_pad
 from .hosts import ReadHost, UniCompressLayer
@@ -76,14 +78,9 @@ class UniCompressModel(SharedModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base itself, for a while. Afterwards the same weights train as before: PEFT alone would have all of them do."""
-        trained = [(weight, weight.requires_grad) for weight in self.parameters()]
-        try:
-            with super().disable_adapter():
-                yield
-        finally:
-            for weight, trains in trained:
-                weight.requires_grad_(trains)
+        """The base itself, for a while. Afterwards the adapter is as it was: merged if it was, and the same weights train."""
+        with self.base_model.unmerged(), super().disable_adapter():
+            yield
 
     def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
         """PEFT's; one name, also alone in a list.
@@ -98,6 +95,36 @@ class UniCompressModel(SharedModel):
                 )
             (adapter_name,) = adapter_name
         super().set_adapter(adapter_name, *args, **kwargs)
+
+    def load_adapter(
+        self, model_id: str | PathLike, adapter_name: str, is_trainable: bool = False, *, hotswap: bool = False, **kwargs
+    ):
+        """Loads an adapter as `from_pretrained` does, beside the others. It is not activated.
+
+        Under a name that is there, the new weights are written into the old ones, once they are known to fit: parameters stay
+        the same objects, and the same of them train. So a compiled model switches adapters without compiling again.
+
+        Args:
+            model_id: The adapter's folder or Hub id.
+            adapter_name: Its name in this model. A merged adapter of that name is merged again.
+            is_trainable: Whether a new adapter's weights shall train. Default False.
+            hotswap: Whether to expect an adapter of that name, whose weights are replaced. Default False: it may be new.
+            **kwargs: As in `from_pretrained`; others are passed to PEFT.
+
+        Raises:
+            AdapterNameError: `hotswap=True`, and there is no adapter of that name.
+            AdapterFileError: The adapter under that name has another form: rank, stride, targets, ...
+            BaseModelError, ConfigError, HubError: As in `from_pretrained`.
+        """
+        if hotswap:
+            if adapter_name not in self.peft_config:
+                raise AdapterNameError(
+                    f"hotswap=True with adapter_name={adapter_name!r}; expected one of {list(self.peft_config)}, "
+                    "whose weights are replaced. Load a new adapter with hotswap=False."
+                )
+            kwargs |= {"low_cpu_mem_usage": False, "autocast_adapter_dtype": False}  # either would make new parameters
+        with self.base_model.unmerged():
+            return super().load_adapter(model_id, adapter_name, is_trainable, **kwargs)
 
     def train_only(self, part: str) -> None:
         """Chooses what of the active adapter trains, as the paper's two stages do (section 3).
@@ -173,6 +200,8 @@ class UniCompressModel(SharedModel):
                 other than "strip".
         """
         _refuse_mixed_batch(kwargs)
+        if labels is not None:
+            self._warn_if_nothing_trains()
         read, drawn = Images(pixel_values, image_sizes), Images(drawn_pixel_values, drawn_image_sizes, drawn_latents)
         enabled = self.reading.active_module() is not None
         if not enabled and (drawn.values is not None or word_probs is not None):
@@ -268,6 +297,15 @@ class UniCompressModel(SharedModel):
         if mode is None or self.family.codes_are_words:
             self._check_no_drawing_prompt(input_ids)
         return super().generate(input_ids, **self.reading.encode_for_generate(kwargs))
+
+    def _warn_if_nothing_trains(self) -> None:
+        """A trainer would run to its end, and change no weight."""
+        if self.training and torch.is_grad_enabled() and not any(weight.requires_grad for weight in self.parameters()):
+            warnings.warn(
+                f"No weight trains: adapter {self.active_adapter!r} was loaded for inference, or is frozen. To train it, load "
+                "it with is_trainable=True, or choose what trains: model.set_requires_grad(name), model.train_only(part).",
+                stacklevel=3,
+            )
 
     def _check_draws(self) -> None:
         if self.family.why_no_drawing is not None:

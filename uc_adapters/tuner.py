@@ -13,10 +13,11 @@ from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigEr
 from .families import Family, Geometry, family_of
 from .hosts import CONTAINER, UniCompressLayer, host_classes
 from .identity import identify
+from .lora import ReversibleLora, is_of
 
 
-class UniCompressTuner(LoraModel):
-    """`LoraModel` that also puts hosts around the family's modules. Tuner layers are LoRA's and ours alike."""
+class UniCompressTuner(ReversibleLora):
+    """LoRA that also puts hosts around the family's modules. Tuner layers are LoRA's and ours alike."""
 
     prefix = "lora_"
     tuner_layer_cls = BaseTunerLayer
@@ -33,12 +34,14 @@ class UniCompressTuner(LoraModel):
         config = self.peft_config[adapter_name]
         _check_grid(config, family.geometry)
         _check_names(adapter_name, list(self.peft_config), model, config, family)
-        identify(config, family)
-        if config.target_modules is None:
-            config.target_modules = set(family.target_modules)
-        self._family = family
-        self._check_targets(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.forget_what_trains(adapter_name)
+        with self.unmerged():  # a merged weight is not the base's: neither its fingerprint nor DoRA's norms may see it
+            identify(config, family)
+            if config.target_modules is None:
+                config.target_modules = set(family.target_modules)
+            self._family = family
+            self._check_targets(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @property
     def _hosts(self) -> dict[str, type[UniCompressLayer]]:
@@ -89,8 +92,8 @@ class UniCompressTuner(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         raise UnsupportedError(
-            "A UniCompress adapter changes the length of the sequence, so it cannot be merged into the base's weights. "
-            "Keep it attached, or take it off with model.unload()."
+            "A UniCompress adapter changes the length of the sequence, so it cannot be merged into the base for good. Keep it "
+            "attached, and merge its LoRA alone for speed with model.merge_adapter(); or take it off with model.unload()."
         )
 
     def add_weighted_adapter(self, *args, **kwargs):
@@ -113,14 +116,22 @@ class UniCompressTuner(LoraModel):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
+        """PEFT's, with the whole name of DoRA's magnitudes: PEFT leaves `.weight` out, and transformers then loads none."""
+        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        short = f".lora_magnitude_vector.{adapter_name}"
+        return {f"{key}.weight" if key.endswith(short) else key: value for key, value in state_dict.items()}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's mapping; but a weight that is missing, surplus, of another shape or not finite is an error."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            key: value.shape
-            for key, value in model.state_dict().items()
-            if f".{CONTAINER}.{adapter_name}." in key or (".lora_" in key and f".{adapter_name}." in key)
-        }
+        if any(isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters for module in model.modules()):
+            raise UnsupportedError(
+                f"Adapter {adapter_name!r} is merged, so new weights of it would play no part; expected an unmerged one. Call "
+                "unmerge_adapter() first."
+            )
+        expected = {key: value.shape for key, value in model.state_dict().items() if is_of(key, adapter_name)}
         problems = [
             *_listed("missing", [key for key in expected if key not in remapped]),
             *_listed("surplus", [key for key in remapped if key not in expected]),

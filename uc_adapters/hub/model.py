@@ -20,7 +20,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, InputError, UnsupportedError
 from ..families import family_of
-from ..identity import name_and_commit
+from ..identity import identify, name_and_commit
 from ..tuner import detach, uncover
 from .base import load_base
 from .card import CardFacts, published_as, update_card
@@ -144,6 +144,7 @@ class SharedModel(PeftModel):
             stored = _read_adapter(folder)
             if adapter_name in self.peft_config:
                 _check_same(self.peft_config[adapter_name], stored, adapter_name, folder)
+                identify(stored, family_of(self.get_base_model()))
             with _explained(folder), self._whole_or_not_there(adapter_name):
                 return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
 
