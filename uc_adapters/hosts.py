@@ -11,6 +11,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -64,8 +65,11 @@ class UniCompressLayer(nn.Module, BaseTunerLayer):
         return self.base_layer(x, *args, **kwargs)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        parameter = next(base_layer.parameters())  # hosts are containers: PEFT would look for their `.weight`
-        return parameter.device, parameter.dtype
+        # Base layers are containers: PEFT would look for their `.weight`
+        layer = next(module for module in base_layer.modules() if list(module.parameters(recurse=False)))
+        with align_module_device(layer):  # of an offloaded one, the device where it computes
+            parameter = next(layer.parameters(recurse=False))
+            return parameter.device, parameter.dtype
 
 
 class ReadHost(UniCompressLayer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import align_module_device
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,8 @@ from .hosts import CONTAINER, UniCompressLayer, host_classes
 from .identity import identify
 from .lora import ReversibleLora, is_of
 
+WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
+
 
 class UniCompressTuner(ReversibleLora):
     """LoRA that also puts hosts around the family's modules. Tuner layers are LoRA's and ours alike."""
@@ -26,10 +29,11 @@ class UniCompressTuner(ReversibleLora):
         """Checks that the base can carry the adapter and records what it is made for, then lets PEFT inject.
 
         Raises:
-            BaseModelError: Unknown family, missing host, stride that does not divide the grid, or another base than
-                the adapter was made for (`uc_adapters.identity`).
+            BaseModelError: Unknown family, missing host, a part that `torch.compile` has wrapped, stride that does not divide
+                the grid, or another base than the adapter was made for (`uc_adapters.identity`).
             AdapterNameError: A name that PEFT cannot hold.
         """
+        _check_not_compiled(model)
         family = family_of(model)
         config = self.peft_config[adapter_name]
         _check_grid(config, family.geometry)
@@ -81,7 +85,9 @@ class UniCompressTuner(ReversibleLora):
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         host = self._hosts.get(current_key)
         if host is None:
-            super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
+            layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            with align_module_device(layer):  # an offloaded layer's LoRA goes where the layer computes
+                super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
         if not isinstance(target, UniCompressLayer):
             target = host(target, self._family)
@@ -190,6 +196,18 @@ def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompre
         raise AdapterNameError(
             f"adapter_name={bad[0]!r} cannot be held by PEFT: expected a non-empty name without dots that is no "
             "part of 'lora_' and no module's name on the path to a weight. Choose another, such as 'default' or 'uc4x'."
+        )
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """`torch.compile(module)` puts a module around another, and so renames the weights below: adapters could not be loaded."""
+    wrapped = next((path for path, _ in model.named_modules() if WRAPPED in path.split(".")), None)
+    if wrapped is not None:
+        holder = wrapped.partition(WRAPPED)[0].rstrip(".")
+        raise BaseModelError(
+            f"{f'The base module {holder!r}' if holder else 'The base'} is wrapped by torch.compile(...), which renames its "
+            "weights; expected a plain module. Attach the adapter first and compile then, model = torch.compile(model), or "
+            "compile in place with module.compile(), which renames nothing."
         )
 
 

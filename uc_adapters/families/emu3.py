@@ -11,7 +11,7 @@ from transformers import AutoProcessor, Emu3Processor, GenerationConfig, Process
 
 from ..errors import BaseModelError, InputError
 from ..layers import Grid
-from .family import Geometry, Size, exact
+from .family import Geometry, Size, exact, weight_of
 from .words import WordFamily
 
 POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' are stretched from it
@@ -129,7 +129,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
 
     @property
     def row_end(self) -> torch.Tensor:
-        return self.base.get_input_embeddings().weight[self._row_end]
+        return weight_of(self.base.get_input_embeddings())[self._row_end]
 
     def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Codes (B, H * W) -> words (B, H * (W + 1) + 3): each row with its end, then the end of file, image and sequence."""

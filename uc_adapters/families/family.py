@@ -9,6 +9,7 @@ from functools import wraps
 from typing import ClassVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
 
@@ -46,6 +47,12 @@ def exact(latents: Callable) -> Callable:
             return latents(family, pixel_values)
 
     return exact_latents
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A module's weight; where accelerate offloads it until the module is called, it is brought here for the caller."""
+    with align_module_device(module):
+        return module.weight
 
 
 class Family(ABC):

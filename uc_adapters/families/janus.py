@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
 
 from ..layers import unit
-from .family import Family, Geometry, exact
+from .family import Family, Geometry, exact, weight_of
 
 
 class Janus(Family):
@@ -55,7 +55,7 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
 
     @property
     def codebook(self) -> torch.Tensor:
-        return self.code_space(self.base.model.vqmodel.quantize.embedding.weight.detach().float())
+        return self.code_space(weight_of(self.base.model.vqmodel.quantize.embedding).detach().float())
 
     @exact
     @torch.no_grad()

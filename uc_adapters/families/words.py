@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from .family import Family
+from .family import Family, weight_of
 
 
 class WordFamily(Family):
@@ -34,14 +34,14 @@ class WordFamily(Family):
 
     @property
     def codebook(self) -> torch.Tensor:
-        return self.base.model.vqmodel.quantize.embedding.weight.detach().float()
+        return weight_of(self.base.model.vqmodel.quantize.embedding).detach().float()
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         return self.base.get_input_embeddings()(self.words[codes])
 
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The words' own head, where it stands for codes: only an image's words can be drawn where an image is due."""
-        weight = self.base.lm_head.weight
+        weight = weight_of(self.base.lm_head)
         words = weight[self._run] if self._run is not None else weight[self.words]  # a slice copies nothing
         return F.linear(hidden.to(weight.dtype), words)
 

@@ -111,7 +111,7 @@ class SharedModel(PeftModel):
                 config = stored
             elif config.base_geometry is None:
                 config.base_geometry, config.base_fingerprint = stored.base_geometry, stored.base_fingerprint
-            with _explained(folder):
+            with _explained(folder), keeping_dispatch(base):
                 try:
                     return super().from_pretrained(base, str(folder), adapter_name, is_trainable, config, **kwargs)
                 except Exception:
@@ -304,6 +304,17 @@ def refuse_carrier(base: nn.Module) -> None:
             "The base carries an adapter already; expected a plain base. Add a second adapter with model.add_adapter(name, "
             "config) or model.load_adapter(folder, name), or take the first off with model.unload()."
         )
+
+
+@contextmanager
+def keeping_dispatch(base: nn.Module) -> Iterator[None]:
+    """Hides a base's device map from PEFT, which would take it apart and guess another, for disks by writing the base anew."""
+    device_map = base.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            base.hf_device_map = device_map
 
 
 def _read_adapter(folder: Path) -> UniCompressConfig:
