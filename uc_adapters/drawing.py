@@ -71,7 +71,7 @@ class Drawing:
 
     def advances(self, grid: Grid) -> torch.Tensor:
         """By how many positions each of these inputs stands behind the one before it, (N + 1 + T',)."""
-        return torch.tensor(self.module.advances(grid, self.family.row_ends), device=self.family.base.device)
+        return torch.tensor(self.module.advances(grid, self.family.row_ends), device=self.family.device)
 
     @property
     def separator(self) -> torch.Tensor:

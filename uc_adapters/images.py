@@ -72,7 +72,7 @@ def pack_latents(family: Family, processor: ProcessorMixin, images: list[Image])
         Of each, {"size": [H, W] in pixels as the processor prepares it, "values": float32 bytes of the latents (T, C)}.
     """
     prepared = processor.image_processor(images, return_tensors="pt")
-    pixel_values = prepared["pixel_values"].to(family.base.device)
+    pixel_values = prepared["pixel_values"].to(family.device)
     packed = {}
     for rows, pixels, size in family.by_size(pixel_values, prepared.get("image_sizes")):
         latents = family.latents(pixels).cpu().numpy()  # (n, T, C), float32

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import ClassVar
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
 
@@ -106,6 +106,13 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
     base: nn.Module
     geometry: Geometry
     image_token_id: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base takes its tokens. `base.device` is where a weight lies, which is nowhere if accelerate offloads it."""
+        embeddings = self.base.get_input_embeddings()
+        offloaded = has_offloaded_params(embeddings)
+        return torch.device(embeddings._hf_hook.execution_device if offloaded else embeddings.weight.device)
 
     # Images ----------------------------------------------------------------------------------------------------------
 

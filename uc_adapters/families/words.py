@@ -20,9 +20,8 @@ class WordFamily(Family):
     @property
     def words(self) -> torch.Tensor:
         """The word of each code, (K,), where the embeddings are."""
-        device = self.base.get_input_embeddings().weight.device
-        if self._words is None or self._words.device != device:
-            self._words = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(device)
+        if self._words is None or self._words.device != self.device:
+            self._words = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(self.device)
         return self._words
 
     def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
