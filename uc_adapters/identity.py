@@ -102,14 +102,20 @@ def _fingerprint(family: Family) -> dict[str, list[float] | None]:
     weights = {
         name.replace(".base_layer", ""): parameter for name, parameter in family.base.named_parameters() if "lora_" not in name
     }
-    known = all(weight.is_floating_point() and not weight.is_meta and weight.numel() for weight in weights.values())
-    if not known:
+    # Some quantised layers hold buffers in place of weights: the parameters alone would not tell
+    quantised = getattr(family.base, "is_quantized", False)
+    if quantised or not all(map(_is_plain, weights.values())):
         return {"codebook": None if family.codebook.is_meta else _sketch(family.codebook.cpu()), "weights": None}
     samples = torch.zeros(len(weights), SAMPLE)
     for row, name in enumerate(sorted(weights)):
         sample = weights[name].detach().flatten()[:SAMPLE]
         samples[row, : len(sample)] = sample.float().cpu()
     return {"codebook": _sketch(family.codebook.cpu()), "weights": _sketch(samples)}
+
+
+def _is_plain(weight: nn.Parameter) -> bool:
+    """Whether a weight's numbers can be read as they are: it is neither packed, nor of a class of its own, nor elsewhere."""
+    return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta and bool(weight.numel())
 
 
 def _sketch(rows: torch.Tensor) -> list[float]:

@@ -200,10 +200,10 @@ class ReversibleLora(LoraModel):
             weight = getattr(base_layer, "weight", None)
             plain = type(layer) is Linear and type(weight) is nn.Parameter and weight.dtype in MERGEABLE
             if not plain:  # PEFT has LoRA layers of its own for most quantised ones
+                held = "no weight" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
                 raise UnsupportedError(
-                    f"A {type(base_layer).__name__} of the base holds its weights as {type(weight).__name__}, "
-                    f"{getattr(weight, 'dtype', None)}, which has no exact merged form; expected a base that is not quantised. "
-                    "Use the adapter unmerged, or load the base unquantised."
+                    f"A base layer of class {type(base_layer).__name__} holds {held}, which has no exact merged form; expected a "
+                    "base that is not quantised. Use the adapter unmerged, or load the base unquantised."
                 )
             if weight.is_meta:
                 raise UnsupportedError(
