@@ -202,7 +202,7 @@ class ReversibleLora(LoraModel):
             if not plain:  # PEFT has LoRA layers of its own for most quantised ones
                 held = "no weight" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
                 raise UnsupportedError(
-                    f"A base layer of class {type(base_layer).__name__} holds {held}, which has no exact merged form; expected a "
+                    f"A base layer {type(base_layer).__name__} holds {held}, which has no exact merged form; expected a "
                     "base that is not quantised. Use the adapter unmerged, or load the base unquantised."
                 )
             if weight.is_meta:
