@@ -174,6 +174,7 @@ class CodeReadLayer(ReadHost):
             embeddings.update(zip(rows, self._compress(codes, self.family.read_grid(size)), strict=True))
         return [embeddings[row] for row in range(len(pixel_values))]
 
+    @torch.no_grad()
     def encode_for_generate(self, kwargs: dict) -> dict:
         """Encodes ahead: transformers would encode densely, and match placeholders to images by that."""
         return self._encode(kwargs) if kwargs.get("pixel_values") is not None else kwargs
@@ -202,8 +203,23 @@ class CodeReadLayer(ReadHost):
         if images is not None:
             grids = self.family.encoded_codes(images)  # N times (H, W)
             compact = [self._compress(codes.flatten()[None], tuple(codes.shape))[0] for codes in grids]
+            self._check_repeats(kwargs.get("input_ids"), compact)
             return args, kwargs | {"mm_encoder_outputs": {"image": self._pack(compact)}}
         return None if kwargs.get("pixel_values") is None else (args, self._encode(kwargs))
+
+    def _check_repeats(self, input_ids: torch.Tensor | None, images: list[torch.Tensor]) -> None:
+        """transformers repeats dense images for beams and several sequences, by lengths that are not ours."""
+        if input_ids is None:
+            return
+        places, compact = int((input_ids == self.family.image_token_id).sum()), sum(map(len, images))
+        if places > compact and places % compact == 0:
+            raise UnsupportedError(ONE_ANSWER.format(f"{places // compact} answers a prompt"))
+
+
+ONE_ANSWER = (
+    "{} through a plain PeftModel or transformers' own generate; expected one answer a prompt, without beams: this base's images "
+    "would be repeated wrongly. Load the adapter with UniCompressModel.from_pretrained(base, adapter), which does both."
+)
 
 
 class CodeDrawLayer(UniCompressLayer):

@@ -12,7 +12,7 @@ from torch import nn
 from .config import UniCompressConfig
 from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError, UnsupportedError
 from .families import Family, Geometry, family_of
-from .hosts import CONTAINER, UniCompressLayer, host_classes
+from .hosts import CONTAINER, ONE_ANSWER, UniCompressLayer, host_classes
 from .identity import identify
 from .lora import ReversibleLora, is_of
 
@@ -95,6 +95,14 @@ class UniCompressTuner(ReversibleLora):
         target.add_adapter(adapter_name, target.module_class(config, self._family.geometry))
         if adapter_name not in self.active_adapters:
             target.set_requires_grad(adapter_name, False)  # as PEFT leaves an adapter that is added, not chosen
+
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """PEFT's own, around every forward and `generate`; raises UnsupportedError where images would be repeated wrongly."""
+        if self._family.codes_are_words and kwargs.get("pixel_values") is not None:
+            for name in ("num_beams", "num_return_sequences"):
+                if (kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None) or 1) > 1:
+                    raise UnsupportedError(ONE_ANSWER.format(f"{name} above 1"))
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         raise UnsupportedError(
