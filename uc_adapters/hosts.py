@@ -217,7 +217,7 @@ class CodeReadLayer(ReadHost):
 
 
 ONE_ANSWER = (
-    "{} through a plain PeftModel or transformers' own generate; expected one answer a prompt, without beams: this base's images "
+    "{} through a plain PeftModel or transformers' own generate; expected one answer a prompt, no beams: this base's images "
     "would be repeated wrongly. Load the adapter with UniCompressModel.from_pretrained(base, adapter), which does both."
 )
 
