@@ -111,6 +111,7 @@ class UniCompressConfig(LoraConfig):
         self._require(
             "alora_invocation_tokens", self.alora_invocation_tokens is None, "None: such a LoRA would never be switched on here"
         )
+        self._require("arrow_config", self.arrow_config is None, "None: it mixes adapters, and an image has one compact form")
         self._require("kasa_config", self.kasa_config is None, "None: it changes the weights of the base")
         self._require("megatron_config", not self.megatron_config, "None: PEFT would import a module that the config names")
         self._require(
