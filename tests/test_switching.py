@@ -1,5 +1,6 @@
 """What trains, and what is compiled, through switching, disabling, loading and hot-swapping adapters."""
 
+import copy
 import json
 import warnings
 
@@ -48,11 +49,10 @@ def choose(model, part: str) -> None:
 def folder(pristine, tmp_path_factory):
     """Two adapters of one form, with other weights."""
     folder = tmp_path_factory.mktemp("two")
-    model = attach(pristine, "one", seed=1)
+    model = attach(copy.deepcopy(pristine), "one", seed=1)
     model.add_adapter("two", small_config())
     randomise(model, "two", 2)
     model.save_pretrained(folder)
-    model.unload()
     return folder
 
 
@@ -231,16 +231,13 @@ def test_a_hot_swap_keeps_the_dtype_of_the_weights(base, folder):
     assert all(weight is parameters[name] and weight.dtype == torch.bfloat16 for name, weight in model.named_parameters())
 
 
-def test_a_compiled_model_swaps_without_compiling_again(base, fresh, folder, short_question, prompts):
+def test_a_compiled_model_swaps_without_compiling_again(base, fresh, folder, prompts):
     model = UniCompressModel.from_pretrained(base, folder / "one", "one")
     backend = Graphs()
-    model.get_base_model().model.language_model.compile(backend=backend, dynamic=False)
-    logits(model, short_question)
     draw(model, prompts, **backend.options())
     before = backend.count
     model.load_adapter(folder / "two", "one", hotswap=True)
     loaded = UniCompressModel.from_pretrained(fresh(), folder / "two", "two")
-    assert torch.equal(logits(model, short_question), logits(loaded, short_question))
     assert torch.equal(draw(model, prompts, **backend.options()), draw(loaded, prompts))
     assert backend.count == before > 0
 
