@@ -3,6 +3,7 @@
     python recipes/benchmark.py --shape tiny --batch_sizes 1 8                     # two minutes: the shipped base and adapter
     python recipes/benchmark.py --shape janus-pro-1b --repeats 1 --warm_up false   # 20 to 40 minutes on two cores, 14 GiB
     python recipes/benchmark.py --shape tiny --also phase cell                     # other decompressors in the same turns
+    python recipes/benchmark.py --shape tiny --fused true                          # also the adapter with its LoRA merged
     python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8 --alternatives compiled
     python recipes/benchmark.py --shape janus-pro-1b --train                       # a step of training: six minutes, 14 GiB
 
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark_models import SHAPES, prompts, random_pixels, sides
+from benchmark_models import SHAPES, fused, prompts, random_pixels, sides
 from benchmark_report import draw_chart, markdown
 from drawing_benchmark import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
 from environment import check_output, environment, is_here, make_current
@@ -44,6 +45,7 @@ class BenchmarkArguments:
     shape: str = field(default="tiny", metadata={"help": "tiny, janus-pro-1b or janus-pro-7b."})
     decompressor: str = field(default="strip", metadata={"help": "Of a random adapter: not with --shape tiny."})
     also: list[str] = field(default_factory=list, metadata={"help": "Further decompressors to draw with, of random adapters."})
+    fused: bool = field(default=False, metadata={"help": "Also draw and read with the adapter's LoRA merged."})
     train: bool = field(default=False, metadata={"help": "Time a step of training instead: LoRA on dense tokens, and stage 2."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "In training, on both sides."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once; training takes the first."})
@@ -70,9 +72,10 @@ class BenchmarkArguments:
         self._require("device", is_here(self.device), "cpu, or the device of a GPU that is there, such as cuda")
         if self.gradient_checkpointing and not self.train:
             raise SystemExit("--gradient_checkpointing true without --train true; expected both: only training has gradients.")
-        for name in ("also", "alternatives"):
-            if self.train and (chosen := getattr(self, name)):
-                raise SystemExit(f"--{name} {' '.join(chosen)} with --train true; expected one: they are of drawing.")
+        of_drawing = {"also": " ".join(self.also), "alternatives": " ".join(self.alternatives), "fused": "true" * self.fused}
+        for name, chosen in of_drawing.items():
+            if self.train and chosen:
+                raise SystemExit(f"--{name} {chosen} with --train true; expected one: they are of drawing.")
         for name in ("json", "chart"):
             check_output(name, getattr(self, name))
         self._require("chart", self.chart is None or Path(self.chart).suffix == ".png", "a file that ends in .png")
@@ -94,9 +97,10 @@ def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
 
 @torch.no_grad()
 def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
-    """Drawing of all sides; reading and memory of base and "adapter", since all adapters read alike."""
+    """Drawing of all sides; reading of base, "adapter" and "fused", since the other adapters read as "adapter" does."""
     pair = {name: models[name] for name in ("base", "adapter")}
-    reading = reading_figures(pair, args.batch_sizes, args.repeats, args.warm_up)
+    readers = pair | {name: models[name] for name in models if name == "fused"}
+    reading = reading_figures(readers, args.batch_sizes, args.repeats, args.warm_up)
     # Before the turns: without a warm-up of their own, this drawing is theirs
     shares = {name: fitting(lambda model=model: drawing_shares(model, args.warm_up)) for name, model in models.items()}
     drawing = drawing_figures(models, args.batch_sizes, args.repeats, args.warm_up, args.alternatives)
@@ -150,6 +154,8 @@ def main(args: BenchmarkArguments) -> dict:
             f"--shape {args.shape} ran out of memory at {args.dtype}: base and adapter do not fit on {args.device}. Take "
             "bfloat16, or a smaller shape."
         )
+    if args.fused:
+        models["fused"] = fused(models["adapter"])
     figures = training_speed(models, args) if args.train else speed_figures(models, args)
     figures |= environment(args.device) | {"settings": vars(args)}
     text = json.dumps(figures, indent=2)

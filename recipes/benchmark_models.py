@@ -75,6 +75,13 @@ def sides(shape: str, decompressor: str, also: list[str], dtype: torch.dtype, de
     return {"base": base} | {name: model.eval() for name, model in adapters.items()}
 
 
+def fused(adapter: UniCompressModel) -> UniCompressModel:
+    """An adapter once more, with its LoRA merged; it shares all other weights with the one given."""
+    model = twin_of(adapter)
+    model.merge_adapter()
+    return model
+
+
 def prompts(model: nn.Module, batch: int, placeholders: int = 0) -> dict[str, torch.Tensor]:
     """Random words behind the sequence's begin; to read, behind an image's placeholders; to draw, before an image's begin."""
     config = model.generation_config

@@ -27,9 +27,9 @@ def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[st
     dense = models["adapter"].family.geometry.read_side ** 2
     works: dict[str, dict[str, Work]] = {phase: {} for phase in PHASES}
     for name, model in models.items():
-        count = model.num_image_tokens if name == "adapter" else dense
+        count = dense if name == "base" else model.num_image_tokens
         inputs = prompts(model, batch, count) | {"pixel_values": pixels}
-        core = model.get_base_model().model if name == "adapter" else model.model
+        core = model.model if name == "base" else model.get_base_model().model
         embedded = torch.randn(batch, count + TEXT_TOKENS, core.config.text_config.hidden_size, device=pixels.device)
         embedded = embedded.to(pixels.dtype)
 
@@ -40,7 +40,7 @@ def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[st
 
 
 def reading_figures(models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool) -> dict:
-    """Of both sides, in turn; seconds of None did not fit. One prompt is warmed up and has three turns at least."""
+    """Of all sides, in turn; seconds of None did not fit. One prompt is warmed up and has three turns at least."""
     by_batch: dict[str, dict[str, dict[str, float | None]]] = {}
     rates: dict[str, dict[str, float | None]] = {}
     for batch in batch_sizes:

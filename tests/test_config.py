@@ -4,6 +4,7 @@ from dataclasses import fields
 import pytest
 from helpers import DECOMPRESSORS, small_config
 from peft import PeftConfig
+from peft.tuners.lora import ArrowConfig
 from peft.utils import CONFIG_NAME
 
 from uc_adapters import UniCompressConfig
@@ -26,6 +27,7 @@ BAD = [
     *[("bias", value, "none") for value in ("all", "lora_only")],
     ("modules_to_save", ["lm_head"], "None"),
     ("layer_replication", [[0, 1]], "None"),
+    ("arrow_config", ArrowConfig(), "None: it mixes adapters"),
     ("target_parameters", ["model.vision_model.encoder.layers.0.self_attn.q_proj.weight"], "None: name modules"),
     *[("init_lora_weights", value, "gaussian") for value in ("pissa", "olora", None)],
     ("trainable_token_indices", [1], "None"),

@@ -125,6 +125,15 @@ def test_transformers_load_adapter_reads_alike_and_refuses_to_draw(saved, base, 
         draw(base, saved.prompts)
 
 
+def test_dora_through_transformers_load_adapter_reads_alike(base, fresh, tmp_path, short_question):
+    model = attach(fresh(), use_dora=True)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, short_question)
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(logits(base, short_question), expected)
+    assert torch.equal(logits(UniCompressModel.from_pretrained(model.unload(), tmp_path), short_question), expected)
+
+
 def renamed(weights: dict, name: str) -> dict:
     return {key.removeprefix("base_model.model.").replace(".default.", f".{name}."): value for key, value in weights.items()}
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from helpers import (
@@ -24,7 +25,7 @@ from specs import SPECS
 from stock_calls import calls_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
 from uc_adapters import UniCompressCollator, UniCompressModel, get_uc_model
@@ -238,6 +239,75 @@ def test_generate_says_what_forward_scores_highest(model, compact, pictures):
 def test_transformers_own_generate_on_the_base_reads_compactly(model, compact, pictures):
     inputs = question_inputs(compact, QUESTIONS[:2], [pictures[0], pictures[0].rotate(90)])
     assert torch.equal(answer(model.get_base_model(), inputs), answer(model, inputs))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_several_answers_through_a_plain_peft_model(fresh, model, compact, pictures, tmp_path, options):
+    """Where images are words, transformers repeats them by their dense lengths: refused."""
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(fresh(), str(tmp_path)).eval()
+    inputs = question_inputs(compact, QUESTIONS[:2], [pictures[0], pictures[0].rotate(90)])
+    options = {**options, "max_new_tokens": 2, "min_new_tokens": 2}
+    if not model.family.codes_are_words:
+        torch.manual_seed(0)
+        expected = model.generate(**inputs, **options)
+        torch.manual_seed(0)
+        assert torch.equal(plain.generate(**inputs, **options), expected)
+        return
+    with pytest.raises(UnsupportedError, match=r"above 1 through a plain PeftModel.*UniCompressModel.from_pretrained"):
+        plain.generate(**inputs, **options)
+    with pytest.raises(UnsupportedError, match=r"above 1 through a plain PeftModel"):
+        plain.generate(**inputs, generation_config=GenerationConfig(**options))
+    plain.base_model.model.generation_config.num_beams = 2  # a forward has no beams
+    assert logits(plain, inputs).isfinite().all()
+
+
+def test_a_trainable_adapter_answers_without_a_graph(model, compact, pictures):
+    """A graph of the images would stay in memory, and candidates' arguments could not be copied."""
+    assert any(weight.requires_grad for weight in model.parameters())
+    inputs = question_inputs(compact, QUESTIONS[:1], pictures[:1])
+    kept = model.reading.encode_for_generate(dict(inputs)).get("mm_encoder_outputs", {}).get("image")
+    assert kept is None or not any(embeddings.requires_grad for embeddings in kept.pooler_output)
+    told = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    base = copy.deepcopy(model).unload()
+    assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=4, assistant_model=base), told)
+
+
+def test_merged_it_reads_and_draws_the_same(spec, pristine, model, processor, compact, pictures):
+    inputs, dense = question_inputs(compact, QUESTIONS, pictures), question_inputs(processor, QUESTIONS, pictures)
+    expected = logits(model, inputs)
+    with model.merged_adapter():
+        torch.testing.assert_close(logits(model, inputs), expected, atol=1e-3, rtol=1e-4)
+        if spec.draws:
+            assert draw(model, prompts(model, compact, CAPTIONS[:1])).numel()
+        with model.disable_adapter():
+            assert torch.equal(logits(model, dense), logits(pristine, dense))
+    assert torch.equal(logits(model, inputs), expected)
+    assert_same(base_weights(model), dict(pristine.named_parameters()))
+
+
+def test_with_an_offloaded_tokenizer_it_reads_and_draws_the_same(spec, fresh, model, compact, pictures, tmp_path):
+    model.save_pretrained(tmp_path)
+    base = fresh()
+    cpu_offload(base.model.vqmodel, execution_device=torch.device("cpu"))
+    offloaded = UniCompressModel.from_pretrained(base, tmp_path).eval()
+    inputs = question_inputs(compact, QUESTIONS, pictures)
+    assert torch.equal(logits(offloaded, inputs), logits(model, inputs))
+    if spec.draws:
+        to_draw = prompts(model, compact, CAPTIONS[:1])
+        assert torch.equal(draw(offloaded, to_draw), draw(model, to_draw))
+
+
+def test_wholly_offloaded_it_reads_and_draws_the_same(spec, fresh, model, compact, pictures, tmp_path):
+    model.save_pretrained(tmp_path)
+    base = fresh()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    offloaded = UniCompressModel.from_pretrained(base, tmp_path).eval()
+    inputs = question_inputs(compact, QUESTIONS, pictures)
+    assert torch.equal(logits(offloaded, inputs), logits(model, inputs))
+    if spec.draws:
+        to_draw = prompts(model, compact, CAPTIONS[:1])
+        assert torch.equal(draw(offloaded, to_draw), draw(model, to_draw))
 
 
 # Save, load, switch

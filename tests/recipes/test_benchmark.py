@@ -72,6 +72,16 @@ def test_further_decompressors_draw_in_the_same_turns_and_are_told_beside(tmp_pa
     assert min(Image.open(chart).size) > 200
 
 
+def test_the_fused_adapter_draws_and_reads_as_the_adapter_and_leaves_it_alone(tiny):
+    before = {name: weight.clone() for name, weight in tiny["adapter"].named_parameters()}
+    fused = benchmark_models.fused(tiny["adapter"])
+    pixels = [drawing_benchmark.draw(model, 1) for model in (tiny["adapter"], fused)]
+    torch.testing.assert_close(*pixels)
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny["adapter"].named_parameters())
+    works = reading_benchmark.reading_works({"adapter": tiny["adapter"], "fused": fused}, 1)
+    torch.testing.assert_close(works["answer"]["fused"](), works["answer"]["adapter"]())
+
+
 def test_the_bytes_of_a_drawings_cache_are_those_of_the_real_one(tiny):
     found = {}
     for name, model in tiny.items():
@@ -178,6 +188,7 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
         ({"json": "/tmp"}, r"--json /tmp is a folder; expected a file"),
         ({"chart": "figures.txt"}, r"--chart 'figures.txt'.*ends in \.png"),
         ({"gradient_checkpointing": True}, "expected both"),
+        ({"train": True, "fused": True}, r"--fused true with --train true; expected one"),
         ({"train": True, "alternatives": ["static"]}, r"--alternatives static with --train true; expected one"),
     ],
 )
