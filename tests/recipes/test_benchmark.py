@@ -78,8 +78,8 @@ def test_the_fused_adapter_draws_as_the_adapter_and_leaves_it_alone(tiny):
     pixels = [drawing_benchmark.draw(model, 1) for model in (tiny["adapter"], fused)]
     torch.testing.assert_close(*pixels)
     assert all(torch.equal(weight, before[name]) for name, weight in tiny["adapter"].named_parameters())
-    works = reading_benchmark.reading_works({"base": tiny["base"], "adapter": tiny["adapter"], "fused": fused}, 1)["answer"]
-    assert works["fused"]().shape == works["adapter"]().shape
+    works = reading_benchmark.reading_works({"base": tiny["base"], "adapter": tiny["adapter"], "fused": fused}, 1)["prefill"]
+    assert works["fused"]().last_hidden_state.shape == works["adapter"]().last_hidden_state.shape
 
 
 def test_the_bytes_of_a_drawings_cache_are_those_of_the_real_one(tiny):
