@@ -125,8 +125,8 @@ class ReversibleLora(LoraModel):
         except (NotImplementedError, RuntimeError, ValueError) as error:
             self.unmerge_adapter()
             raise UnsupportedError(
-                f"Adapter {self.active_adapters[0]!r} cannot be merged: {type(error).__name__}: {error}. The base is as it "
-                "was: use the adapter unmerged."
+                f"Adapter {self.active_adapters[0]!r} cannot be merged: {type(error).__name__}: {str(error).rstrip('.')}. The "
+                "base is as it was: use the adapter unmerged."
             ) from error
 
     def unmerge_adapter(self) -> None:

@@ -143,8 +143,10 @@ class SharedModel(PeftModel):
         with locked(folder):
             stored = _read_adapter(folder)
             if adapter_name in self.peft_config:
-                _check_same(self.peft_config[adapter_name], stored, adapter_name, folder)
-                identify(stored, family_of(self.get_base_model()))
+                ours = self.peft_config[adapter_name]
+                _check_same(ours, stored, adapter_name, folder)
+                if stored.base_fingerprint != ours.base_fingerprint:  # weights of one that was trained elsewhere
+                    identify(stored, family_of(self.get_base_model()))
             with _explained(folder), self._whole_or_not_there(adapter_name):
                 return super().load_adapter(str(folder), adapter_name, is_trainable, **kwargs)
 
