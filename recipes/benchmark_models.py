@@ -85,7 +85,7 @@ def fused(adapter: UniCompressModel) -> UniCompressModel:
 def prompts(model: nn.Module, batch: int, placeholders: int = 0) -> dict[str, torch.Tensor]:
     """Random words behind the sequence's begin; to read, behind an image's placeholders; to draw, before an image's begin."""
     config = model.generation_config
-    words = torch.randint(5, 50, (batch, TEXT_TOKENS), device=model.device)  # no placeholder of an image
+    words = torch.randint(6, 50, (batch, TEXT_TOKENS), device=model.device)  # neither an image's placeholder nor its begin
     words[:, 0] = config.bos_token_id
     if placeholders:
         image = torch.full((batch, placeholders), model.config.image_token_id, device=model.device)
