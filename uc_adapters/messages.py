@@ -14,7 +14,7 @@ def normalised(messages: Any, images: int) -> list[dict]:
     A content may be a plain string. In a row with images, `<image>` in a text is the place of one. Images without a place go
     in front of the first user turn that is a plain string, as TRL puts them.
 
-    This function refuses nothing: what a turn lacks is None, and `malformed` names it.
+    Nothing is refused: what a turn lacks is None, and `malformed` names it.
 
     Args:
         messages: Turns in TRL's form.
@@ -31,12 +31,12 @@ def normalised(messages: Any, images: int) -> list[dict]:
     return made
 
 
-def malformed(messages: list[dict], image_token: str) -> str | None:
+def malformed(messages: list[dict], special: tuple[str, ...]) -> str | None:
     """What is wrong with turns of `normalised`, in words; None where nothing is.
 
     Args:
         messages: Turns of `normalised`.
-        image_token: The processor's: in a text it would be taken for an image.
+        special: Tokens that the processor writes around and for an image: in a text they would be taken for one.
     """
     if not messages:
         return "no messages; expected turns of {'role': ..., 'content': ...}"
@@ -54,13 +54,8 @@ def malformed(messages: list[dict], image_token: str) -> str | None:
                 return f"{where} has a part of type {part['type']!r}; expected 'text' or 'image'"
             elif not isinstance(part.get("text"), str) or not part["text"].strip():
                 return f"{where} has a text that is empty, missing or no string; expected words"
-            elif image_token in part["text"]:
-                return f"{where} has the image token {image_token} in its text; expected a part {{'type': 'image'}} instead"
-            elif IMAGE_MARKER in part["text"]:
-                return (
-                    f"{where} has {IMAGE_MARKER} in its text, and no image for it; expected as many images as places for them. "
-                    "Add the image, or take the marker out"
-                )
+            elif written := next((token for token in (*special, IMAGE_MARKER) if token in part["text"]), None):
+                return f"{where} has the image token {written} in its text; expected a part {{'type': 'image'}} and its image"
     return None
 
 
