@@ -27,6 +27,8 @@ ROW = Features(
         "images": List(ImageFeature(decode=False)),
         "origin": Value("string"),
         "first": Value("bool"),
+        "given": Value("int32"),
+        "taught": Value("bool"),
     }
 )
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -82,7 +84,7 @@ def conversations(source: str, streaming: bool = False, forms: Forms | None = No
             files = [name for image in _images(row) if (name := _file_name(image))]
             origin = f"{source}, row {index}" + (f" ({', '.join(files)})" if files else "")
             for place, messages in enumerate(tell(row)):
-                for name, value in zip(ROW, (messages, images, origin, place == 0), strict=True):
+                for name, value in zip(ROW, (messages, images, origin, place == 0, 0, False), strict=True):
                     made[name].append(value)
         return made
 

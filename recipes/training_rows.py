@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from conversations import FORMS, ROW, UNFINISHED_FORMS, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from torch import Tensor
@@ -17,30 +18,34 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from uc_adapters import UniCompressCollator, UniCompressModel, __version__
+from uc_adapters.errors import InputError
 from uc_adapters.images import Images
 
-ROLES = ("system", "user", "assistant", "tool")
 SHOWN = 10  # bad rows named before they are only counted
 MEND = "mend them, or pass --skip_bad_rows true"
 
 
 def tokens_of(batch: dict[str, Tensor]) -> int:
-    """Tokens of a row."""
+    """Tokens of the longest sequence of a row."""
     return batch["input_ids"].shape[1]
 
 
 def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
-    """Places of the base's context that a row takes: more than tokens where "strip" draws an image at the base's own places.
+    """Places of the base's context that it takes: more than tokens where "strip" draws an image at the base's own places.
 
     Raises:
         DatasetError: An image to draw, for a base that only reads.
     """
-    family = model.family
+    family, places = model.family, batch["attention_mask"].sum(1)  # (B,)
     drawn = Images(batch.get("drawn_pixel_values"), batch.get("drawn_image_sizes"))
-    if family.why_no_drawing is not None and drawn.values is not None:
+    if drawn.values is None:
+        return int(places.max())
+    if family.why_no_drawing is not None:
         raise DatasetError(f"an image to draw, for a base that cannot: {family.why_no_drawing}")
     advances = [model.drawing.advances(family.draw_grid(size)) for size in drawn.sizes(family)]
-    return tokens_of(batch) + sum(int((of_image - 1).sum()) for of_image in advances)
+    draws = batch["drawn_mask"].any(1)  # one image a sequence
+    places[draws] += torch.stack([(of_image - 1).sum() for of_image in advances]).to(places.device)
+    return int(places.max())
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,16 @@ class RowCheck:
 
     def problem(self, row: dict) -> str | None:
         """What is wrong with a row; None where nothing is."""
-        problem = malformed(row["messages"], self.collator.processor.image_token)
-        if problem:
-            return problem
         try:
             row = decoded(row)
             batch = self.collator([row])
             lengths = [self.places(batch), *([tokens_of(self.teacher([row]))] if self.teacher else [])]
-        except Exception as error:  # whatever a file may hold: PIL's, a processor's, ours
+        except InputError as error:
+            problem = str(error).removeprefix(f"{row['origin']}: ")
+            unanswered = self.teacher and problem.startswith("Nothing to learn")
+            return f"{problem} The base has no word to answer it with." if unanswered else problem
+        except Exception as error:  # whatever a file may hold: PIL's, a processor's
             return f"{type(error).__name__}: {error}"
-        if not (batch["labels"] != -100).any():
-            if self.teacher and row["messages"][-1]["role"] == "user":
-                return "nothing to learn: the base has no word to answer it with"
-            return "nothing to learn; expected an assistant turn with words or an image"
         if max(lengths) <= self.context:
             return None
         whose = " of the base's own, which teaches" if lengths[-1] > lengths[0] else ""
@@ -198,29 +200,6 @@ def _checked_shard(dataset: IterableDataset, source: str, where: str, check: Row
     finally:
         if bad:
             tqdm.write(f"{bad} bad row(s) in {source}{where} skipped, {good} good row(s) read")
-
-
-def malformed(messages: list[dict], image_token: str) -> str | None:
-    """What in the messages is not of TRL's form; None where nothing is."""
-    if not messages:
-        return "no messages; expected turns of {'role': ..., 'content': ...}"
-    for number, turn in enumerate(messages, 1):
-        role, where = turn["role"], f"turn {number} ({turn['role']})"
-        if role not in ROLES:
-            return f"turn {number} has the role {role!r}; expected {', '.join(ROLES)}"
-        if not turn["content"]:
-            return f"{where} is empty; expected words or an image"
-        for part in turn["content"]:
-            if part["type"] == "image":
-                if role not in ("user", "assistant"):
-                    return f"{where} holds an image; expected images to read in user turns, to draw in assistant turns"
-            elif part["type"] != "text":
-                return f"{where} has a part of type {part['type']!r}; expected 'text' or 'image'"
-            elif not (part["text"] or "").strip():
-                return f"{where} has a text that is empty, missing or no string; expected words"
-            elif image_token in part["text"]:
-                return f"{where} has the image token {image_token} in its text; expected a part {{'type': 'image'}} instead"
-    return None
 
 
 def state_of(processor: ProcessorMixin) -> list[tuple[str, bytes]]:

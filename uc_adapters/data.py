@@ -66,7 +66,7 @@ class UniCompressCollator:
                 "processor.tokenizer.eos_token, or pass eos_token_id=model.generation_config.eos_token_id."
             )
         end = own if own in self.ends else self.ends[0]
-        self.writer = SequenceWriter(self.processor, self.ends, end, self.config.num_global_codes, self.dropout)
+        self.writer = SequenceWriter(self.processor, self.ends, end, self.config.num_global_codes)
 
     @property
     def epoch(self) -> int | None:
@@ -107,7 +107,7 @@ class UniCompressCollator:
         sequences, places, drawings = [], [], self._drawn_images(drawn, to_draw)
         for index, of_row in enumerate(learned):
             blocks = [self.processor.replace_image_token(read, firsts[index] + place) for place in range(counts[index])]
-            written = self.writer.write(of_row, blocks, drawings)
+            written = self.writer.write(of_row, blocks, drawings, self.dropout)
             places += [(index, place) for one in written for place in range(one.read)]
             sequences += [(index, one) for one in written]
         batch = self._padded([one for _, one in sequences])
@@ -125,8 +125,7 @@ class UniCompressCollator:
         if "messages" not in row:
             raise InputError(f"It has the columns {', '.join(row)}; expected messages, and images where they have any.")
         processor, messages, given = self.processor, normalised(row["messages"], images), row.get("given") or 0
-        wrong = malformed(messages, (processor.image_token, processor.image_start_token, processor.image_end_token))
-        if wrong:
+        if wrong := malformed(messages, processor):
             raise InputError(f"{wrong}.")
         count = sum(part["type"] == "image" for turn in messages for part in turn["content"])
         if images != count:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import ProcessorMixin
+
 IMAGE_MARKER = "<image>"  # the place of an image in a text: LLaVA's convention, and the field's
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -31,13 +33,14 @@ def normalised(messages: Any, images: int) -> list[dict]:
     return made
 
 
-def malformed(messages: list[dict], special: tuple[str, ...]) -> str | None:
+def malformed(messages: list[dict], processor: ProcessorMixin) -> str | None:
     """What is wrong with turns of `normalised`, in words; None where nothing is.
 
     Args:
         messages: Turns of `normalised`.
-        special: Tokens that the processor writes around and for an image: in a text they would be taken for one.
+        processor: The base's or the adapter's. The tokens that it writes for an image are not to stand in a text.
     """
+    image_tokens = (processor.image_token, processor.image_start_token, processor.image_end_token, IMAGE_MARKER)
     if not messages:
         return "no messages; expected turns of {'role': ..., 'content': ...}"
     for number, turn in enumerate(messages, 1):
@@ -54,7 +57,7 @@ def malformed(messages: list[dict], special: tuple[str, ...]) -> str | None:
                 return f"{where} has a part of type {part['type']!r}; expected 'text' or 'image'"
             elif not isinstance(part.get("text"), str) or not part["text"].strip():
                 return f"{where} has a text that is empty, missing or no string; expected words"
-            elif written := next((token for token in (*special, IMAGE_MARKER) if token in part["text"]), None):
+            elif written := next((token for token in image_tokens if token in part["text"]), None):
                 return f"{where} has the image token {written} in its text; expected a part {{'type': 'image'}} and its image"
     return None
 

@@ -83,21 +83,23 @@ class SequenceWriter:
         ends: Tokens that end generation.
         end: The one of them that is written where the chat template writes none.
         separator: The place of the separator among those of an image to draw.
-        dropout: Chooses the drawings whose prompts lose their words.
     """
 
-    def __init__(self, processor: ProcessorMixin, ends: list[int], end: int, separator: int, dropout: CaptionDropout):
+    def __init__(self, processor: ProcessorMixin, ends: list[int], end: int, separator: int):
         self.processor, self.tokenizer, self.family = processor, processor.tokenizer, family_of_processor(processor)
-        self.ends, self.end, self.separator, self.dropout = ends, end, separator, dropout
+        self.ends, self.end, self.separator = ends, end, separator
         self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
 
-    def write(self, learned: list[Completion], read: list[str], drawn: Iterator[DrawnImage]) -> list[Sequence]:
+    def write(
+        self, learned: list[Completion], read: list[str], drawn: Iterator[DrawnImage], dropout: CaptionDropout
+    ) -> list[Sequence]:
         """The sequences of one row.
 
         Args:
             learned: What it has to say.
             read: The texts of the images in its prompts.
             drawn: Its images to draw, in order.
+            dropout: Chooses the drawings whose prompts lose their words.
         """
         made: list[Sequence] = []
         for one in learned:
@@ -106,7 +108,7 @@ class SequenceWriter:
             image = next(drawn) if to_draw else None
             text += image.begin if to_draw else ""
             prompt = self._tokens(text)
-            if to_draw and self.dropout.drops(one.prompt.encode() + image.content):
+            if to_draw and dropout.drops(one.prompt.encode() + image.content):
                 made.append(Sequence())
                 made[-1].prompt(self._unconditional(prompt))
             else:

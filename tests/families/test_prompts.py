@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from distillation import teacher_collator
 from helpers import attach
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from PIL import Image
 from specs import SPECS
 from templates import TEMPLATES, template
 from tokenizers.processors import TemplateProcessing
+from transformers import ProcessorMixin
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import InputError
@@ -22,11 +24,12 @@ WORDS = ("a red 3", "What digit is at the top left?", "2", "a blue 7 at the bott
 
 @dataclass
 class Bench:
-    """A family's adapter and its processor."""
+    """A family's adapter, its processor and the base's own."""
 
     name: str
     model: torch.nn.Module
-    processor: object
+    processor: ProcessorMixin
+    dense: ProcessorMixin
     draws: bool
 
     def collator(self, processor, **options) -> UniCompressCollator:
@@ -38,12 +41,12 @@ def bench(request):
     spec = request.param
     processor = spec.make_processor()
     model = attach(spec.make_model(processor))
-    return Bench(spec.name, model, model.compact_processor(processor), spec.draws)
+    return Bench(spec.name, model, model.compact_processor(processor), processor, spec.draws)
 
 
-def variant(bench: Bench, name: str, begins: bool = False):
+def variant(bench: Bench, name: str, begins: bool = False, dense: bool = False) -> ProcessorMixin:
     """The processor with another template; on Janus, with the published default system prompt."""
-    processor = copy.deepcopy(bench.processor)
+    processor = copy.deepcopy(bench.dense if dense else bench.processor)
     processor.chat_template = template(name, processor.image_token)
     if bench.name == "janus":
         processor.use_default_system_prompt = True
@@ -146,14 +149,8 @@ def check(bench: Bench, processor, messages: list[dict], collator: UniCompressCo
     eos, learned = processor.tokenizer.eos_token_id, 0
     for prompt, words in expected(bench, processor, messages, images):
         first = len(prompt)
-        found = [
-            row
-            for row in range(len(ids))
-            if ids[row][:first] == prompt
-            and drawn[row][first] == (words is None)
-            and any(label != -100 for label in labels[row][first:])
-            and (words is None or labels[row][first] != -100)
-        ]
+        found = [row for row in range(len(ids)) if ids[row][:first] == prompt and not any(drawn[row][:first])]
+        found = [row for row in found if (drawn[row][first] if words is None else labels[row][first] != -100)]
         assert len(found) == 1, (words, prompt)
         told = labels[found[0]][first:]
         if words is None:
@@ -197,6 +194,27 @@ def conversations(draw, draws: bool):
         asked = draw(st.lists(st.one_of(words, image), min_size=1, max_size=3))
         messages = [*messages, user(*asked), assistant(*draw(answers))]
     return messages
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_teacher_sees_the_prompts_of_inference_and_learns_the_same_words(bench, name):
+    processor, dense = variant(bench, name), variant(bench, name, dense=True)
+    collator = bench.collator(processor, caption_dropout=0.5)
+    collator.epoch = 0
+    teacher = teacher_collator(collator, dense)
+    for kind, messages in rows_of(bench).items():
+        check(bench, dense, messages, teacher_collator(bench.collator(processor), dense))
+        row = {"messages": messages, "images": pictures(messages)}
+        (ours, of_ours), (theirs, of_theirs) = (one.with_rows([row, row]) for one in (collator, teacher))
+        assert of_ours == of_theirs, kind
+        told = [
+            [label for label in batch["labels"].flatten() if label not in (-100, images(bench))] for batch in (ours, theirs)
+        ]
+        assert told[0] == told[1], kind
+
+
+def images(bench: Bench) -> int:
+    return bench.model.family.image_token_id
 
 
 @settings(max_examples=30)
