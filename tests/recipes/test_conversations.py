@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conversations import CAPTION_REQUEST, DatasetError, conversations, samples, to_rgb
+from conversations import DatasetError, conversations, samples, to_rgb
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from finetuning import say, turn, write_rows
@@ -11,6 +11,7 @@ from helpers import rng
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from turns import CAPTION_REQUEST
 
 IMAGE = {"type": "image"}
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "I;16B"]
@@ -161,14 +162,14 @@ def test_an_image_that_changes_is_read_again(folder):
 @BOTH
 def test_columns_of_no_known_form_are_refused(folder, streaming):
     source = write_rows(folder / "rows.jsonl", [{"picture": "0.png", "caption": "a red 3"}])
-    wanted = r"picture, caption; expected one of: messages \+ images .* image \+ question \+ answer .* image \+ text .*Rename"
+    wanted = r"(?s)picture, caption; expected one of\n.*messages \+ images.*image \+ question \+ answer.*--columns text=caption"
     with pytest.raises(DatasetError, match=wanted):
         conversations(source, streaming)
 
 
 @BOTH
 def test_a_folder_of_images_without_metadata_is_refused(folder, streaming):
-    with pytest.raises(DatasetError, match=r"columns image; expected .* needs a metadata\.jsonl with file_name"):
+    with pytest.raises(DatasetError, match=r"2 images and no words .* metadata\.jsonl with file_name .* cat\.txt"):
         conversations(str(folder), streaming)
 
 
@@ -202,7 +203,8 @@ def test_a_folder_without_a_train_split_is_refused(folder):
     (folder / "test").mkdir()
     for name in ("0.png", "1.png"):
         (folder / name).rename(folder / "test" / name)
-    with pytest.raises(DatasetError, match=r"split 'train'.*test"):
+    write_rows(folder / "test" / "metadata.jsonl", [{"file_name": "1.png", "text": "a blue 7"}])
+    with pytest.raises(DatasetError, match=r"has no split 'train'; it has test\. .*--split"):
         conversations(str(folder))
 
 

@@ -237,7 +237,7 @@ def test_what_is_no_clip_is_not_scored_with_random_weights(base_folder):
 
 def test_other_columns_are_named_beside_those_that_are_wanted(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [{"picture": "0.png", "label": "3"}] * 2)
-    with pytest.raises(DatasetError, match=r"columns picture, label; .*image \+ question \+ answers .*image \+ text"):
+    with pytest.raises(DatasetError, match=r"(?s)columns picture, label; .*image \+ question \+ answers.*image \+ text"):
         run(base="not-there", dataset=source)
 
 
