@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -10,12 +11,14 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from conversations import FORMS, ROW, UNFINISHED_FORMS, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
+from unknown_words import unknown_words
 
 from uc_adapters import UniCompressCollator, UniCompressModel, __version__
 from uc_adapters.errors import InputError
@@ -71,6 +74,11 @@ class RowCheck:
         versions = [__version__, *map(version, ("transformers", "pillow"))]
         return *of_adapter, self.context, self.places is not tokens_of, self.teacher is not None, versions
 
+    def unknown(self, row: dict) -> list[str]:
+        """Words of a row that the base does not know."""
+        texts = [part["text"] for turn in row["messages"] for part in turn["content"] if part.get("text")]
+        return unknown_words(self.collator.processor.tokenizer, texts)
+
     def problem(self, row: dict) -> str | None:
         """What is wrong with a row; None where nothing is."""
         try:
@@ -89,11 +97,46 @@ class RowCheck:
         return f"{max(lengths)} tokens{whose}, where the base takes {self.context}; shorten the text, or take fewer images"
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of each dataset's rows: those to evaluate on, or the others.
+
+    Args:
+        share: Of the rows to evaluate on.
+        evaluation: Whether these are wanted.
+        seed: Which rows they are.
+    """
+
+    share: float
+    evaluation: bool
+    seed: int
+
+    def of(self, dataset: Dataset) -> Dataset:
+        """Those rows; what was made of one row of the source stays together.
+
+        Raises:
+            DatasetError: No row is left on one of the sides.
+        """
+        origins = list(dict.fromkeys(dataset["origin"]))
+        count = round(self.share * len(origins))
+        if not 0 < count < len(origins):
+            raise DatasetError(
+                f"--eval_share {self.share:g} of {len(origins)} row(s) leaves {count} to evaluate on and "
+                f"{len(origins) - count} to train on; expected a share from 0 to 1 that leaves one of each at least. Choose "
+                "another, or name an --eval_dataset."
+            )
+        chosen = {origins[place] for place in np.random.default_rng(self.seed).permutation(len(origins))[:count]}
+        return dataset.select([row for row, origin in enumerate(dataset["origin"]) if (origin in chosen) == self.evaluation])
+
+
 def training_rows(
     sources: list[str],
     check: RowCheck,
     *,
     weights: list[float] | None = None,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    part: Part | None = None,
     streaming: bool = False,
     skip_bad_rows: bool = False,
     seed: int = 0,
@@ -106,6 +149,9 @@ def training_rows(
         sources: See `conversations.conversations`.
         check: A row that does not pass it is bad.
         weights: Share of each source in the mixture; shorter ones repeat. Default: every row once, source by source.
+        split: Of each source. Default "train".
+        columns: The sources' names of columns, by ours. Default: they have our names.
+        part: Which of the rows. Default: all of them. Not with `streaming`.
         streaming: Reads while it trains, for what does not fit on the disk; rows are checked as they come, on every pass.
         skip_bad_rows: Leaves bad rows out and says how many, instead of stopping. Without any good row it stops all the same
             (when streaming: without one in a shard).
@@ -120,13 +166,15 @@ def training_rows(
         raise DatasetError("No dataset; expected at least one.")
     if weights is not None and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
         raise DatasetError(f"weights {weights} for {len(sources)} dataset(s); expected as many, all above 0.")
-    if streaming and (encode or fill_in):
-        raise DatasetError("streaming with something to add to the rows; expected one of them: that is kept on the disk.")
+    if streaming and (encode or fill_in or part):
+        raise DatasetError("streaming with something to add to the rows, or a part of them; expected one of them.")
     check = replace(check, collator=replace(check.collator, caption_dropout=0.0))
+    options = {"split": split, "columns": columns}
     if streaming:
-        datasets = [_check_as_they_come(source, check, skip_bad_rows) for source in sources]
+        datasets = [_check_as_they_come(source, check, skip_bad_rows, options) for source in sources]
     else:
-        datasets = [_check_all(source, check, skip_bad_rows, fill_in) for source in sources]
+        datasets = [_check_all(source, check, skip_bad_rows, fill_in, options) for source in sources]
+        datasets = [part.of(dataset) for dataset in datasets] if part else datasets
         datasets = [encode(dataset) for dataset in datasets] if encode else datasets
     if weights is None:
         return concatenate_datasets(datasets)
@@ -134,16 +182,21 @@ def training_rows(
     return interleave_datasets(datasets, shares, seed=seed, stopping_strategy="all_exhausted")
 
 
-def _check_all(source: str, check: RowCheck, skip: bool, fill_in: Callable[[Dataset], Dataset] | None) -> Dataset:
+def _check_all(
+    source: str, check: RowCheck, skip: bool, fill_in: Callable[[Dataset], Dataset] | None, options: dict
+) -> Dataset:
     """All rows at once, before training starts; what was found is kept in datasets' cache."""
-    dataset = fill_in(conversations(source, forms=FORMS | UNFINISHED_FORMS)) if fill_in else conversations(source)
-    problems = dataset.map(
-        lambda row: {"problem": check.problem(row)},
+    dataset = conversations(source, forms=FORMS | UNFINISHED_FORMS if fill_in else FORMS, **options)
+    dataset = fill_in(dataset) if fill_in else dataset
+    checked = dataset.map(
+        lambda row: {"problem": check.problem(row), "unknown": check.unknown(row)},
         remove_columns=dataset.column_names,
-        features=Features({"problem": Value("string")}),
+        features=Features({"problem": Value("string"), "unknown": List(Value("string"))}),
         new_fingerprint=fingerprint_of(dataset._fingerprint, check.settings()),
         desc=f"check {source}",
-    )["problem"][:]
+    )
+    problems = checked["problem"][:]
+    _say_unknown(source, checked["unknown"][:])
     good, bad, index = [], [], 0
     for origin, made in groupby(dataset["origin"]):
         indices = range(index, index := index + len(list(made)))
@@ -164,9 +217,18 @@ def _check_all(source: str, check: RowCheck, skip: bool, fill_in: Callable[[Data
     return dataset.select(good)
 
 
-def _check_as_they_come(source: str, check: RowCheck, skip: bool) -> IterableDataset:
+def _say_unknown(source: str, unknown: list[list[str]]) -> None:
+    """Names the words that the base does not know."""
+    words = Counter(word for of_row in unknown for word in of_row)
+    if words:
+        rows, named = sum(map(bool, unknown)), ", ".join(word for word, _ in words.most_common(SHOWN))
+        more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+        tqdm.write(f"{source}: {rows} row(s) have words that the base does not know, and takes all for one: {named}{more}.")
+
+
+def _check_as_they_come(source: str, check: RowCheck, skip: bool, options: dict) -> IterableDataset:
     """Each row when it is read. Shards stay shards, which several workers share; rows are numbered in each."""
-    dataset = conversations(source, streaming=True)
+    dataset = conversations(source, streaming=True, **options)
     count = dataset.num_shards
 
     def checked(shards: list[int]) -> Iterator[dict]:
