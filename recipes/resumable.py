@@ -137,5 +137,6 @@ def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume:
     if other:
         raise TrainingError(
             f"--resume true, but the run in {folder} began with other settings ({'; '.join(other)}). Resume it with its own. "
-            f"Or train its weights on with the new ones, in another --output_dir: --adapter {last_checkpoint(folder) or folder}."
+            "Or train its weights on with the new ones, in another --output_dir: "
+            f"--adapter {last_checkpoint(folder) or folder}."
         )
