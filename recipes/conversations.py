@@ -22,6 +22,8 @@ from sources import IMAGE_SUFFIXES, AnyDataset, DatasetError, open_source
 from tqdm.auto import tqdm
 from turns import asked, continued, drawn_and_described, given, images_of, referenced, to_answer, to_draw, told
 
+from uc_adapters import __version__
+
 ROW = Features(
     {
         "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
@@ -130,7 +132,7 @@ def conversations(
         return dataset.map(rows, **options)
     # datasets knows when a data file changes, but not when an image does that a data file names.
     paths = [*opened.files, *_paths(dataset, read, folder)]
-    fingerprint = fingerprint_of(dataset._fingerprint, Hasher.hash(rows), [_stamp(path) for path in paths])
+    fingerprint = fingerprint_of(__version__, dataset._fingerprint, Hasher.hash(rows), [_stamp(path) for path in paths])
     return dataset.map(rows, **options, new_fingerprint=fingerprint, desc=f"read {source}")
 
 
@@ -197,8 +199,10 @@ def _encoded(image: Any, folder: Path) -> dict[str, Any] | None:
         return {"path": None, "bytes": image}
     if not isinstance(image, dict) or (image.get("path") is None and image.get("bytes") is None):
         return None
-    # Bytes keep no path: datasets would read a file of that name in the working directory instead.
-    return {"path": None if image.get("bytes") is not None else image["path"], "bytes": image.get("bytes")}
+    if image.get("bytes") is not None:
+        # Bytes keep no path: datasets would read a file of that name in the working directory instead.
+        return {"path": None, "bytes": image["bytes"]}
+    return {"path": image["path"] if "://" in image["path"] else str(folder / image["path"]), "bytes": None}
 
 
 def _file_name(image: Any) -> str | None:
