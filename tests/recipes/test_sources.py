@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 from conversations import DatasetError, conversations, samples
-from finetuning import turn, write_rows
+from datasets import Dataset
+from finetuning import say, turn, write_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -11,7 +12,7 @@ from sources import open_source
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"]
-PATTERNS = {"test [1].png": "a", "dev?.png": "b", "eval*.png": "c", "{train}.png": "d"}
+PATTERNS = ["test [1]", "dev?", "eval*", "{train}"]
 
 
 def write(file: Path, colour: str = "red") -> Path:
@@ -41,10 +42,8 @@ def test_captions_beside_images(tmp_path, streaming):
     (tmp_path / "notes.txt").write_text("no caption")
     assert captions(tmp_path, streaming) == [("a red 3.png", "a red 3"), ("a blue 7.JPG", "a blue 7")]
     drawn, described = list(samples(conversations(str(tmp_path), streaming)))[:2]
-    assert (drawn["messages"][1], described["messages"][0]["content"][0]) == (
-        turn("assistant", {"type": "image"}),
-        {"type": "image"},
-    )
+    assert drawn["messages"] == [turn("user", say("a red 3")), turn("assistant", {"type": "image"})]
+    assert described["messages"][1] == turn("assistant", say("a red 3"))
     assert drawn["images"][0].getpixel((0, 0)) == (255, 0, 0)
     assert drawn["origin"] == f"{tmp_path}, row 0 (a red 3.png)"
 
@@ -76,8 +75,8 @@ FOLDERS = st.sampled_from(["", "cats", "hundé/one", "below [2]", "three/deep/er
 
 
 @given(st.sets(st.tuples(FOLDERS, NAMES), min_size=1, max_size=6), st.booleans(), st.booleans())
-@example({("", Path(name).stem) for name in PATTERNS}, True, False)
-@settings(max_examples=30, deadline=None)
+@example({("", name) for name in PATTERNS}, True, False)
+@settings(max_examples=30)
 def test_no_name_of_an_image_makes_a_split(tmp_path_factory, images, streaming, with_metadata):
     folder = tmp_path_factory.mktemp("images")
     for number, (below, name) in enumerate(sorted(images)):
@@ -120,7 +119,7 @@ def test_folders_named_like_splits_are_splits(tmp_path, folders, splits, kind, s
         metadata(tmp_path / folder, kind, f"test_of_{split}.png", split)
     for split in splits:
         assert captions(tmp_path, streaming, split=split) == [(f"test_of_{split}.png", split)]
-    with pytest.raises(DatasetError, match=rf"has no split 'dev'; it has {', '.join(sorted(splits))[:4]}.*--split"):
+    with pytest.raises(DatasetError, match=rf"has no split 'dev'; it has [a-z, ]*{splits[0]}.*--split"):
         conversations(str(tmp_path), streaming, split="dev")
 
 
@@ -189,8 +188,6 @@ def test_what_is_left_out_of_a_folder_of_images_is_said(tmp_path, streaming, cap
 @BOTH
 @pytest.mark.parametrize("name", ["train.parquet", "data/train-00000-of-00001.parquet", "rows.jsonl"])
 def test_folders_of_data_files_stay_as_datasets_reads_them(tmp_path, name, streaming):
-    from datasets import Dataset
-
     (tmp_path / name).parent.mkdir(exist_ok=True)
     rows = Dataset.from_dict({"text": ["a", "b"]})
     rows.to_parquet(tmp_path / name) if name.endswith("parquet") else rows.to_json(tmp_path / name)
@@ -208,5 +205,5 @@ def test_a_split_is_chosen_and_an_empty_one_refused(tmp_path, streaming):
     assert open_source(str(tmp_path), "test", streaming).first == {"text": "b"}
     with pytest.raises(DatasetError, match=r"has no rows; expected at least one in its split 'validation'"):
         open_source(str(tmp_path), "validation", streaming)
-    with pytest.raises(DatasetError, match=r"rows\.jsonl|train\.jsonl has no split 'test'; it has train"):
+    with pytest.raises(DatasetError, match=r"train\.jsonl has no split 'test'; it has train"):
         open_source(str(tmp_path / "train.jsonl"), "test", streaming)
