@@ -228,11 +228,12 @@ def accepted(source: str, forms) -> bool:
 @pytest.mark.parametrize("words", [{"messages": [QUESTION, ANSWER]}, {"prompt": "a", "completion": "b"}], ids=["TRL", "prompt"])
 @pytest.mark.parametrize("picture", ["0.png", ["0.png"], {"path": "0.png", "bytes": None}], ids=["path", "list", "Image"])
 def test_words_beside_images_that_nobody_reads_are_refused(folder, words, picture, streaming):
-    source = write_rows(folder / "rows.jsonl", [{**words, "img": picture}])
-    with pytest.raises(DatasetError, match=r"has the columns .*img; expected one of"):
+    source = write_rows(folder / "rows.jsonl", [{**words, "img": None}, {**words, "img": picture}])
+    with pytest.raises(DatasetError, match=r"has images in img, .*--columns images=img.*--columns \w+=\w+"):
         conversations(source, streaming)
-    (row,) = samples(conversations(source, streaming, columns={"images": "img"}))
-    assert len(row["images"]) == 1
+    rows = samples(conversations(source, streaming, columns={"images": "img"}))
+    assert [len(row["images"]) for row in rows] == [0, 1]
+    assert len(list(conversations(source, streaming, columns={name: name for name in words}))) == 2
 
 
 @BOTH
