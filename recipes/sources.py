@@ -152,25 +152,12 @@ def _names_splits(folder: Path) -> bool:
 
 
 def _open_image_folder(folder: Path, found: _Files, split: str, streaming: bool) -> tuple[AnyDataset, list[Path]]:
-    """Images by their metadata files, or by their captions. Only folders make splits of them, as names of images may be words.
+    """Images by their metadata files, or by their captions.
 
     Returns:
         The rows, and the images that they do not name by words.
     """
-    splits: dict[str | None, list[Path]] = defaultdict(list)
-    for file in [*found.images, *found.metadata]:
-        splits[_split_of(file.relative_to(folder))].append(file)
-    if None in splits and len(splits) > 1:
-        others, named = splits.pop(None), [file for files in splits.values() for file in files]
-        raise DatasetError(
-            f"{folder} has files in folders named like splits ({_tops(named, folder)}) and "
-            f"elsewhere ({_tops(others, folder)}): "
-            "it is not clear what is a split. Expected all images and metadata files in such folders, or none. Rename those "
-            "folders, or move everything into one folder named train."
-        )
-    files = splits.get(None if None in splits and split == "train" else split)
-    if files is None:
-        raise _no_split(str(folder), split, [name or "train" for name in splits])
+    files = _files_of_split(folder, [*found.images, *found.metadata], split)
     images = [file for file in files if file.name not in METADATA]
     metadata = [file for file in files if file.name in METADATA]
     captions = [file for file in images if file.with_suffix(".txt") in found.captions]
@@ -198,6 +185,25 @@ def _open_image_folder(folder: Path, found: _Files, split: str, streaming: bool)
     return rows, images
 
 
+def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Only folders make splits of images and metadata files: "test" in an image's own name may say what it shows."""
+    splits: dict[str | None, list[Path]] = defaultdict(list)
+    for file in files:
+        splits[_split_of(file.relative_to(folder))].append(file)
+    if None in splits and len(splits) > 1:
+        others, named = splits.pop(None), [file for of_split in splits.values() for file in of_split]
+        raise DatasetError(
+            f"{folder} has files in folders named like splits ({_places(named, folder)}) and elsewhere "
+            f"({_places(others, folder)}), so that it is not clear what a split is. Expected all images and metadata files in "
+            "such folders, or none. Rename those folders, or move everything into one folder named train."
+        )
+    if None in splits:
+        splits["train"] = splits.pop(None)
+    if split not in splits:
+        raise _no_split(str(folder), split, list(splits))
+    return splits[split]
+
+
 def _split_of(file: Path) -> str | None:
     """The split that the first of a file's folders that is named like one is named for."""
     for name in file.parent.parts:
@@ -207,7 +213,7 @@ def _split_of(file: Path) -> str | None:
     return None
 
 
-def _tops(files: list[Path], folder: Path) -> str:
+def _places(files: list[Path], folder: Path) -> str:
     """Where files are: their folders, or their own names, three of them at most."""
     places = [file.relative_to(folder) for file in files]
     names = dict.fromkeys(f"{place.parent}/" if place.parent.parts else place.name for place in places)
