@@ -67,7 +67,7 @@ def open_source(source: str, split: str, streaming: bool) -> Source:
         else:
             rows = _undecoded(load_dataset(**options, split=split, streaming=streaming))
         first = next(iter(rows))
-    except StopIteration:  # of an empty dataset; load_dataset itself raises it for an empty file
+    except (StopIteration, IndexError):  # of an empty dataset; load_dataset itself raises them for an empty file, or metadata
         raise _no_rows(source, split) from None
     except DatasetError:
         raise

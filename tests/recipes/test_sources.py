@@ -162,6 +162,15 @@ def test_a_split_without_words_is_refused(tmp_path, streaming):
 
 
 @BOTH
+@pytest.mark.parametrize(("name", "content"), [("metadata.jsonl", ""), ("metadata.csv", "file_name,text\n")])
+def test_metadata_without_rows_is_refused(tmp_path, name, content, streaming):
+    write(tmp_path / "0.png")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DatasetError, match=r"has no rows; expected at least one in its split 'train'"):
+        conversations(str(tmp_path), streaming)
+
+
+@BOTH
 def test_images_beside_a_file_with_their_rows(tmp_path, streaming):
     for name in "ab":
         write(tmp_path / "images" / f"{name}.png")
