@@ -18,9 +18,11 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
 from PIL import Image, UnidentifiedImageError
-from sources import IMAGE_SUFFIXES, AnyDataset, DatasetError, open_source
+from sources import IMAGE_SUFFIXES, AnyDataset, DatasetError, Source, open_source
 from tqdm.auto import tqdm
 from turns import asked, continued, drawn_and_described, given, images_of, referenced, to_answer, to_draw, told
+
+from uc_adapters import __version__
 
 ROW = Features(
     {
@@ -64,8 +66,8 @@ REFERENCED_FORMS: Forms = {  # to score, not to train on
     ("image", "question", "answers"): Form("the image is read, and scored by several reference answers", referenced),
 }
 UNFINISHED_FORMS: Forms = {  # rows that lack an answer, or the image to draw
-    ("image", "question"): Form("a teacher answers; no other column may be there", to_answer, whole=False),
-    ("text",): Form("a teacher draws the text; no other column may be there", to_draw, whole=False),
+    ("image", "question"): Form("a teacher answers, where no column but these is there or named", to_answer, whole=False),
+    ("text",): Form("a teacher draws the text, where no column but this is there or named", to_draw, whole=False),
 }
 
 
@@ -105,7 +107,7 @@ def conversations(
         DatasetError: Nothing to load, no such split or column, no rows, or columns of no known form.
     """
     opened = open_source(source, split, streaming)
-    names, form = _form_of(source, opened.first, forms or FORMS, columns or {})
+    names, form = _form_of(source, opened, forms or FORMS, columns or {})
     read = {name: (columns or {}).get(name, name) for name in names}
     picked = list(dict.fromkeys(read.values()))
     left = [column for column in opened.first if column not in picked]
@@ -130,7 +132,7 @@ def conversations(
         return dataset.map(rows, **options)
     # datasets knows when a data file changes, but not when an image does that a data file names.
     paths = [*opened.files, *_paths(dataset, read, folder)]
-    fingerprint = fingerprint_of(dataset._fingerprint, Hasher.hash(rows), [_stamp(path) for path in paths])
+    fingerprint = fingerprint_of(__version__, dataset._fingerprint, Hasher.hash(rows), [_stamp(path) for path in paths])
     return dataset.map(rows, **options, new_fingerprint=fingerprint, desc=f"read {source}")
 
 
@@ -147,12 +149,13 @@ def column_names(pairs: list[str] | None) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in split}
 
 
-def _form_of(source: str, first: dict, forms: Forms, columns: dict[str, str]) -> tuple[tuple[str, ...], Form]:
+def _form_of(source: str, opened: Source, forms: Forms, columns: dict[str, str]) -> tuple[tuple[str, ...], Form]:
     """The first form whose columns are there and that has all the named ones.
 
     Raises:
-        DatasetError: A named column that is not there, or no such form.
+        DatasetError: A named column that is not there, no such form, or images that it does not read.
     """
+    first = opened.first
     missing = [column for column in columns.values() if column not in first]
     if missing:
         raise DatasetError(f"{source} has no column {_listed(missing)}; it has the columns {_listed(first)}. Mend --columns.")
@@ -160,15 +163,15 @@ def _form_of(source: str, first: dict, forms: Forms, columns: dict[str, str]) ->
     for names, form in forms.items():
         if not set(columns) <= set(names) <= set(there):
             continue
-        alone = set(names) in (set(there), set(columns))
-        # Images that nobody reads would be lost without a word
-        pictures = not {"image", "images"} & set(names) and any(_is_image(first[there[n]]) for n in there if n not in names)
-        if alone or (form.whole and not pictures):
+        exact = set(names) in (set(there), set(columns))
+        if exact or form.whole:
+            if not exact and not {"image", "images"} & set(names):
+                _check_that_no_images_are_lost(source, opened.rows, names, there)
             return names, form
     alike = defaultdict(list)
     for names, form in forms.items():
         alike[form.what].append(" + ".join(names))
-    known = "\n  ".join(f"{' or '.join(names)}: {what}" for what, names in alike.items())
+    known = "\n  ".join(f"{', '.join(names)}: {what}" for what, names in alike.items())
     named = f" and --columns {' '.join(f'{ours}={theirs}' for ours, theirs in columns.items())}" if columns else ""
     raise DatasetError(
         f"{source} has the columns {_listed(first)}{named}; expected one of\n  {known}\n"
@@ -176,8 +179,20 @@ def _form_of(source: str, first: dict, forms: Forms, columns: dict[str, str]) ->
     )
 
 
+def _check_that_no_images_are_lost(source: str, rows: AnyDataset, names: tuple[str, ...], there: dict[str, str]) -> None:
+    """Refuses words beside a column that holds images, or names of their files, in one of the first rows."""
+    head = list(rows.take(100))
+    for name, column in there.items():
+        if name not in names and any(_is_image(row[column]) for row in head):
+            alone = " ".join(f"{name}={there[name]}" for name in names)
+            raise DatasetError(
+                f"{source} has images in {column}, which {' + '.join(names)} would leave out. Name that column "
+                f"(--columns images={column}), or name all the columns to read (--columns {alone})."
+            )
+
+
 def _is_image(value: Any) -> bool:
-    """Whether a value, or the first of several, is an image, or the name of its file."""
+    """Whether a value, or the first of several, is an image or the name of its file."""
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, str):
@@ -197,8 +212,10 @@ def _encoded(image: Any, folder: Path) -> dict[str, Any] | None:
         return {"path": None, "bytes": image}
     if not isinstance(image, dict) or (image.get("path") is None and image.get("bytes") is None):
         return None
-    # Bytes keep no path: datasets would read a file of that name in the working directory instead.
-    return {"path": None if image.get("bytes") is not None else image["path"], "bytes": image.get("bytes")}
+    if image.get("bytes") is not None:
+        # Bytes keep no path: datasets would read a file of that name in the working directory instead.
+        return {"path": None, "bytes": image["bytes"]}
+    return {"path": image["path"] if "://" in image["path"] else str(folder / image["path"]), "bytes": None}
 
 
 def _file_name(image: Any) -> str | None:

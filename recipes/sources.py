@@ -10,12 +10,13 @@ from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from datasets import Dataset, Features, IterableDataset, List, NamedSplit, Value, get_dataset_split_names, load_dataset
 from datasets import Image as ImageFeature
 from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import DatasetCard
+from huggingface_hub import metadata_load
 from tqdm.auto import tqdm
 
 AnyDataset = Dataset | IterableDataset
@@ -66,11 +67,13 @@ def open_source(source: str, split: str, streaming: bool) -> Source:
         else:
             rows = _undecoded(load_dataset(**options, split=split, streaming=streaming))
         first = next(iter(rows))
-    except StopIteration:  # of an empty dataset; load_dataset itself raises it for an empty file
-        raise DatasetError(f"{source} has no rows; expected at least one in its split {split!r}.") from None
+    except (StopIteration, IndexError):  # of an empty dataset; load_dataset itself raises them for an empty file, or metadata
+        raise _no_rows(source, split) from None
     except DatasetError:
         raise
     except (DatasetsError, OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # datasets has no class for it
+            raise _no_rows(source, split) from None
         found = [] if pictures else _splits(options)
         if found and split not in found:
             raise _no_split(source, split, found) from error
@@ -79,6 +82,10 @@ def open_source(source: str, split: str, streaming: bool) -> Source:
             f"{source} cannot be loaded as a dataset; expected a file, a folder or a Hub id, with a split {split!r}: {why}"
         ) from error
     return Source(rows, first, path if path.is_dir() else path.parent, files)
+
+
+def _no_rows(source: str, split: str) -> DatasetError:
+    return DatasetError(f"{source} has no rows; expected at least one in its split {split!r}.")
 
 
 def _splits(options: dict) -> list[str]:
@@ -108,6 +115,7 @@ class _Files(NamedTuple):
     images: list[Path]
     metadata: list[Path]
     captions: set[Path]  # cat.txt, the words to cat.png
+    tables: list[Path]  # other data files
 
 
 def _image_folder(folder: Path) -> _Files | None:
@@ -124,15 +132,8 @@ def _image_folder(folder: Path) -> _Files | None:
         elif suffix in _TABLES:
             tables.append(file)
     captions = texts & {image.with_suffix(".txt") for image in images}
-    if metadata or captions:
-        return _Files(images, metadata, captions) if images and not _names_splits(folder) else None
-    if len(images) <= len(tables):
-        return None
-    rows_elsewhere = f" If {tables[0].relative_to(folder)} has the rows, pass that file." if tables else ""
-    raise DatasetError(
-        f"{folder} has {len(images)} images and no words to them; expected a metadata.jsonl with file_name (it becomes the "
-        f"column image) or file_names (images), or the caption of cat.png in cat.txt.{rows_elsewhere}"
-    )
+    of_images = images and (metadata or captions or len(images) > len(tables))
+    return _Files(images, metadata, captions, tables) if of_images and not _names_splits(folder) else None
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -144,44 +145,63 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _names_splits(folder: Path) -> bool:
     card = folder / "README.md"
-    return card.is_file() and "configs" in DatasetCard.load(card).data.to_dict()
+    try:
+        return card.is_file() and "configs" in (metadata_load(card) or {})
+    except (ValueError, yaml.YAMLError):  # no card of a dataset
+        return False
 
 
 def _open_image_folder(folder: Path, found: _Files, split: str, streaming: bool) -> tuple[AnyDataset, list[Path]]:
-    """Images by their metadata files, or by their captions. Only folders make splits of them, as names of images may be words.
+    """Images by their metadata files, or by their captions.
 
     Returns:
         The rows, and the images that they do not name by words.
     """
-    splits: dict[str | None, list[Path]] = defaultdict(list)
-    for file in [*found.images, *found.metadata]:
-        splits[_split_of(file.relative_to(folder))].append(file)
-    if None in splits and len(splits) > 1:
-        others, named = splits.pop(None), [file for files in splits.values() for file in files]
-        raise DatasetError(
-            f"{folder} has files in folders named like splits ({_tops(named, folder)}) and "
-            f"elsewhere ({_tops(others, folder)}): "
-            "it is not clear what is a split. Expected all images and metadata files in such folders, or none. Rename those "
-            "folders, or move everything into one folder named train."
-        )
-    files = splits.get(None if None in splits and split == "train" else split)
-    if files is None:
-        raise _no_split(str(folder), split, [name or "train" for name in splits])
+    files = _files_of_split(folder, [*found.images, *found.metadata], split)
     images = [file for file in files if file.name not in METADATA]
     metadata = [file for file in files if file.name in METADATA]
+    captions = [file for file in images if file.with_suffix(".txt") in found.captions]
+    tables = ", ".join(str(table.relative_to(folder)) for table in found.tables[:3])
+    if not metadata and not captions:
+        raise DatasetError(
+            f"{folder} has {len(images)} image(s) and no words to them in its split {split!r}; expected a metadata.jsonl with "
+            "file_name (it becomes the column image) or file_names (images), or the caption of cat.png in cat.txt."
+            + (f" If the rows are in {tables}, pass that file." if tables else "")
+        )
+    if tables or (metadata and captions):
+        words = metadata[0].name if metadata else "captions in .txt files"
+        unread = ", ".join(filter(None, [tables, ".txt files" if metadata and captions else None]))
+        tqdm.write(f"{folder}: reads its images with {words}; leaves out {unread}.")
     if not metadata:
         rows = [{"image": str(file.relative_to(folder)), "text": _caption(file, found.captions)} for file in images]
         make = IterableDataset if streaming else Dataset
         features = Features({"image": Value("string"), "text": Value("string")})
         # A tuple, since datasets takes a list for shards.
         return make.from_generator(_each, features, gen_kwargs={"rows": tuple(rows)}, split=NamedSplit(split)), []
-    options = {"path": "imagefolder", "data_files": {split: [escape(str(file.absolute())) for file in metadata]}}
-    rows = _undecoded(load_dataset(**options, split=split, streaming=streaming))
-    if found.captions:
-        tqdm.write(f"{folder}: captions in .txt files are not read, since there is a {metadata[0].name}.")
+    files = {split: [escape(str(file.absolute())) for file in metadata]}
+    rows = _undecoded(load_dataset("imagefolder", data_files=files, split=split, streaming=streaming))
     if not streaming:
         _say_left_out(folder, images, rows)
     return rows, images
+
+
+def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Only folders make splits of images and metadata files: "test" in an image's own name may say what it shows."""
+    splits: dict[str | None, list[Path]] = defaultdict(list)
+    for file in files:
+        splits[_split_of(file.relative_to(folder))].append(file)
+    if None in splits and len(splits) > 1:
+        others, named = splits.pop(None), [file for of_split in splits.values() for file in of_split]
+        raise DatasetError(
+            f"{folder} has files in folders named like splits ({_places(named, folder)}) and elsewhere "
+            f"({_places(others, folder)}), so that it is not clear what a split is. Expected all images and metadata files in "
+            "such folders, or none. Rename those folders, or move everything into one folder named train."
+        )
+    if None in splits:
+        splits["train"] = splits.pop(None)
+    if split not in splits:
+        raise _no_split(str(folder), split, list(splits))
+    return splits[split]
 
 
 def _split_of(file: Path) -> str | None:
@@ -193,7 +213,7 @@ def _split_of(file: Path) -> str | None:
     return None
 
 
-def _tops(files: list[Path], folder: Path) -> str:
+def _places(files: list[Path], folder: Path) -> str:
     """Where files are: their folders, or their own names, three of them at most."""
     places = [file.relative_to(folder) for file in files]
     names = dict.fromkeys(f"{place.parent}/" if place.parent.parts else place.name for place in places)
