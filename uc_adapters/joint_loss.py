@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .compression import CompactCodes
 from .drawing import Drawing
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .hosts import ReadHost
 from .images import Images
 
@@ -38,6 +38,18 @@ class JointOutput(ModelOutput):
     is_top1: torch.Tensor | None = None
     label_mask: torch.Tensor | None = None
     kinds: torch.Tensor | None = None
+
+    @property
+    def mean_logits(self):
+        """Asked for by TRL's preference trainers alone.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "TRL's preference trainers (DPO, KTO) compare an adapter with its disabled base on the same tokens; the two read "
+            "an image in different numbers of tokens; expected SFTTrainer. Train on the chosen answers."
+        )
 
 
 def joint_loss(

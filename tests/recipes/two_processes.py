@@ -119,6 +119,7 @@ if __name__ == "__main__":
                 torch.save({"log": json.dumps(log), "weights": weights}, f"{output}/{kind}-{stage}.pt")
     if how == "ddp":
         for distill in (False, True):
-            options = {"dataset": [dataset], "distill": distill, "training": {"per_device_train_batch_size": 1}}
+            training = {"per_device_train_batch_size": 1, "use_cpu": False}  # as a user would: torchrun alone tells it
+            options = {"dataset": [dataset], "distill": distill, "training": training}
             finetuning.train(base, f"{output}/finetune-{distill}", **options)
     distributed.destroy_process_group()
