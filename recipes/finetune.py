@@ -15,6 +15,7 @@ adapter, with a card that tells how it was trained.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from joint_stage import JointTrainer
 from latent_cache import with_latents
 from peft.utils import CONFIG_NAME
 from quantised import quantisation
-from resumable import TrainingError, begin_run, last_checkpoint
+from resumable import TrainingError, begin_run, check_warm_up, last_checkpoint
 from sample_pictures import SamplePictures, caption_of, drawings, is_drawn, reconstructions
 from scenes_dataset import scenes_dataset
 from tokenizer_stage import ImageCollator, TokenizerStage, TokenizerTrainer
@@ -45,7 +46,15 @@ from transformers import (
     set_seed,
 )
 
-from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel, check_push, get_uc_model, push_folder
+from uc_adapters import (
+    CardFacts,
+    UniCompressCollator,
+    UniCompressConfig,
+    UniCompressModel,
+    check_push,
+    get_uc_model,
+    push_folder,
+)
 
 ENOUGH_PERPLEXITY = 2.0  # of a global token's codes: below it, it has collapsed
 SHOWN = 6  # samples in a picture
@@ -87,9 +96,6 @@ def evaluate_where_asked(args: FinetuneArguments, training: TrainingConfig) -> N
     if training.eval_strategy == "no":
         training.eval_strategy, training.eval_steps = training.save_strategy, training.save_steps
     training.load_best_model_at_end = training.load_best_model_at_end or args.early_stopping > 0
-    training.metric_for_best_model = training.metric_for_best_model or "eval_loss"
-    if training.greater_is_better is None:
-        training.greater_is_better = not training.metric_for_best_model.startswith(("loss", "eval_loss"))
 
 
 def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedModel:
@@ -183,6 +189,14 @@ def train_stage_1(
     if model.drawing is None or not model.drawing.module.num_global_codes:
         return None
     return stage.least_perplexity(list(islice(rows, 512)), collator)
+
+
+def steps_of(training: TrainingConfig, rows: AnyDataset) -> int:
+    """Of the language side."""
+    if training.max_steps > 0:
+        return training.max_steps
+    of_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return math.ceil(len(rows) * training.num_train_epochs / of_step)
 
 
 def check_global_codes(perplexity: float) -> None:
@@ -295,17 +309,16 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
             "with --adapter."
         )
     done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / CONFIG_NAME).is_file())
+    if done and (differences := args.differences(UniCompressConfig.from_pretrained(stage_1))):
+        raise SystemExit(
+            f"{stage_1} is an adapter of other settings ({'; '.join(differences)}); expected its own. Leave these options out, "
+            "or train a new adapter, without --adapter."
+        )
     stages = ([] if done else [stage_1]) + ([] if args.stage == 1 else [folder])
     begin_run(folder, args.settings, training, args.resume, stages)
     base = load_base(args, training)
     if done:
         model = UniCompressModel.from_pretrained(base, args.adapter or stage_1, is_trainable=True)
-        differences = args.differences(model.active_peft_config)
-        if differences:
-            raise SystemExit(
-                f"{stage_1} is an adapter of other settings ({'; '.join(differences)}); expected its own. Leave these options "
-                "out, or train a new adapter, without --adapter."
-            )
         print(f"stage 1: done before, in {stage_1}; its options are not used")
     else:
         model = get_uc_model(base, args.config())
@@ -318,6 +331,8 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     ends = base.generation_config.eos_token_id
     collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout, eos_token_id=ends)
     of_stage_1, of_stage_2, to_evaluate = make_rows(args, training, model, collator, dense)
+    for steps in ([] if done else [args.stage_1_steps]) + ([] if args.stage == 1 else [steps_of(training, of_stage_2)]):
+        check_warm_up(training, steps)
     if not done:
         perplexity = train_stage_1(args, training, model, processor, of_stage_1)
         if perplexity is not None:

@@ -54,6 +54,11 @@ class TrainingConfig(SFTConfig):
             self.max_steps = STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # SFTConfig's; max_steps goes before
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            self.eval_strategy, self.eval_steps = self.save_strategy, self.save_steps
+        self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        if self.greater_is_better is None:
+            self.greater_is_better = "loss" not in self.metric_for_best_model
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate would have each process of torchrun train alone
         super().__post_init__()

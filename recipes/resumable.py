@@ -40,14 +40,8 @@ class ResumableTrainer:
         sums[part] += torch.stack([total.detach().float().cpu(), torch.as_tensor(count).float().cpu()])
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        warm_up = self.args.get_warmup_steps(num_training_steps)
-        if warm_up >= num_training_steps and self.args.warmup_steps >= 1:
-            raise TrainingError(
-                f"--warmup_steps {self.args.warmup_steps:g} in a run of {num_training_steps} step(s): the learning rate would "
-                f"never reach {self.args.learning_rate:g}; expected fewer, or a share below 1, such as 0.03."
-            )
-        if warm_up >= num_training_steps:  # a share, rounded up to the whole of a short run
-            self.args.warmup_steps = 0
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = 0  # a share, rounded up to the whole of a short run
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -102,6 +96,15 @@ def last_checkpoint(folder: Path) -> Path | None:
             continue
         return checkpoints[step]
     return None
+
+
+def check_warm_up(training: TrainingArguments, steps: int) -> None:
+    """Raises TrainingError where a warm-up of so many steps is as long as the run; a share of it never is."""
+    if 1 <= training.warmup_steps >= steps:
+        raise TrainingError(
+            f"--warmup_steps {training.warmup_steps:g} in a run of {steps} step(s): the learning rate would never reach its "
+            "peak; expected fewer, or a share below 1, such as 0.03."
+        )
 
 
 def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume: bool, stages: list[Path]) -> None:

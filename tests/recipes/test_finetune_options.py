@@ -83,8 +83,12 @@ def test_the_schedules_of_the_configs_reach_their_learning_rate(config, pictures
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(base_folder, captioned, tmp_path):
-    with pytest.raises(TrainingError, match=r"--warmup_steps 40 in a run of 4 step\(s\).*never reach 0\.001.*share below 1"):
+    with pytest.raises(TrainingError, match=r"--warmup_steps 40 in a run of 4 step\(s\).*never reach its peak.*share below 1"):
         train(base_folder, tmp_path / "out", dataset=[str(captioned)], training={"warmup_steps": 40})
+    epochs = {"max_steps": None, "num_train_epochs": 1, "warmup_steps": 12}  # of 24 rows, two a step
+    with pytest.raises(TrainingError, match=r"--warmup_steps 12 in a run of 12 step\(s\)"):
+        train(base_folder, tmp_path / "epochs", dataset=[str(captioned)], stage_1_steps=20, training=epochs)
+    assert not list(tmp_path.glob("**/*.safetensors"))
 
 
 def test_a_run_of_one_step_learns(base_folder, captioned, tmp_path):
@@ -138,6 +142,7 @@ def test_options_that_an_adapter_has_otherwise_are_refused_with_the_difference(
 ):
     with pytest.raises(SystemExit, match=rf"(?s)is an adapter of other settings .*{told}.*without --adapter"):
         train(base_folder, tmp_path / "out", dataset=[str(captioned)], adapter=str(trained), **asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_that_it_has_alike_are_not_and_those_not_named_are_its_own(base_folder, captioned, trained, tmp_path, capsys):
@@ -157,6 +162,13 @@ def test_another_learning_rate_goes_on_from_a_checkpoint(base_folder, captioned,
 
 
 # Rows to evaluate on
+
+
+@pytest.mark.parametrize(("metric", "greater"), [(None, False), ("eval_loss_words", False), ("eval_mean_token_accuracy", True)])
+def test_the_best_checkpoint_goes_with_the_saved_ones_and_a_loss_is_best_where_it_is_least(metric, greater):
+    _, training = parsed("--load_best_model_at_end", "true", *(["--metric_for_best_model", metric] if metric else []))
+    assert (training.eval_strategy, training.eval_steps) == (training.save_strategy, training.save_steps)
+    assert training.greater_is_better is greater
 
 
 @pytest.fixture(scope="module")
