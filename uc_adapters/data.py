@@ -123,7 +123,7 @@ class UniCompressCollator:
             InputError: Something is wrong with it.
         """
         if "messages" not in row:
-            raise InputError(f"It has the columns {', '.join(row)}; expected messages, and images where they have any.")
+            raise InputError(f"A row of {', '.join(row)}; expected messages, and images where they have any.")
         processor, messages, given = self.processor, normalised(row["messages"], images), row.get("given") or 0
         if wrong := malformed(messages, processor):
             raise InputError(f"{wrong}.")

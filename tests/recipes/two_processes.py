@@ -85,6 +85,7 @@ def train_sharded(base: str, kind: str, rank: int, world: int) -> tuple[list[dic
         fully_shard(model)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
     collate, log, rows = UniCompressCollator(processor, model.active_peft_config, 0.3), [], rows_of(SEEDS[kind])
+    collate.epoch = 0
     for step in range(STEPS):
         of_step = [rows[4 * step + place] for place in ALTERNATING]
         labels = int((collate(of_step)["labels"][:, 1:] != -100).sum())
