@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conversations import CAPTION_REQUEST, DatasetError, conversations, decoded
+from conversations import DatasetError, conversations, decoded
 from datasets import Dataset
 from digits import IMAGE_SIZE
 from scene_pool import ImagePool, NamingHead
@@ -17,6 +17,7 @@ from tiny_words import DIGITS, split_words
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
+from turns import CAPTION_REQUEST
 
 CODE_SIZE = 8  # pixels of an image's side that a code stands for
 LEAST_IMAGES = 48  # a batch of the vision stage

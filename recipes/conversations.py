@@ -1,35 +1,74 @@
-"""Any dataset as conversations: a Hub id, a folder of images with metadata.jsonl, parquet, JSONL.
+"""Any dataset as conversations: a Hub id, a folder of images with their words, parquet, JSONL.
 
-A row becomes {"messages": [...], "images": [...], "origin": "scans, row 7 (cat.png)", "first": True}; FORMS are the columns
-it may come in. Images stay encoded until `samples` decodes them: as RGB, whatever a file holds.
+A row becomes {"messages": [...], "images": [...], "origin": "scans, row 7 (cat.png)", ...}, the columns of ROW; FORMS are the
+columns it may come in. Images stay encoded until `samples` decodes them: as RGB, whatever a file holds.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from PIL import Image, UnidentifiedImageError
+from sources import IMAGE_SUFFIXES, AnyDataset, DatasetError, Source, open_source
+from tqdm.auto import tqdm
+from turns import asked, continued, drawn_and_described, given, images_of, referenced, to_answer, to_draw, told
 
-AnyDataset = Dataset | IterableDataset
-CAPTION_REQUEST = "Describe the image."
+from uc_adapters import __version__
+
 ROW = Features(
     {
         "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
         "images": List(ImageFeature(decode=False)),
         "origin": Value("string"),
         "first": Value("bool"),
+        "given": Value("int32"),
+        "taught": Value("bool"),
     }
 )
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class Form(NamedTuple):
+    """Columns that rows may come in.
+
+    Attributes:
+        what: What is done with them, in words.
+        conversations: Makes conversations of a row with these columns.
+        whole: False where something is missing, which any other column might hold: then no other may be there.
+    """
+
+    what: str
+    conversations: Callable[[dict], list[list[dict]]]
+    whole: bool = True
+
+
+Forms = dict[tuple[str, ...], Form]
+_IMAGES = ("images",), ("image",), ()
+FORMS: Forms = {
+    **{
+        ("messages", *images): Form("TRL's: images of user turns are read, those of assistant turns drawn", told)
+        for images in _IMAGES
+    },
+    **{("prompt", "completion", *images): Form("TRL's: only the completion is learned", continued) for images in _IMAGES},
+    **{("conversations", *images): Form("ShareGPT's from and value", told) for images in _IMAGES},
+    ("image", "question", "answer"): Form("the image is read", asked),
+    ("image", "text"): Form("each image is drawn from its text, and described by it", drawn_and_described),
+}
+REFERENCED_FORMS: Forms = {  # to score, not to train on
+    ("image", "question", "answers"): Form("the image is read, and scored by several reference answers", referenced),
+}
+UNFINISHED_FORMS: Forms = {  # rows that lack an answer, or the image to draw
+    ("image", "question"): Form("a teacher answers, where no column but these is there or named", to_answer, whole=False),
+    ("text",): Form("a teacher draws the text, where no column but this is there or named", to_draw, whole=False),
+}
 
 
 def fingerprint_of(*parts: Any) -> str:
@@ -37,11 +76,13 @@ def fingerprint_of(*parts: Any) -> str:
     return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
-class DatasetError(ValueError):
-    """A dataset that cannot be trained on; says what was found, what was expected, and what to do."""
-
-
-def conversations(source: str, streaming: bool = False, forms: Forms | None = None, split: str = "train") -> AnyDataset:
+def conversations(
+    source: str,
+    streaming: bool = False,
+    forms: Forms | None = None,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+) -> AnyDataset:
     """A split of a Hub id, a folder or a file as rows of ROW's columns.
 
     A source row is never refused here: what it lacks is None, or an empty list, and `training_rows` names it.
@@ -51,80 +92,116 @@ def conversations(source: str, streaming: bool = False, forms: Forms | None = No
         streaming: Reads rows as they are asked for, instead of all into datasets' cache.
         forms: The columns that rows may come in, those that are preferred first. Default: FORMS.
         split: Default "train", which is all that a file has.
+        columns: The source's name of a column, by ours: {"text": "caption"}. Others keep their names. The form that is read has
+            all of these columns.
 
     Returns:
         messages: Turns of {"role", "content"}, the content always a list of {"type", "text"}.
         images: {"path", "bytes"}, one of them None; None in place of a missing image.
         origin: The source, the index of the row there, and the names of its images.
         first: False where the row above was made of the same images: `image` + `text` is drawn, then described.
+        given: How many turns at the start are not learned, whoever says them: those of TRL's `prompt`. Otherwise 0.
+        taught: False. Distillation sets it.
 
     Raises:
-        DatasetError: Nothing to load, no rows, or columns of no known form.
+        DatasetError: Nothing to load, no such split or column, no rows, or columns of no known form.
     """
-    dataset, columns = _open(source, streaming, split)
-    known = forms or FORMS
-    form = next((form for form in known if set(form) <= set(columns)), None)
-    if form is None:
-        expected = "; ".join(f"{' + '.join(form)} ({what})" for form, (what, _) in known.items())
-        raise DatasetError(
-            f"{source} has the columns {', '.join(columns)}; expected one of: {expected}. Rename them; a folder of images "
-            "needs a metadata.jsonl with file_name (it becomes image) or file_names (images)."
-        )
-    dataset = dataset.select_columns(list(form))
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    tell = known[form][1]
+    opened = open_source(source, split, streaming)
+    names, form = _form_of(source, opened, forms or FORMS, columns or {})
+    read = {name: (columns or {}).get(name, name) for name in names}
+    picked = list(dict.fromkeys(read.values()))
+    left = [column for column in opened.first if column not in picked]
+    if left:
+        tqdm.write(f"{source}: reads the columns {_listed(picked)}; leaves out {_listed(left)}.")
+    dataset, folder = opened.rows.select_columns(picked), opened.folder
 
     def rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         made = {name: [] for name in ROW}
-        for index, values in zip(indices, zip(*(batch[name] for name in form), strict=True), strict=True):
-            row = dict(zip(form, values, strict=True))
-            images = [_encoded(image, folder) for image in _images(row)]
-            files = [name for image in _images(row) if (name := _file_name(image))]
+        for index, values in zip(indices, zip(*(batch[column] for column in read.values()), strict=True), strict=True):
+            row = dict(zip(read, values, strict=True))
+            images = [_encoded(image, folder) for image in images_of(row)]
+            files = [name for image in images_of(row) if (name := _file_name(image))]
             origin = f"{source}, row {index}" + (f" ({', '.join(files)})" if files else "")
-            for place, messages in enumerate(tell(row)):
-                for name, value in zip(ROW, (messages, images, origin, place == 0), strict=True):
+            for place, messages in enumerate(form.conversations(row)):
+                for name, value in zip(ROW, (messages, images, origin, place == 0, given(row), False), strict=True):
                     made[name].append(value)
         return made
 
-    options = {"batched": True, "batch_size": 100, "with_indices": True, "remove_columns": list(form), "features": ROW}
+    options = {"batched": True, "batch_size": 100, "with_indices": True, "remove_columns": picked, "features": ROW}
     if streaming:
         return dataset.map(rows, **options)
     # datasets knows when a data file changes, but not when an image does that a data file names.
-    fingerprint = fingerprint_of(dataset._fingerprint, Hasher.hash(rows), _stamps(dataset, folder))
+    paths = [*opened.files, *_paths(dataset, read, folder)]
+    fingerprint = fingerprint_of(__version__, dataset._fingerprint, Hasher.hash(rows), [_stamp(path) for path in paths])
     return dataset.map(rows, **options, new_fingerprint=fingerprint, desc=f"read {source}")
 
 
-def _open(source: str, streaming: bool, split: str) -> tuple[AnyDataset, list[str]]:
-    """A source with its images still encoded, and the names of its columns."""
-    path = Path(source)
-    if path.is_file() and path.suffix not in _BUILDERS:
-        raise DatasetError(f"{source} ends in {path.suffix!r}; expected {', '.join(_BUILDERS)}, a folder, or a Hub id.")
-    builder = {"path": _BUILDERS[path.suffix], "data_files": source} if path.is_file() else {"path": source}
-    try:
-        dataset = _undecoded(load_dataset(**builder, split=split, streaming=streaming))
-        columns = list(next(iter(dataset)))
-    except StopIteration:  # of an empty dataset; load_dataset itself raises it for an empty file
-        raise DatasetError(f"{source} has no rows; expected at least one in its split {split!r}.") from None
-    except (DatasetsError, OSError, ValueError) as error:
-        why = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        raise DatasetError(
-            f"{source} cannot be loaded as a dataset; expected a file, a folder or a Hub id, with a split {split!r}: {why}"
-        ) from error
-    return dataset, columns
+def column_names(pairs: list[str] | None) -> dict[str, str]:
+    """The source's names by ours, of options such as ["text=caption"].
+
+    Raises:
+        DatasetError: A pair that is none, or a name of ours that comes twice.
+    """
+    split = [pair.partition("=") for pair in pairs or []]
+    for pair, (ours, _, theirs) in zip(pairs or [], split, strict=True):
+        if not (ours and theirs) or [name for name, *_ in split].count(ours) > 1:
+            raise DatasetError(f"--columns {pair}: expected each of ours once, with the dataset's name, such as text=caption.")
+    return {ours: theirs for ours, _, theirs in split}
 
 
-def _undecoded(dataset: AnyDataset) -> AnyDataset:
-    for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, ImageFeature):
-            dataset = dataset.cast_column(name, ImageFeature(decode=False))
-        elif isinstance(getattr(feature, "feature", None), ImageFeature):
-            dataset = dataset.cast_column(name, List(ImageFeature(decode=False)))
-    return dataset
+def _form_of(source: str, opened: Source, forms: Forms, columns: dict[str, str]) -> tuple[tuple[str, ...], Form]:
+    """The first form whose columns are there and that has all the named ones.
+
+    Raises:
+        DatasetError: A named column that is not there, no such form, or images that it does not read.
+    """
+    first = opened.first
+    missing = [column for column in columns.values() if column not in first]
+    if missing:
+        raise DatasetError(f"{source} has no column {_listed(missing)}; it has the columns {_listed(first)}. Mend --columns.")
+    there = {name: name for name in first if name not in columns.values()} | columns
+    for names, form in forms.items():
+        if not set(columns) <= set(names) <= set(there):
+            continue
+        exact = set(names) in (set(there), set(columns))
+        if exact or form.whole:
+            if not exact and not {"image", "images"} & set(names):
+                _check_that_no_images_are_lost(source, opened.rows, names, there)
+            return names, form
+    alike = defaultdict(list)
+    for names, form in forms.items():
+        alike[form.what].append(" + ".join(names))
+    known = "\n  ".join(f"{', '.join(names)}: {what}" for what, names in alike.items())
+    named = f" and --columns {' '.join(f'{ours}={theirs}' for ours, theirs in columns.items())}" if columns else ""
+    raise DatasetError(
+        f"{source} has the columns {_listed(first)}{named}; expected one of\n  {known}\n"
+        "Name them, such as --columns text=caption."
+    )
 
 
-def _images(row: dict) -> list:
-    images = row["image"] if "image" in row else row.get("images") or []
-    return images if isinstance(images, list) else [images]
+def _check_that_no_images_are_lost(source: str, rows: AnyDataset, names: tuple[str, ...], there: dict[str, str]) -> None:
+    """Refuses words beside a column that holds images, or names of their files, in one of the first rows."""
+    head = list(rows.take(100))
+    for name, column in there.items():
+        if name not in names and any(_is_image(row[column]) for row in head):
+            alone = " ".join(f"{name}={there[name]}" for name in names)
+            raise DatasetError(
+                f"{source} has images in {column}, which {' + '.join(names)} would leave out. Name that column "
+                f"(--columns images={column}), or name all the columns to read (--columns {alone})."
+            )
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a value, or the first of several, is an image or the name of its file."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, str):
+        return Path(value).suffix.lower() in IMAGE_SUFFIXES
+    return isinstance(value, bytes) or (isinstance(value, dict) and set(value) == {"path", "bytes"})
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names)
 
 
 def _encoded(image: Any, folder: Path) -> dict[str, Any] | None:
@@ -135,8 +212,10 @@ def _encoded(image: Any, folder: Path) -> dict[str, Any] | None:
         return {"path": None, "bytes": image}
     if not isinstance(image, dict) or (image.get("path") is None and image.get("bytes") is None):
         return None
-    # Bytes keep no path: datasets would read a file of that name in the working directory instead.
-    return {"path": None if image.get("bytes") is not None else image["path"], "bytes": image.get("bytes")}
+    if image.get("bytes") is not None:
+        # Bytes keep no path: datasets would read a file of that name in the working directory instead.
+        return {"path": None, "bytes": image["bytes"]}
+    return {"path": image["path"] if "://" in image["path"] else str(folder / image["path"]), "bytes": None}
 
 
 def _file_name(image: Any) -> str | None:
@@ -144,99 +223,25 @@ def _file_name(image: Any) -> str | None:
     return Path(path).name if isinstance(path, str) else None
 
 
-def _stamps(dataset: Dataset, folder: Path) -> list[tuple[int, int] | None]:
-    """Size and time of each image that a row names by its path; None where the file is missing."""
-    column = next((name for name in ("image", "images") if name in dataset.column_names), None)
+def _paths(dataset: Dataset, read: dict[str, str], folder: Path) -> list[str]:
+    """Of the images that rows name by their paths."""
+    column = next((read[name] for name in ("image", "images") if name in read), None)
     if column is None:
         return []
     feature = getattr(dataset.features[column], "feature", dataset.features[column])
-    stamps = []
     if isinstance(feature, (ImageFeature, dict)) or feature == Value("binary"):  # no paths written in words
-        return stamps
-    for value in dataset[column]:
-        for image in _images({column: value}):
-            encoded = _encoded(image, folder)
-            try:
-                stat = os.stat(encoded["path"]) if encoded and encoded["path"] else None
-            except (OSError, ValueError):  # no file, or no name of one
-                stat = None
-            stamps.append(stat and (stat.st_size, stat.st_mtime_ns))
-    return stamps
+        return []
+    encoded = (_encoded(image, folder) for value in dataset[column] for image in images_of({"images": value}))
+    return [image["path"] for image in encoded if image and image["path"]]
 
 
-def _told(row: dict) -> list[list[dict]]:
-    turns = [message if isinstance(message, dict) else {} for message in _list(row["messages"])]
-    parts = [part for turn in turns for part in _list(turn.get("content")) if isinstance(part, dict)]
-    unplaced = len(_images(row)) - sum(part.get("type") == "image" for part in parts)
-    messages = []
-    for turn in turns:
-        role, content = turn.get("role"), turn.get("content")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-            if role == "user":  # TRL's: the first user turn that is a plain string holds the images that have no place
-                content, unplaced = [{"type": "image"}] * unplaced + content, 0
-        messages.append({"role": role, "content": [_part(part) for part in _list(content)]})
-    return [messages]
-
-
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else []
-
-
-def _part(part: Any) -> dict:
-    if not isinstance(part, dict):
-        return {"type": None, "text": None}
-    return {"type": part.get("type"), "text": _words(part.get("text"))}
-
-
-def _words(text: Any) -> str | None:
-    """A text; None for what is none. Whole numbers are words: where all answers are digits, datasets takes them for numbers."""
-    number = isinstance(text, int) and not isinstance(text, bool)
-    return str(text) if number else text if isinstance(text, str) else None
-
-
-def _asked(row: dict) -> list[list[dict]]:
-    question = [{"type": "image"}, {"type": "text", "text": _words(row["question"])}]
-    return [_exchange(question, [{"type": "text", "text": _words(row["answer"])}])]
-
-
-def _referenced(row: dict) -> list[list[dict]]:
-    """Each answer, as words or as VQA's {"answer": words}, is a turn of its own behind the question."""
-    answers = _list(row["answers"]) or [None]  # which is refused where it is read: a row without an answer is a bad one
-    told = [_words(answer.get("answer") if isinstance(answer, dict) else answer) for answer in answers]
-    return [[*_to_answer(row)[0], *({"role": "assistant", "content": [{"type": "text", "text": text}]} for text in told)]]
-
-
-def _to_answer(row: dict) -> list[list[dict]]:
-    return [_asked(row | {"answer": None})[0][:1]]
-
-
-def _to_draw(row: dict) -> list[list[dict]]:
-    return _drawn_and_described(row)[:1]
-
-
-def _drawn_and_described(row: dict) -> list[list[dict]]:
-    image, caption = {"type": "image"}, {"type": "text", "text": _words(row["text"])}
-    return [_exchange([caption], [image]), _exchange([image, {"type": "text", "text": CAPTION_REQUEST}], [caption])]
-
-
-def _exchange(question: list[dict], answer: list[dict]) -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-Forms = dict[tuple[str, ...], tuple[str, Callable[[dict], list[list[dict]]]]]
-FORMS: Forms = {
-    ("messages", "images"): ("TRL's: images of user turns are read, those of assistant turns drawn", _told),
-    ("image", "question", "answer"): ("the image is read", _asked),
-    ("image", "text"): ("each image is drawn from its text, and described by it", _drawn_and_described),
-}
-REFERENCED_FORMS: Forms = {  # to score, not to train on
-    ("image", "question", "answers"): ("the image is read, and scored by several reference answers", _referenced),
-}
-UNFINISHED_FORMS: Forms = {  # rows that lack an answer, or the image to draw
-    ("image", "question"): ("a teacher answers", _to_answer),
-    ("text",): ("a teacher draws the text", _to_draw),
-}
+def _stamp(path: str | Path) -> tuple[int, int] | None:
+    """Size and time of a file; None where it is missing."""
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):  # no file, or no name of one
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def samples(rows: AnyDataset) -> AnyDataset:

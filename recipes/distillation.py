@@ -1,10 +1,13 @@
-"""The dense base as a teacher (`finetune.py --distill`): it answers, it draws, and its words are learned as it weighs them.
+"""The dense base as a teacher (`finetune.py --distill`).
 
-The teacher is the base itself: the adapter disabled, the inputs rebuilt with the base's placeholder count. What a dataset
-leaves out the teacher fills in (`filled_in`): answers to questions, drawings of prompts. Words are then learned from the
-teacher's distribution over them, KL(teacher || student), in place of the one word that the row names. So are codes that "strip"
-draws, since it draws them in the base's own order: token by token from the teacher's distribution, and each hidden state from
-the teacher's at the same place (`Drawing.divergence`).
+The teacher is the base itself: the adapter disabled, the inputs rebuilt with the base's placeholder count. It sees the prompts
+that inference would show it. What a dataset leaves out the teacher fills in (`filled_in`): answers to questions, drawings of
+prompts.
+
+Labels are learned, and the teacher helps on the way: its weight in the loss falls linearly from 1 at the first step to 0 at the
+last. Words are learned from its distribution over them, KL(teacher || student). So are codes that "strip" draws, since it draws
+them in the base's own order, and each hidden state from the teacher's at the same place (`Drawing.divergence`). Only where the
+answer itself is the teacher's are its words learned from its distribution to the end.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from joint_stage import JointTrainer, NamingCollator
 from PIL.Image import Image
 from sample_pictures import caption_of, is_drawn
 from torch.nn.utils.rnn import pad_sequence
-from training_rows import malformed, state_of
+from training_rows import state_of
 from transformers import ProcessorMixin
 
 from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.families import Family
 from uc_adapters.images import Images
 from uc_adapters.layers import Grid, nearest_codes
+from uc_adapters.messages import malformed
 
 ANSWER_TOKENS = 64
 TOGETHER = 8  # rows that the base is asked at once
@@ -51,17 +55,18 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
 
     def fill_in(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = [
-            {"messages": messages, "images": images}
+            {"messages": messages, "images": images, "taught": False}
             for messages, images in zip(batch["messages"], batch["images"], strict=True)
         ]
-        asked = [(row, question) for row in rows if (question := _question(row, processor.image_token))]
+        asked = [(row, question) for row in rows if (question := _question(row, processor))]
         if asked:
             images = [image for _, question in asked for image in question["images"]]
             answers = reply(teacher, [question["messages"] for _, question in asked], images, ANSWER_TOKENS)
             for (row, _), answer in zip(asked, answers, strict=True):
                 if answer:
+                    row["taught"] = all(turn["role"] != "assistant" for turn in row["messages"])  # else labels are learned, too
                     row["messages"] = [*row["messages"], {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        prompts = [place for place, row in enumerate(rows) if _is_prompt(row, processor.image_token)]
+        prompts = [place for place, row in enumerate(rows) if _is_prompt(row, processor)]
         if prompts:
             if why_no_drawing is not None:
                 origin = batch["origin"][prompts[0]]
@@ -70,7 +75,7 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
             drawings, _ = draw(teacher, [caption_of(rows[place]) for place in prompts], do_sample=True)
             for place, drawing in zip(prompts, drawings, strict=True):
                 rows[place]["images"] = [{"path": None, "bytes": _png(drawing)}]
-        return {name: [row[name] for row in rows] for name in ("messages", "images")}
+        return {name: [row[name] for row in rows] for name in ("messages", "images", "taught")}
 
     settings = rows._fingerprint, model.active_peft_config.base_fingerprint, state_of(processor), seed
     with model.disable_adapter(), torch.random.fork_rng():
@@ -86,10 +91,10 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
     return filled
 
 
-def _question(row: dict, image_token: str) -> dict | None:
+def _question(row: dict, processor: ProcessorMixin) -> dict | None:
     """A row that ends in a user turn, decoded; None where it does not, or something is wrong with it."""
     messages = row["messages"]
-    if malformed(messages, image_token) or messages[-1]["role"] != "user":
+    if malformed(messages, processor) or messages[-1]["role"] != "user":
         return None
     places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     try:
@@ -98,9 +103,9 @@ def _question(row: dict, image_token: str) -> dict | None:
         return None
 
 
-def _is_prompt(row: dict, image_token: str) -> bool:
+def _is_prompt(row: dict, processor: ProcessorMixin) -> bool:
     """Whether a row, with nothing wrong in it, is a caption whose image is missing."""
-    return not malformed(row["messages"], image_token) and is_drawn(row) and not row["images"]
+    return not malformed(row["messages"], processor) and is_drawn(row) and not row["images"]
 
 
 def _png(image: Image) -> bytes:
@@ -111,11 +116,15 @@ def _png(image: Image) -> bytes:
 
 def teacher_collator(collator: UniCompressCollator, processor: ProcessorMixin) -> UniCompressCollator:
     """Makes the dense base's batches of the rows of which `collator` makes the adapter's; `processor` is the base's own."""
-    return replace(collator, processor=processor, config=replace(collator.config, stride=1, num_global_tokens=0))
+    dense = replace(collator, processor=processor, config=replace(collator.config, stride=1, num_global_tokens=0))
+    dense.dropout = collator.dropout  # the same rows lose their captions
+    return dense
 
 
 class TeacherCollator(NamingCollator):
     """Batches that bring the teacher's inputs, too, under `teacher`: the same rows as the dense base reads and draws them.
+
+    `teacher` also has `taught`, (B,): whether the answers of a sequence are the teacher's own.
 
     Args:
         collator: The adapter's.
@@ -127,13 +136,13 @@ class TeacherCollator(NamingCollator):
         self.dense = teacher_collator(collator, processor)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        self.dense.epoch = self.collator.epoch  # the same rows lose their captions
-        return super().__call__(rows) | {"teacher": self.dense(rows)}
+        dense, of_rows = self.dense.with_rows(rows)
+        dense["taught"] = torch.tensor([bool(rows[row].get("taught")) for row in of_rows])
+        return super().__call__(rows) | {"teacher": dense}
 
 
 class DistillingTrainer(JointTrainer):
-    """A `JointTrainer` whose words are learned from the dense base, and whose codes are, if "strip" draws them: all of their
-    loss at first, nothing of it at the end, when the codes of the images have taken over.
+    """A `JointTrainer` with the dense base as a teacher, whose weight falls from 1 to 0 over the training.
 
     Args:
         teacher_processor: The base's own processor.
@@ -144,35 +153,39 @@ class DistillingTrainer(JointTrainer):
         self.data_collator = TeacherCollator(data_collator, teacher_processor)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs |= self.taught(inputs.pop("teacher"))
-        if "drawn_states" in inputs:
-            # The teacher is the fastest way to its own quality, the codes themselves the way beyond it
-            inputs["drawn_states_share"] = 1 - self.state.global_step / max(self.state.max_steps, 1)
+        if "teacher" in inputs:  # not where the model is evaluated: that is by labels alone
+            # The teacher is the fastest way to its own quality, labels and codes the way beyond it
+            inputs |= self.taught(inputs.pop("teacher"), 1 - self.state.global_step / max(self.state.max_steps, 1))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @torch.no_grad()
-    def taught(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the dense base says of a batch of its own inputs, for the adapter to learn.
+    def taught(self, batch: dict[str, torch.Tensor], weight: float) -> dict[str, torch.Tensor | float]:
+        """What the dense base says of a batch of its own inputs, for the adapter to learn with a weight from 0 to 1.
 
         Returns:
-            `word_probs`, its probabilities of the N labelled words, (N, vocabulary); where "strip" draws, also `drawn_states`,
-            its last hidden states before each dense code of the images to draw, (M, T, D).
+            `word_probs`, its probabilities of the N labelled words, (N, vocabulary), and `word_probs_share`, (N,): the weight,
+            or 1 where the answer is the base's own. Where "strip" draws, also `drawn_states`, its last hidden states before
+            each dense code of the images to draw, (M, T, D), and `drawn_states_share`, the weight.
         """
         model, family = self.model, self.model.family
         drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
         drawn = Images(*(batch.get(f"drawn_{name}") for name in ("pixel_values", "image_sizes", "latents")))
         codes, grids = dense_codes(family, drawn), [family.draw_grid(size) for size in drawn.sizes(family)]
-        words = (batch["labels"] != -100) & ~drawn_mask
+        words = ((batch["labels"] != -100) & ~drawn_mask)[:, 1:]  # (B, L - 1)
+        own = batch["taught"].unsqueeze(1).expand_as(words)[words]  # (N,)
         with model.disable_adapter():
             hidden = self._dense_hidden(batch, drawn_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
-            told = {"word_probs": family.text_logits(hidden[words[:, 1:]]).float().softmax(-1)}
+            told = {
+                "word_probs": family.text_logits(hidden[words]).float().softmax(-1),
+                "word_probs_share": own.float().clamp(min=weight),
+            }
         if codes and model.active_peft_config.decompressor == "strip":
             before = hidden[drawn_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
             states = [  # M times (T, D): those before the ends of rows are left out
                 of_image.unflatten(0, (rows, -1))[:, :columns].flatten(0, 1)
                 for of_image, (rows, columns) in zip(before, grids, strict=True)
             ]
-            told["drawn_states"] = pad_sequence(states, batch_first=True)
+            told |= {"drawn_states": pad_sequence(states, batch_first=True), "drawn_states_share": weight}
         return told
 
     def _dense_hidden(

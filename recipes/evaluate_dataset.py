@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 from contenders import Contender, check_sampling, contenders, side_by_side, why_no_drawing
-from conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations, decoded
+from conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations, decoded
 from datasets import Dataset
 from environment import check_output, environment, is_here, make_current
 from geneval import draw_prompts, free_folder, read_prompts
@@ -51,6 +51,9 @@ class EvaluateDatasetArguments:
     adapter: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id. None: the base alone."})
     dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or file."})
     split: str = field(default="train", metadata={"help": "Of the dataset; a file or a plain folder has train alone."})
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Its names of columns, such as text=caption, as finetune.py takes them."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Rows at most, chosen by --seed. None: all."})
     features: str = field(default="inception", metadata={"help": "FID's extractor: inception, module:factory, or none."})
     clip: str = field(
@@ -145,7 +148,8 @@ def checked_rows(args: EvaluateDatasetArguments) -> Dataset:
     Raises:
         DatasetError: Nothing to load, other columns, or a row with a damaged image or without words.
     """
-    rows = conversations(args.dataset, forms=REFERENCED_FORMS | FORMS, split=args.split)
+    columns = column_names(args.columns)
+    rows = conversations(args.dataset, forms=REFERENCED_FORMS | FORMS, split=args.split, columns=columns)
     if args.limit is not None:
         firsts = [index for index, first in enumerate(rows["first"]) if first]
         chosen = np.random.default_rng(args.seed).permutation(firsts)[: args.limit]

@@ -6,48 +6,59 @@
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores, with one process and with two.
 
-`--dataset` takes Hub ids, folders (images with metadata.jsonl, parquet, ...) and files, with the columns
-    messages + images           TRL's conversational vision format: images of user turns are read, of assistant turns drawn
-    image + text                each image is drawn from its text, and described by it
-    image + question + answer   the image is read
-    image + question, or text   with `--distill`: the dense base answers the question, draws the text
-Without it, digit scenes. Several are mixed by `--dataset_weights`. Stage 1 (`tokenizer_stage.py`) is saved in
-OUTPUT_DIR/stage1; `--adapter A` begins with stage 2, from an adapter that is there. Options of `SFTConfig` work, but for those
-about preparing text and about evaluation, and apply to both stages but for those that stage 1 has its own of. A run that was
-cut off goes on with `--resume true`, to the same weights. `--push_to_hub --hub_model_id org/name` pushes the finished adapter,
-with a card that tells how it was trained.
+`--help` lists the options, docs/training.md the data that it takes. Without `--dataset` it trains on digit scenes. Stage 1
+(`tokenizer_stage.py`) is saved in OUTPUT_DIR/stage1; `--adapter A` begins with stage 2, from an adapter that is there. A run
+that was cut off goes on with `--resume true`, to the same weights. `--push_to_hub --hub_model_id org/name` pushes the finished
+adapter, with a card that tells how it was trained.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from conversations import AnyDataset, samples
+from conversations import AnyDataset, column_names, samples
 from datasets import Dataset, IterableDataset
 from digits import check_scene_size
 from distillation import DistillingTrainer, filled_in, teacher_collator
-from finetune_arguments import FinetuneArguments, TrainingConfig
+from finetune_arguments import FinetuneArguments, FinetuneParser, TrainingConfig
 from joint_stage import JointTrainer
 from latent_cache import with_latents
 from peft.utils import CONFIG_NAME
 from quantised import quantisation
-from resumable import TrainingError, begin_run, last_checkpoint
+from resumable import TrainingError, begin_run, check_warm_up, last_checkpoint
 from sample_pictures import SamplePictures, caption_of, drawings, is_drawn, reconstructions
 from scenes_dataset import scenes_dataset
 from tokenizer_stage import ImageCollator, TokenizerStage, TokenizerTrainer
-from training_rows import RowCheck, places_of, training_rows
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
-from trl import TrlParser
+from training_rows import Part, RowCheck, places_of, training_rows
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    IntervalStrategy,
+    PreTrainedModel,
+    ProcessorMixin,
+    set_seed,
+)
 
-from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel, get_uc_model, push_folder
+from uc_adapters import (
+    CardFacts,
+    UniCompressCollator,
+    UniCompressConfig,
+    UniCompressModel,
+    check_push,
+    get_uc_model,
+    push_folder,
+)
 
 ENOUGH_PERPLEXITY = 2.0  # of a global token's codes: below it, it has collapsed
 SHOWN = 6  # samples in a picture
+SCENES = 8192  # of digits, where no dataset is named: those of stage 1, and of an epoch of stage 2
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -59,6 +70,34 @@ def leave_batches_to_the_collator(training: TrainingConfig) -> None:
     training.ddp_find_unused_parameters = False  # every weight has its gradient in every batch, whatever that holds
 
 
+def evaluate_where_asked(args: FinetuneArguments, training: TrainingConfig) -> None:
+    """Where there are rows to evaluate on, evaluation goes with the checkpoints, unless the options say otherwise.
+
+    Raises:
+        SystemExit: Options about evaluation without rows for it, or two ways to choose them.
+    """
+    rows = args.eval_dataset is not None or args.eval_split is not None
+    if rows and args.eval_share:
+        raise SystemExit(f"--eval_share {args.eval_share:g} with --eval_dataset or --eval_split; expected one of them.")
+    if (rows or args.eval_share) and args.dataset is None:
+        raise SystemExit(
+            "--eval_dataset, --eval_split or --eval_share without --dataset; expected one: name the rows to train on."
+        )
+    if args.streaming and args.eval_share:
+        raise SystemExit("--streaming with --eval_share: nobody knows how many rows there are; expected an --eval_dataset.")
+    if not (rows or args.eval_share):
+        if args.early_stopping or training.load_best_model_at_end or training.eval_strategy != "no":
+            raise SystemExit(
+                "--early_stopping, --load_best_model_at_end or --eval_strategy without rows to evaluate on; expected "
+                "--eval_dataset, --eval_split or --eval_share."
+            )
+        return
+    training.prediction_loss_only = True  # logits of all rows would fill the memory
+    if training.eval_strategy == "no":
+        training.eval_strategy, training.eval_steps = training.save_strategy, training.save_steps
+    training.load_best_model_at_end = training.load_best_model_at_end or args.early_stopping > 0
+
+
 def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedModel:
     """The dense base; quantised, it is loaded where it stays."""
     options = {"dtype": args.dtype}
@@ -68,29 +107,45 @@ def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedMo
 
 
 def make_rows(
-    args: FinetuneArguments, training: TrainingConfig, model: UniCompressModel, processor: ProcessorMixin, dense: ProcessorMixin
-) -> tuple[AnyDataset, AnyDataset]:
-    """Rows of stage 1, each image once, and of stage 2; `dense` is the base's own processor."""
+    args: FinetuneArguments,
+    training: TrainingConfig,
+    model: UniCompressModel,
+    collator: UniCompressCollator,
+    dense: ProcessorMixin,
+) -> tuple[AnyDataset, AnyDataset, Dataset | None]:
+    """Rows of stage 1, each image once, of stage 2, and to evaluate on; `dense` is the base's own processor."""
     if args.dataset is None:
         check_scene_size(model.family.geometry.image_size)
-        rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        return scenes_dataset(8192, training.seed), scenes_dataset(max(rows, 1), training.seed + 1)
-    collator = UniCompressCollator(processor, model.active_peft_config)
+        of_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        count = training.max_steps * of_step if training.max_steps > 0 else SCENES
+        return scenes_dataset(SCENES, training.seed), scenes_dataset(count, training.seed + 1), None
     context = model.get_base_model().config.get_text_config().max_position_embeddings
-    teacher = teacher_collator(collator, dense) if args.distill else None
-    with training.main_process_first(desc="reading the datasets"):
-        rows = training_rows(
-            args.dataset,
-            RowCheck(collator, context, partial(places_of, model), teacher),
-            weights=args.dataset_weights,
-            streaming=args.streaming,
+    check = RowCheck(collator, context, partial(places_of, model), teacher_collator(collator, dense) if args.distill else None)
+
+    def read(sources: list[str], split: str, evaluation: bool, weights=None, streaming: bool = False) -> AnyDataset:
+        return training_rows(
+            sources,
+            check,
+            split=split,
+            columns=column_names(args.columns),
+            weights=weights,
+            part=Part(args.eval_share, evaluation, training.seed) if args.eval_share else None,
+            streaming=streaming,
             skip_bad_rows=args.skip_bad_rows,
             seed=training.seed,
             fill_in=None if not args.distill else lambda source: filled_in(source, model, dense, training.seed),
-            encode=None if model.drawing is None or args.streaming else lambda source: with_latents(source, model, processor),
+            encode=None
+            if model.drawing is None or streaming
+            else lambda source: with_latents(source, model, collator.processor),
         )
+
+    with training.main_process_first(desc="reading the datasets"):
+        rows = read(args.dataset, args.split, False, args.dataset_weights, args.streaming)
+        held_out = None
+        if args.eval_share or args.eval_dataset or args.eval_split:
+            held_out = read(args.eval_dataset or args.dataset, args.eval_split or args.split, True)
         images = rows.filter(lambda first, images: first and bool(images), input_columns=["first", "images"])
-    return samples(images), samples(rows)
+    return samples(images), samples(rows), None if held_out is None else samples(held_out)
 
 
 def train_stage_1(
@@ -110,6 +165,7 @@ def train_stage_1(
         print("stage 1: nothing to learn, without global tokens and without a decompressor that works after the loop")
         return None
     training.output_dir = str(Path(training.output_dir, "stage1"))
+    training.eval_strategy, training.load_best_model_at_end = IntervalStrategy.NO, False
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
     training.per_device_train_batch_size, training.gradient_accumulation_steps = args.stage_1_batch_size, 1
     training.gradient_checkpointing = training.activation_checkpointing = False  # the old name and the new
@@ -135,6 +191,14 @@ def train_stage_1(
     return stage.least_perplexity(list(islice(rows, 512)), collator)
 
 
+def steps_of(training: TrainingConfig, rows: AnyDataset) -> int:
+    """Of the language side."""
+    if training.max_steps > 0:
+        return training.max_steps
+    of_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return math.ceil(len(rows) * training.num_train_epochs / of_step)
+
+
 def check_global_codes(perplexity: float) -> None:
     """Stops where a global token says the same of every image: stage 2 would learn to draw it in vain."""
     print(f"global codes: perplexity of the least used token {perplexity:.1f}")
@@ -149,16 +213,24 @@ def train_stage_2(
     args: FinetuneArguments,
     training: TrainingConfig,
     model: UniCompressModel,
-    processor: ProcessorMixin,
+    collator: UniCompressCollator,
     dense: ProcessorMixin,
     rows: AnyDataset,
+    held_out: Dataset | None,
 ) -> None:
     """Trains the language side, and saves the adapter in OUTPUT_DIR."""
     set_seed(training.seed)  # its own: the same whether stage 1 has just run or lies on the disk
-    folder = Path(training.output_dir)
-    collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout)
+    folder, processor = Path(training.output_dir), collator.processor
     make_trainer = partial(DistillingTrainer, teacher_processor=dense) if args.distill else JointTrainer
-    trainer = make_trainer(model=model, args=training, train_dataset=rows, processing_class=processor, data_collator=collator)
+    trainer = make_trainer(
+        model=model,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=processor,
+        data_collator=collator,
+        callbacks=[EarlyStoppingCallback(args.early_stopping)] if args.early_stopping else None,
+    )
     if training.fsdp and not trainer.is_fsdp_enabled:
         raise TrainingError("--fsdp on CPUs: accelerate shards on accelerators alone, and would train each process as a whole.")
     if args.distill and trainer.is_fsdp_enabled:
@@ -193,7 +265,8 @@ def card_facts(args: FinetuneArguments, training: TrainingConfig, seconds: float
     sources, epochs = args.dataset or [], f"{training.num_train_epochs:g} epochs"
     settings = {
         "recipe": f"`recipes/finetune.py{' --distill' if args.distill else ''}`, stock `trl.SFTTrainer`",
-        "data": ", ".join(sources) or "digit scenes of the train scans",
+        "data": ", ".join(Path(source).name if Path(source).exists() else source for source in sources)
+        or "digit scenes of the train scans",
         "rows": "streamed" if isinstance(rows, IterableDataset) else f"{len(rows):,}",
         "stage 1": "before this run"
         if args.adapter
@@ -221,8 +294,12 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
         raise SystemExit(f"--dtype {args.dtype} is not known; expected one of {', '.join(DTYPES)}.")
     if args.stage == 1 and args.adapter:
         raise SystemExit(f"--stage 1 with --adapter {args.adapter}: with that, stage 1 is done; expected one of them.")
+    evaluate_where_asked(args, training)
     set_seed(training.seed)
     push, training.push_to_hub = training.push_to_hub, False  # the finished adapter is pushed, not the trainer's folder
+    repo_id = training.hub_model_id or Path(training.output_dir).name
+    if push and training.should_save:
+        check_push(repo_id, args.base_id or args.base, token=training.hub_token)
     leave_batches_to_the_collator(training)
     folder = Path(training.output_dir)
     stage_1 = Path(args.adapter or folder / "stage1")
@@ -232,11 +309,17 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
             "with --adapter."
         )
     done = args.stage == 2 or args.adapter or (args.resume and (stage_1 / CONFIG_NAME).is_file())
+    if done and (differences := args.differences(UniCompressConfig.from_pretrained(stage_1))):
+        raise SystemExit(
+            f"{stage_1} is an adapter of other settings ({'; '.join(differences)}); expected its own. Leave these options out, "
+            "or train a new adapter, without --adapter."
+        )
     stages = ([] if done else [stage_1]) + ([] if args.stage == 1 else [folder])
     begin_run(folder, args.settings, training, args.resume, stages)
     base = load_base(args, training)
     if done:
         model = UniCompressModel.from_pretrained(base, args.adapter or stage_1, is_trainable=True)
+        print(f"stage 1: done before, in {stage_1}; its options are not used")
     else:
         model = get_uc_model(base, args.config())
     if args.quantize is None:
@@ -245,7 +328,11 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     if training.chat_template_path is not None:  # for a base without one, such as Chameleon
         dense.chat_template, training.chat_template_path = Path(training.chat_template_path).read_text(), None
     processor = model.compact_processor(dense)
-    of_stage_1, of_stage_2 = make_rows(args, training, model, processor, dense)
+    ends = base.generation_config.eos_token_id
+    collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout, eos_token_id=ends)
+    of_stage_1, of_stage_2, to_evaluate = make_rows(args, training, model, collator, dense)
+    for steps in ([] if done else [args.stage_1_steps]) + ([] if args.stage == 1 else [steps_of(training, of_stage_2)]):
+        check_warm_up(training, steps)
     if not done:
         perplexity = train_stage_1(args, training, model, processor, of_stage_1)
         if perplexity is not None:
@@ -253,11 +340,10 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
         model.save_pretrained(stage_1, processor=processor, base_model=args.base_id, is_main_process=training.should_save)
     if args.stage == 1:
         return
-    train_stage_2(args, training, model, processor, dense, of_stage_2)
+    train_stage_2(args, training, model, collator, dense, of_stage_2, to_evaluate)
     if push and training.should_save:
-        repo_id = training.hub_model_id or Path(training.output_dir).name
         print(push_folder(training.output_dir, repo_id, private=training.hub_private_repo, token=training.hub_token))
 
 
 if __name__ == "__main__":
-    main(*TrlParser((FinetuneArguments, TrainingConfig)).parse_args_and_config())
+    main(*FinetuneParser().parse_args_and_config())

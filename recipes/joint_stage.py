@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from resumable import ResumableTrainer
@@ -46,9 +47,22 @@ class JointTrainer(ResumableTrainer, SFTTrainer):
         # TRL turns what trains on a quantised base into bfloat16, where AdamW's steps vanish beside any weight of size
         model.requires_grad_(False)
         super().__init__(model, *args, data_collator=NamingCollator(data_collator), **kwargs)
+        self.eval_collator = NamingCollator(replace(data_collator, caption_dropout=0.0))
         self.add_callback(EpochCallback(data_collator))
         self.model.train_only("language model")
         self.model.register_forward_hook(self._record_scores)  # SFTTrainer keeps the model's output to itself
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """By labels alone: no caption is dropped, and nobody teaches."""
+        training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs.pop("origins", None)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _record_scores(self, model, inputs, output) -> None:
         if isinstance(output, JointOutput):

@@ -31,11 +31,18 @@ class ResumableTrainer:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.sums = {part: torch.zeros(2) for part in self.parts}  # total and count since the last log
+        # Total and count since the last log, in training and in evaluation
+        self.sums = {prefix: {part: torch.zeros(2) for part in self.parts} for prefix in ("", "eval_")}
 
     def record(self, part: str, total: torch.Tensor, count: int | torch.Tensor = 1) -> None:
         """Adds to a part of the loss, whose mean over all processes is logged."""
-        self.sums[part] += torch.stack([total.detach().float().cpu(), torch.as_tensor(count).float().cpu()])
+        sums = self.sums["" if self.model.training else "eval_"]
+        sums[part] += torch.stack([total.detach().float().cpu(), torch.as_tensor(count).float().cpu()])
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = 0  # a share, rounded up to the whole of a short run
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         origins = inputs.pop("origins", [])
@@ -49,10 +56,11 @@ class ResumableTrainer:
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for part, of_process in self.sums.items():
+        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+        for part, of_process in self.sums[prefix].items():
             total, count = self.accelerator.reduce(of_process.to(self.args.device), "sum").tolist()
             if count:
-                logs[part] = total / count
+                logs[prefix + part] = total / count
             of_process.zero_()
         super().log(logs, start_time)
 
@@ -90,6 +98,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def check_warm_up(training: TrainingArguments, steps: int) -> None:
+    """Raises TrainingError where a warm-up of so many steps is as long as the run; a share of it never is."""
+    if 1 <= training.warmup_steps >= steps:
+        raise TrainingError(
+            f"--warmup_steps {training.warmup_steps:g} in a run of {steps} step(s): the learning rate would never reach its "
+            "peak; expected fewer, or a share below 1, such as 0.03."
+        )
+
+
 def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume: bool, stages: list[Path]) -> None:
     """Writes down the settings of a run, or, to resume it, compares them with those it began with.
 
@@ -122,6 +139,7 @@ def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume:
     other = [f"{name}: {began.get(name)!r} then, {value!r} now" for name, value in settings.items() if began.get(name) != value]
     if other:
         raise TrainingError(
-            f"--resume true, but the run in {folder} began with other settings ({'; '.join(other)}). Resume it with its own, "
-            "or begin a new one in another --output_dir."
+            f"--resume true, but the run in {folder} began with other settings ({'; '.join(other)}). Resume it with its own. "
+            "Or train its weights on with the new ones, in another --output_dir: "
+            f"--adapter {last_checkpoint(folder) or folder}."
         )

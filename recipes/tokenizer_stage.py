@@ -219,8 +219,9 @@ class ImageCollator:
         images = [image for row in rows for image in row["images"]]
         prepared = self.processor.image_processor(images, return_tensors="pt")
         batch = {name: prepared[name] for name in ("pixel_values", "image_sizes") if name in prepared}
-        if all(row.get("latents") for row in rows):
-            batch["latents"] = [unpack_latents(packed, self.code_width) for row in rows for packed in row["latents"]]
+        latents = [packed for row in rows for packed in row.get("latents") or [None]]
+        if all(latents):  # of what is only read, there are none
+            batch["latents"] = [unpack_latents(packed, self.code_width) for packed in latents]
         return batch | {"origins": [row["origin"] for row in rows if "origin" in row]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -10,37 +11,44 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+import torch
 from conversations import FORMS, ROW, UNFINISHED_FORMS, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
+from unknown_words import unknown_words
 
 from uc_adapters import UniCompressCollator, UniCompressModel, __version__
+from uc_adapters.errors import InputError
 from uc_adapters.images import Images
 
-ROLES = ("system", "user", "assistant", "tool")
 SHOWN = 10  # bad rows named before they are only counted
 MEND = "mend them, or pass --skip_bad_rows true"
 
 
 def tokens_of(batch: dict[str, Tensor]) -> int:
-    """Tokens of a row."""
+    """Tokens of the longest sequence of a row."""
     return batch["input_ids"].shape[1]
 
 
 def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
-    """Places of the base's context that a row takes: more than tokens where "strip" draws an image at the base's own places.
+    """Places of the base's context that it takes: more than tokens where "strip" draws an image at the base's own places.
 
     Raises:
         DatasetError: An image to draw, for a base that only reads.
     """
-    family = model.family
+    family, places = model.family, batch["attention_mask"].sum(1)  # (B,)
     drawn = Images(batch.get("drawn_pixel_values"), batch.get("drawn_image_sizes"))
-    if family.why_no_drawing is not None and drawn.values is not None:
+    if drawn.values is None:
+        return int(places.max())
+    if family.why_no_drawing is not None:
         raise DatasetError(f"an image to draw, for a base that cannot: {family.why_no_drawing}")
     advances = [model.drawing.advances(family.draw_grid(size)) for size in drawn.sizes(family)]
-    return tokens_of(batch) + sum(int((of_image - 1).sum()) for of_image in advances)
+    draws = batch["drawn_mask"].any(1)  # one image a sequence
+    places[draws] += torch.stack([(of_image - 1).sum() for of_image in advances]).to(places.device)
+    return int(places.max())
 
 
 @dataclass(frozen=True)
@@ -66,25 +74,59 @@ class RowCheck:
         versions = [__version__, *map(version, ("transformers", "pillow"))]
         return *of_adapter, self.context, self.places is not tokens_of, self.teacher is not None, versions
 
+    def unknown(self, row: dict) -> list[str]:
+        """Words of a row that the base does not know."""
+        texts = [part["text"] for turn in row["messages"] for part in turn["content"] if part.get("text")]
+        return unknown_words(self.collator.processor.tokenizer, texts)
+
     def problem(self, row: dict) -> str | None:
         """What is wrong with a row; None where nothing is."""
-        problem = malformed(row["messages"], self.collator.processor.image_token)
-        if problem:
-            return problem
         try:
             row = decoded(row)
             batch = self.collator([row])
             lengths = [self.places(batch), *([tokens_of(self.teacher([row]))] if self.teacher else [])]
-        except Exception as error:  # whatever a file may hold: PIL's, a processor's, ours
+        except InputError as error:
+            problem = str(error).removeprefix(f"{row['origin']}: ")
+            unanswered = self.teacher and problem.startswith("Nothing to learn")
+            return f"{problem} The base has no word to answer it with." if unanswered else problem
+        except Exception as error:  # whatever a file may hold: PIL's, a processor's
             return f"{type(error).__name__}: {error}"
-        if not (batch["labels"] != -100).any():
-            if self.teacher and row["messages"][-1]["role"] == "user":
-                return "nothing to learn: the base has no word to answer it with"
-            return "nothing to learn; expected an assistant turn with words or an image"
         if max(lengths) <= self.context:
             return None
         whose = " of the base's own, which teaches" if lengths[-1] > lengths[0] else ""
         return f"{max(lengths)} tokens{whose}, where the base takes {self.context}; shorten the text, or take fewer images"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of each dataset's rows: those to evaluate on, or the others.
+
+    Args:
+        share: Of the rows to evaluate on.
+        evaluation: Whether these are wanted.
+        seed: Which rows they are.
+    """
+
+    share: float
+    evaluation: bool
+    seed: int
+
+    def of(self, dataset: Dataset) -> Dataset:
+        """Those rows; what was made of one row of the source stays together.
+
+        Raises:
+            DatasetError: No row is left on one of the sides.
+        """
+        origins = list(dict.fromkeys(dataset["origin"]))
+        count = round(self.share * len(origins))
+        if not 0 < count < len(origins):
+            raise DatasetError(
+                f"--eval_share {self.share:g} of {len(origins)} row(s) leaves {count} to evaluate on and "
+                f"{len(origins) - count} to train on; expected a share from 0 to 1 that leaves one of each at least. Choose "
+                "another, or name an --eval_dataset."
+            )
+        chosen = {origins[place] for place in np.random.default_rng(self.seed).permutation(len(origins))[:count]}
+        return dataset.select([row for row, origin in enumerate(dataset["origin"]) if (origin in chosen) == self.evaluation])
 
 
 def training_rows(
@@ -92,6 +134,9 @@ def training_rows(
     check: RowCheck,
     *,
     weights: list[float] | None = None,
+    split: str = "train",
+    columns: dict[str, str] | None = None,
+    part: Part | None = None,
     streaming: bool = False,
     skip_bad_rows: bool = False,
     seed: int = 0,
@@ -104,6 +149,9 @@ def training_rows(
         sources: See `conversations.conversations`.
         check: A row that does not pass it is bad.
         weights: Share of each source in the mixture; shorter ones repeat. Default: every row once, source by source.
+        split: Of each source. Default "train".
+        columns: The sources' names of columns, by ours. Default: they have our names.
+        part: Which of the rows. Default: all of them. Not with `streaming`.
         streaming: Reads while it trains, for what does not fit on the disk; rows are checked as they come, on every pass.
         skip_bad_rows: Leaves bad rows out and says how many, instead of stopping. Without any good row it stops all the same
             (when streaming: without one in a shard).
@@ -118,13 +166,15 @@ def training_rows(
         raise DatasetError("No dataset; expected at least one.")
     if weights is not None and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
         raise DatasetError(f"weights {weights} for {len(sources)} dataset(s); expected as many, all above 0.")
-    if streaming and (encode or fill_in):
-        raise DatasetError("streaming with something to add to the rows; expected one of them: that is kept on the disk.")
+    if streaming and (encode or fill_in or part):
+        raise DatasetError("streaming with something to add to the rows, or a part of them; expected one of them.")
     check = replace(check, collator=replace(check.collator, caption_dropout=0.0))
+    options = {"split": split, "columns": columns}
     if streaming:
-        datasets = [_check_as_they_come(source, check, skip_bad_rows) for source in sources]
+        datasets = [_check_as_they_come(source, check, skip_bad_rows, options) for source in sources]
     else:
-        datasets = [_check_all(source, check, skip_bad_rows, fill_in) for source in sources]
+        datasets = [_check_all(source, check, skip_bad_rows, fill_in, options) for source in sources]
+        datasets = [part.of(dataset) for dataset in datasets] if part else datasets
         datasets = [encode(dataset) for dataset in datasets] if encode else datasets
     if weights is None:
         return concatenate_datasets(datasets)
@@ -132,16 +182,21 @@ def training_rows(
     return interleave_datasets(datasets, shares, seed=seed, stopping_strategy="all_exhausted")
 
 
-def _check_all(source: str, check: RowCheck, skip: bool, fill_in: Callable[[Dataset], Dataset] | None) -> Dataset:
+def _check_all(
+    source: str, check: RowCheck, skip: bool, fill_in: Callable[[Dataset], Dataset] | None, options: dict
+) -> Dataset:
     """All rows at once, before training starts; what was found is kept in datasets' cache."""
-    dataset = fill_in(conversations(source, forms=FORMS | UNFINISHED_FORMS)) if fill_in else conversations(source)
-    problems = dataset.map(
-        lambda row: {"problem": check.problem(row)},
+    dataset = conversations(source, forms=FORMS | UNFINISHED_FORMS if fill_in else FORMS, **options)
+    dataset = fill_in(dataset) if fill_in else dataset
+    checked = dataset.map(
+        lambda row: {"problem": check.problem(row), "unknown": check.unknown(row)},
         remove_columns=dataset.column_names,
-        features=Features({"problem": Value("string")}),
+        features=Features({"problem": Value("string"), "unknown": List(Value("string"))}),
         new_fingerprint=fingerprint_of(dataset._fingerprint, check.settings()),
         desc=f"check {source}",
-    )["problem"][:]
+    )
+    problems = checked["problem"][:]
+    _say_unknown(source, checked["unknown"][:])
     good, bad, index = [], [], 0
     for origin, made in groupby(dataset["origin"]):
         indices = range(index, index := index + len(list(made)))
@@ -162,9 +217,18 @@ def _check_all(source: str, check: RowCheck, skip: bool, fill_in: Callable[[Data
     return dataset.select(good)
 
 
-def _check_as_they_come(source: str, check: RowCheck, skip: bool) -> IterableDataset:
+def _say_unknown(source: str, unknown: list[list[str]]) -> None:
+    """Names the words that the base does not know."""
+    words = Counter(word for of_row in unknown for word in of_row)
+    if words:
+        rows, named = sum(map(bool, unknown)), ", ".join(word for word, _ in words.most_common(SHOWN))
+        more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+        tqdm.write(f"{source}: {rows} row(s) have words that the base does not know, and takes all for one: {named}{more}.")
+
+
+def _check_as_they_come(source: str, check: RowCheck, skip: bool, options: dict) -> IterableDataset:
     """Each row when it is read. Shards stay shards, which several workers share; rows are numbered in each."""
-    dataset = conversations(source, streaming=True)
+    dataset = conversations(source, streaming=True, **options)
     count = dataset.num_shards
 
     def checked(shards: list[int]) -> Iterator[dict]:
@@ -198,29 +262,6 @@ def _checked_shard(dataset: IterableDataset, source: str, where: str, check: Row
     finally:
         if bad:
             tqdm.write(f"{bad} bad row(s) in {source}{where} skipped, {good} good row(s) read")
-
-
-def malformed(messages: list[dict], image_token: str) -> str | None:
-    """What in the messages is not of TRL's form; None where nothing is."""
-    if not messages:
-        return "no messages; expected turns of {'role': ..., 'content': ...}"
-    for number, turn in enumerate(messages, 1):
-        role, where = turn["role"], f"turn {number} ({turn['role']})"
-        if role not in ROLES:
-            return f"turn {number} has the role {role!r}; expected {', '.join(ROLES)}"
-        if not turn["content"]:
-            return f"{where} is empty; expected words or an image"
-        for part in turn["content"]:
-            if part["type"] == "image":
-                if role not in ("user", "assistant"):
-                    return f"{where} holds an image; expected images to read in user turns, to draw in assistant turns"
-            elif part["type"] != "text":
-                return f"{where} has a part of type {part['type']!r}; expected 'text' or 'image'"
-            elif not (part["text"] or "").strip():
-                return f"{where} has a text that is empty, missing or no string; expected words"
-            elif image_token in part["text"]:
-                return f"{where} has the image token {image_token} in its text; expected a part {{'type': 'image'}} instead"
-    return None
 
 
 def state_of(processor: ProcessorMixin) -> list[tuple[str, bytes]]:

@@ -43,7 +43,8 @@ class Question:
 def questions_of(rows: Dataset) -> list[Question]:
     """Every turn in which the assistant answers in words, behind an image to read; what was said before stays before it.
 
-    An answer right behind another one is one more reference for it. A caption that an image is also drawn from is none.
+    An answer right behind another one is one more reference for it. A caption that an image is also drawn from is none, and so
+    is an answer in TRL's `prompt`, which is only context.
 
     Args:
         rows: Of `conversations`.
@@ -52,13 +53,14 @@ def questions_of(rows: Dataset) -> list[Question]:
         DatasetError: A question or an answer without words.
     """
     questions = []
-    for index, (messages, origin, first) in enumerate(zip(rows["messages"], rows["origin"], rows["first"], strict=True)):
+    columns = (rows[name] for name in ("messages", "origin", "first", "given"))
+    for index, (messages, origin, first, given) in enumerate(zip(*columns, strict=True)):
         images, before = 0, None
         for place, turn in enumerate(messages if first else []):
             parts = [part["type"] for part in turn["content"]]
             if turn["role"] == "assistant" and "image" in parts:  # what follows would be asked about the dataset's drawing
                 break
-            if turn["role"] == "assistant" and images:
+            if turn["role"] == "assistant" and images and place >= given:
                 if not (_words(turn) and _words(messages[place - 1])):
                     raise DatasetError(f"{origin}: a question or an answer without words; expected both.")
                 if before == "assistant":

@@ -8,6 +8,7 @@ from loopback_hub import start_for_session
 
 HUB = start_for_session()  # before any Hugging Face import: no test may reach another Hub, the user's cache or their token
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets counts on the network how often it loads a file
 
 import pytest
 import torch

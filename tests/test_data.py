@@ -3,6 +3,7 @@ import torch
 from digits import random_scene
 from helpers import DRAWN, SHORT, attach, draw, drawing_inputs, rng, small_config
 from tiny_janus import make_processor
+from torch.utils.data import DataLoader
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import InputError
@@ -111,19 +112,24 @@ def test_an_image_is_read_in_a_user_turn_and_drawn_in_an_assistant_turn(collate,
     assert learned(short_processor, batch) == ["<image_placeholder>"] * (DRAWN - 1) + ["<eos>"]
 
 
-def test_an_image_in_a_later_user_turn_is_read(collate, images):
+def test_an_image_in_a_later_user_turn_is_read(collate, short_processor, images):
     row = {
         "messages": turns([say("a red 3")], [IMAGE], [IMAGE, say("How many digits are there?")], [say("1")]),
         "images": images[:2],
     }
-    batch = collate([row])
-    assert (len(batch["pixel_values"]), len(batch["drawn_pixel_values"])) == (1, 1)
+    batch, rows = collate.with_rows([row])
+    pixels = short_processor.image_processor(images[:2], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["drawn_pixel_values"], pixels[:1])
+    assert torch.equal(batch["pixel_values"], pixels)  # what was drawn is read, too, where the conversation goes on
+    assert rows == [0, 0]  # two sequences: the one draws, the other answers
 
 
-def test_two_drawn_images_in_a_turn_have_a_separator_each(collate, short_processor, images):
+def test_each_of_two_images_in_a_turn_is_drawn_in_a_sequence_of_its_own(collate, short_processor, images):
     batch = collate([{"messages": turns([say("a red 3")], [IMAGE, IMAGE]), "images": images[:2]}])
-    assert batch["drawn_mask"].sum() == 2 * DRAWN
-    assert learned(short_processor, batch).count("<image_placeholder>") == 2 * (DRAWN - 1)
+    assert batch["drawn_mask"].sum(1).tolist() == [DRAWN, DRAWN]
+    for row in (0, 1):
+        assert learned(short_processor, batch, row) == ["<image_placeholder>"] * (DRAWN - 1) + ["<eos>"]
+    assert len(batch["pixel_values"]) == 1
 
 
 def test_a_batch_is_padded_on_the_right_and_padding_is_neither_seen_nor_learned(collate, reading_row, drawing_row, editing_row):
@@ -157,14 +163,15 @@ def test_a_dropped_prompt_loses_its_images_to_read(short_processor, editing_row,
     assert attach(base)(**batch).loss.isfinite()
 
 
-def test_a_dropped_prompt_keeps_the_images_behind_the_drawing(short_processor, images, base):
+def test_a_dropped_prompt_leaves_what_is_asked_behind_the_drawing(short_processor, images, base):
     row = {
         "messages": turns([IMAGE, say("a red 3")], [IMAGE], [IMAGE, say("How many digits are there?")], [say("1")]),
         "images": images[:3],
     }
     batch = UniCompressCollator(short_processor, small_config(), caption_dropout=1.0)([row])
-    kept = short_processor.image_processor(images[2:3], return_tensors="pt")["pixel_values"]
+    kept = short_processor.image_processor(images[:3], return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], kept)
+    assert learned(short_processor, batch, 1) == ["1", "<eos>"]
     assert attach(base)(**batch).loss.isfinite()
 
 
@@ -188,6 +195,7 @@ def test_the_share_of_dropped_captions(short_processor, drawing_row):
 def test_which_captions_are_dropped_does_not_depend_on_batches_nor_on_random_numbers(short_processor, images):
     rows = [{"messages": turns([say("a red 3")], [IMAGE]), "images": [picture(seed)]} for seed in range(32)]
     collate = UniCompressCollator(short_processor, small_config(), caption_dropout=0.5)
+    collate.epoch = 0
     torch.manual_seed(0)
     state = torch.get_rng_state()
     at_once = dropped(short_processor, collate(rows))
@@ -197,6 +205,69 @@ def test_which_captions_are_dropped_does_not_depend_on_batches_nor_on_random_num
     assert 0 < sum(at_once) < 32  # rows of one caption differ by their images
     collate.epoch = 1
     assert dropped(short_processor, collate(rows)) != at_once
+
+
+@pytest.mark.parametrize(
+    "workers", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=["none", "new", "persistent"]
+)
+@pytest.mark.parametrize("told", [False, True], ids=["counted", "set"])
+def test_other_captions_are_dropped_in_each_epoch_whoever_trains(short_processor, workers, told):
+    rows = [{"messages": turns([say("a red 3")], [IMAGE]), "images": [picture(seed)]} for seed in range(32)]
+    collate = UniCompressCollator(short_processor, small_config(), caption_dropout=0.5)
+    loader, epochs = DataLoader(rows, batch_size=4, collate_fn=collate, **workers), []
+    for epoch in range(3):
+        if told:
+            collate.epoch = epoch
+        epochs.append([coin for batch in loader for coin in dropped(short_processor, batch)])
+    assert all(4 < sum(coins) < 28 for coins in epochs)
+    assert len({tuple(coins) for coins in epochs}) == 3
+    if told:  # then it does not matter who collates
+        collate.epoch = 1
+        assert dropped(short_processor, collate(rows)) == epochs[1]
+
+
+def test_turns_given_are_context_only(collate, short_processor):
+    row = {"messages": turns([say("a red 3")], [say("2")], [say("What colour is the 3?")], [say("red")]), "given": 3}
+    assert learned(short_processor, collate([row])) == ["red", "<eos>"]
+
+
+@pytest.mark.parametrize("text", ["<image>What digit is at the top left?", "What digit is <image> at the top left?"])
+def test_a_marker_in_a_plain_string_is_the_place_of_an_image(collate, images, text):
+    before, after = text.split("<image>")
+    parts = [*([say(before)] if before else []), IMAGE, say(after)]
+    found, expected = (collate([{"messages": turns(asked, "3"), "images": images[:1]}]) for asked in (text, parts))
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+def test_images_without_a_place_go_in_front_of_the_first_plain_string(collate, images):
+    found, expected = (
+        collate([{"messages": turns(asked, "3"), "images": images[:2]}])
+        for asked in ("a red 3", [IMAGE, IMAGE, say("a red 3")])
+    )
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "count", "told"),
+    [
+        (turns([IMAGE, say("<image>a red 3")], "3"), 1, r"1 image\(s\) for 2 image part"),
+        (turns("<image>a red 3", "3"), 0, r"turn 1 \(user\) has the image token <image> in its text"),
+        (turns("a red 3 <begin_of_image>", "3"), 0, r"image token <begin_of_image> in its text"),
+        (turns("a red 3", "3<eos>"), 0, r"An answer has <eos> in its text.*it is added"),
+        (turns("a red 3"), 0, r"Nothing to learn"),
+        (turns("a red 3", " "), 0, r"turn 2 \(assistant\) has a text that is empty"),
+        ([{"role": "human", "content": "a red 3"}], 0, r"role 'human'; expected system"),
+        ([{"role": "system", "content": [IMAGE]}], 1, r"expected images to read in user turns"),
+        (turns([{"type": "video"}], "3"), 0, r"a part of type 'video'; expected 'text' or 'image'"),
+        (None, 0, r"no messages"),
+    ],
+)
+def test_a_bad_row_is_named(collate, reading_row, images, messages, count, told):
+    bad = {"messages": messages, "images": images[:count]}
+    with pytest.raises(InputError, match=rf"Row 2 of the batch: .*{told}"):
+        collate([reading_row, bad])
+    with pytest.raises(InputError, match=rf"scans, row 7: .*{told}"):
+        collate([{**bad, "origin": "scans, row 7"}])
 
 
 def test_latents_stand_in_for_the_images_to_draw(short_processor, collate, base, drawing_row, editing_row):

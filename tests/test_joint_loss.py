@@ -96,12 +96,12 @@ def test_without_images_to_draw_or_trl_the_forward_is_pefts(base, rows, collate)
 def test_rows_of_a_batch_score_as_they_do_alone(base, rows, collate, decompressor):
     model = attach(base, decompressor=decompressor)
     with torch.no_grad():
-        together = model(**collate(model, rows))
-        for index, row in enumerate(rows):
-            alone = model(**collate(model, [row]), fused_lm_head=True)
-            length = alone.log_probs.shape[1]
-            torch.testing.assert_close(together.log_probs[index, :length], alone.log_probs[0], atol=1e-5, rtol=1e-5)
-            assert (together.log_probs[index, length:] == 0).all()
+        together = iter(model(**collate(model, rows)).log_probs)
+        for row in rows:
+            for alone in model(**collate(model, [row]), fused_lm_head=True).log_probs:
+                sequence = next(together)
+                torch.testing.assert_close(sequence[: len(alone)], alone, atol=1e-5, rtol=1e-5)
+                assert (sequence[len(alone) :] == 0).all()
 
 
 @each_decompressor
@@ -202,33 +202,31 @@ def positions_seen(model, batch) -> torch.Tensor | None:
     return seen[0]
 
 
-def conversation_of_drawings(images) -> dict:
-    """Words, a drawing, words, two drawings, words."""
-    image = {"type": "image"}
-    contents = say("a red 3"), [image], say("a blue 7"), [image, image], say("How many digits are there?"), say("4")
-    return {"messages": turns(*contents), "images": images[:3]}
+def answer_and_drawing(images) -> dict:
+    """Words, and a drawing behind them."""
+    contents = say("How many digits are there?"), say("4"), say("a red 3"), [{"type": "image"}]
+    return {"messages": turns(*contents), "images": images[:1]}
 
 
 def test_text_behind_drawn_strips_stands_where_it_stands_in_the_bases_own_sequence(base, images, collate, processor):
-    model, row = attach(base), conversation_of_drawings(images)
+    model, row = attach(base), answer_and_drawing(images)
     batch = collate(model, [row])
     config = replace(model.active_peft_config, stride=1, num_global_tokens=0)
     dense = UniCompressCollator(processor, config, caption_dropout=0.0)([row])
-    assert dense["drawn_mask"].sum() == 3 * 64
+    assert dense["drawn_mask"].sum() == 64
     words, of_base = (one["input_ids"][~one["drawn_mask"]] for one in (batch, dense))
     assert torch.equal(words, of_base)
     assert torch.equal(positions_seen(model, batch)[~batch["drawn_mask"]], (~dense["drawn_mask"]).nonzero()[:, 1])
     codes = torch.arange(3, 64, 4)  # the last of each strip
     of_image = torch.cat([torch.zeros(1, dtype=torch.long), codes])  # the separator where the first one stands
-    first = dense["drawn_mask"].nonzero()[::64, 1]
-    found = positions_seen(model, batch)[batch["drawn_mask"]].view(3, 17)
-    assert torch.equal(found, first.unsqueeze(1) + of_image)
+    first = dense["drawn_mask"].nonzero()[0, 1]
+    assert torch.equal(positions_seen(model, batch)[batch["drawn_mask"]], first + of_image)
 
 
 @pytest.mark.parametrize("decompressor", ["cell", "phase", "raster"])
 def test_other_decompressors_count_compact_tokens(base, images, collate, decompressor):
     model = attach(base, decompressor=decompressor)
-    batch = collate(model, [conversation_of_drawings(images)])
+    batch = collate(model, [answer_and_drawing(images)])
     assert torch.equal(positions_seen(model, batch)[0], torch.arange(batch["input_ids"].shape[1]))
 
 

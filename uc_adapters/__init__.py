@@ -8,7 +8,7 @@ from peft import mapping as _peft_mapping
 from .config import UCPeftType, UniCompressConfig
 from .data import UniCompressCollator
 from .hub.card import CardFacts
-from .hub.push import push_folder
+from .hub.push import check_push, push_folder
 from .model import UniCompressModel, get_uc_model
 from .tuner import UniCompressTuner
 from .version import __version__
@@ -24,6 +24,7 @@ __all__ = [
     "UniCompressConfig",
     "UniCompressModel",
     "__version__",
+    "check_push",
     "get_uc_model",
     "push_folder",
 ]

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .compression import CompactCodes
 from .drawing import Drawing
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .hosts import ReadHost
 from .images import Images
 
@@ -39,6 +39,18 @@ class JointOutput(ModelOutput):
     label_mask: torch.Tensor | None = None
     kinds: torch.Tensor | None = None
 
+    @property
+    def mean_logits(self):
+        """Asked for by TRL's preference trainers alone.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "TRL's preference trainers (DPO, KTO) compare an adapter with its disabled base on the same tokens; the two read "
+            "an image in different numbers of tokens; expected SFTTrainer. Train on the chosen answers."
+        )
+
 
 def joint_loss(
     reading: ReadHost,
@@ -53,6 +65,7 @@ def joint_loss(
     position_ids: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
     word_probs: torch.Tensor | None,
+    word_probs_share: torch.Tensor | float,
     drawn_states: torch.Tensor | None,
     drawn_states_share: float,
 ) -> JointOutput:
@@ -83,7 +96,7 @@ def joint_loss(
     targets, drawn_targets = labels[:, 1:], drawn_mask[:, 1:]
     label_mask = targets != -100
     text = label_mask & ~drawn_targets
-    scores = _score_text(family.text_logits(hidden[text]), targets[text], word_probs)
+    scores = _score_text(family.text_logits(hidden[text]), targets[text], word_probs, word_probs_share)
     fields = [torch.zeros(targets.shape, device=hidden.device).masked_scatter(text, score) for score in scores]
     kinds = text.long() * WORD
     if batches:
@@ -137,20 +150,22 @@ def _touch(reading: ReadHost, drawing: Drawing | None) -> torch.Tensor:
 
 
 def _score_text(
-    logits: torch.Tensor, targets: torch.Tensor, probs: torch.Tensor | None
+    logits: torch.Tensor, targets: torch.Tensor, probs: torch.Tensor | None, share: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probability, entropy and top-1 hit of targets (N,) under logits (N, vocabulary), each (N,).
 
-    With a teacher's probabilities (N, vocabulary), in place of the log-probability: less the divergence KL(teacher || student).
+    With a teacher's probabilities (N, vocabulary), a share (N,) of the log-probability is -KL(teacher || student) instead.
     """
     log_probs = logits.float().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     hits = (log_probs.argmax(-1) == targets).float()
+    of_labels = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if probs is None:
-        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy, hits
+        return of_labels, entropy, hits
     if probs.shape != log_probs.shape:
         raise InputError(
             f"word_probs of shape {tuple(probs.shape)}; expected {tuple(log_probs.shape)}: the probability of each word of the "
             "vocabulary, at each labelled word of the batch."
         )
-    return -F.kl_div(log_probs, probs.float(), reduction="none").sum(-1), entropy, hits
+    divergence = F.kl_div(log_probs, probs.float(), reduction="none").sum(-1)
+    return (1 - share) * of_labels - share * divergence, entropy, hits

@@ -160,6 +160,7 @@ class UniCompressModel(SharedModel):
         drawn_image_sizes: torch.Tensor | None = None,
         drawn_mask: torch.Tensor | None = None,
         word_probs: torch.Tensor | None = None,
+        word_probs_share: torch.Tensor | float = 1.0,
         drawn_states: torch.Tensor | None = None,
         drawn_states_share: float = 1.0,
         fused_lm_head: bool = False,
@@ -181,7 +182,9 @@ class UniCompressModel(SharedModel):
             drawn_image_sizes: (M, 2), likewise.
             drawn_mask: (B, L), True at the places of drawn images.
             word_probs: A teacher's probabilities of the words, (N, vocabulary), at the N labelled words in order: the joint
-                loss then learns them (as the divergence from them) in place of the labels.
+                loss then learns them, as the divergence from them.
+            word_probs_share: How much of the loss of words that is, from 0 to 1, for all of them or for each, (N,); the rest is
+                learned from the labels. Default 1.
             drawn_states: The base's own last hidden states before each dense code of the images to draw, (M, T, D): "strip"
                 then learns from them, see `Drawing.divergence`.
             drawn_states_share: How much of the loss of drawn codes that is, from 0 to 1; the rest is learned from the codes.
@@ -214,8 +217,9 @@ class UniCompressModel(SharedModel):
             self._check_labels(labels, drawn_mask)
         if drawn_states is not None:
             self._check_drawn_states(drawn_states, drawn)
-            if not 0 <= drawn_states_share <= 1:
-                raise InputError(f"drawn_states_share={drawn_states_share}; expected a number from 0 to 1.")
+        for name, share in (("word_probs_share", word_probs_share), ("drawn_states_share", drawn_states_share)):
+            if not isinstance(share, torch.Tensor) and not 0 <= share <= 1:  # a look into a tensor would wait for the device
+                raise InputError(f"{name}={share}; expected a number from 0 to 1.")
         if drawn.values is None and word_probs is None and not (fused_lm_head and enabled):
             if fused_lm_head:
                 kwargs["fused_lm_head"] = True
@@ -233,7 +237,8 @@ class UniCompressModel(SharedModel):
             )
         if labels is None:
             raise InputError(
-                "labels=None with images to draw; expected labels: this forward scores them. See UniCompressCollator."
+                "labels=None with images to draw; expected labels: this forward scores them, and gives no logits for another "
+                "loss, such as label smoothing. Build batches with UniCompressCollator, and leave the trainer's loss as it is."
             )
         return joint_loss(
             self.reading,
@@ -247,6 +252,7 @@ class UniCompressModel(SharedModel):
             position_ids=position_ids,
             num_items_in_batch=num_items_in_batch,
             word_probs=word_probs,
+            word_probs_share=word_probs_share,
             drawn_states=drawn_states,
             drawn_states_share=drawn_states_share,
         )

@@ -50,7 +50,7 @@ def distiller(pristine, processor, tmp_path):
 
 @pytest.fixture
 def rows(images):
-    """Images of three sizes: one row reads one and draws another, one draws, one reads."""
+    """Images of three sizes: one row reads one, answers and draws another, one draws, one reads."""
     square, wide, tall = images[0], images[1].resize((64, 32)), images[2].resize((48, 64))
 
     def row(pictures: list, *contents) -> dict:
@@ -58,7 +58,7 @@ def rows(images):
         return {"messages": messages, "images": pictures}
 
     return [
-        row([square, wide], [IMAGE, say("a blue 7")], [IMAGE], [say("How many digits are there?")], [say("4")]),
+        row([square, wide], [IMAGE, say("How many digits are there?")], [say("4")], [say("a blue 7")], [IMAGE]),
         row([tall], [say("a red 3")], [IMAGE]),
         row([square], [IMAGE, say("What digit is at the top left?")], [say("3")]),
     ]
@@ -80,7 +80,7 @@ def by_hand(pristine, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def test_the_teacher_says_what_the_bare_base_says_of_each_row(distiller, pristine, rows):
-    told = distiller.taught(distiller.data_collator(rows)["teacher"])
+    told = distiller.taught(distiller.data_collator(rows)["teacher"], 1.0)
     assert told["drawn_states"].shape == (2, 48, 192)  # images of 4 x 8 and 8 x 6 codes
     states, probs = [], []
     for row in rows:

@@ -156,7 +156,7 @@ def test_a_missing_image_to_read_is_not_drawn(base, processor, short_processor, 
 def test_a_question_to_which_the_base_says_nothing_is_named_as_such(base, processor, short_processor, asked):
     end = processor.tokenizer.eos_token_id
     base.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor(end), 1e9))
-    with pytest.raises(DatasetError, match=r"4 bad row\(s\).*\n.*row 0.*nothing to learn: the base has no word to answer"):
+    with pytest.raises(DatasetError, match=r"4 bad row\(s\).*\n.*row 0.*Nothing to learn.*The base has no word to answer"):
         taught_rows(attach(base), processor, short_processor, str(asked))
 
 
@@ -209,15 +209,19 @@ def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
     for row in rows:
         alone, labels, drawn = by_hand(pristine, distiller, row)
         expected.append(pristine.lm_head(alone[:, :-1])[0, (labels != -100)[0, 1:] & ~drawn[0, 1:]].softmax(-1))
-    told = distiller.taught(teacher)
+    told = distiller.taught(teacher, 0.25)
     torch.testing.assert_close(told["word_probs"], torch.cat(expected), atol=1e-5, rtol=1e-4)
     words = (batch["labels"] != -100) & ~batch["drawn_mask"]
     assert len(told["word_probs"]) == words.sum()
     with torch.no_grad():
         plain, distilled = distiller.model(**batch), distiller.model(**batch, word_probs=told["word_probs"])
+        mixed = distiller.model(**batch, word_probs=told["word_probs"], word_probs_share=told["word_probs_share"])
     of_words = words[:, 1:]
     assert torch.equal(distilled.log_probs[~of_words], plain.log_probs[~of_words])
     assert (distilled.log_probs[of_words] <= 1e-6).all()  # less a divergence
+    torch.testing.assert_close(
+        mixed.log_probs, 0.75 * plain.log_probs + 0.25 * distilled.log_probs * of_words + 0.25 * plain.log_probs * ~of_words
+    )
 
 
 def by_hand(pristine, distiller, row: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -247,11 +251,11 @@ def editing(images):
 
 def test_drawn_states_are_the_bare_bases_before_each_code(distiller, pristine, editing):
     rows = [editing, *(scenes_dataset(8, 1)[row] for row in range(2))]  # drawn twice, read, drawn
-    told = distiller.taught(distiller.data_collator(rows)["teacher"])
+    told = distiller.taught(distiller.data_collator(rows)["teacher"], 1.0)
     expected = []
     for row in rows:
         hidden, _, drawn = by_hand(pristine, distiller, row)
-        expected.append(hidden[0, :-1][drawn[0, 1:]].view(-1, 64, hidden.shape[-1]))
+        expected.append(hidden[:, :-1][drawn[:, 1:]].view(-1, 64, hidden.shape[-1]))
     torch.testing.assert_close(told["drawn_states"], torch.cat(expected), atol=1e-4, rtol=1e-4)
     assert len(told["drawn_states"]) == 3
 
@@ -259,8 +263,8 @@ def test_drawn_states_are_the_bare_bases_before_each_code(distiller, pristine, e
 def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
     batch = distiller.data_collator([editing, scenes_dataset(8, 1)[0]])
     batch.pop("origins")
-    told = distiller.taught(dict(batch["teacher"]))
-    assert told.keys() == {"word_probs", "drawn_states"}
+    told = distiller.taught(dict(batch["teacher"]), 1.0)
+    assert told.keys() == {"word_probs", "word_probs_share", "drawn_states", "drawn_states_share"}
     inputs = {name: value for name, value in batch.items() if name != "teacher"}
     with torch.no_grad():
         expected = distiller.model(**inputs, **told).loss
@@ -270,9 +274,9 @@ def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
 def test_rows_that_read_teach_no_states_and_other_orders_none(base, make_distiller):
     reading, drawing = (scenes_dataset(8, 1)[row] for row in range(2))
     strip = make_distiller(attach(base))
-    assert strip.taught(strip.data_collator([reading])["teacher"]).keys() == {"word_probs"}
+    assert "drawn_states" not in strip.taught(strip.data_collator([reading])["teacher"], 1.0)
     cell = make_distiller(attach(strip.model.unload(), decompressor="cell"))
-    assert cell.taught(cell.data_collator([reading, drawing])["teacher"]).keys() == {"word_probs"}
+    assert "drawn_states" not in cell.taught(cell.data_collator([reading, drawing])["teacher"], 1.0)
 
 
 def test_a_teacher_of_latents_says_what_it_says_of_pixels(distiller, editing, short_processor):
@@ -286,7 +290,9 @@ def test_a_teacher_of_latents_says_what_it_says_of_pixels(distiller, editing, sh
         assert [len(of_image) for of_image in codes] == [64, 64]
         assert torch.equal(torch.stack(codes), own)
     assert dense_codes(family, Images()) == []
-    assert_same(distiller.taught(latents), distiller.taught(pixels))
+    ours, theirs = (distiller.taught(batch, 0.5) for batch in (latents, pixels))
+    assert ours.pop("drawn_states_share") == theirs.pop("drawn_states_share") == 0.5
+    assert_same(ours, theirs)
 
 
 def test_the_teacher_loses_the_captions_that_the_adapter_loses(base, make_distiller):

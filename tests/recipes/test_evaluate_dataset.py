@@ -237,8 +237,16 @@ def test_what_is_no_clip_is_not_scored_with_random_weights(base_folder):
 
 def test_other_columns_are_named_beside_those_that_are_wanted(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [{"picture": "0.png", "label": "3"}] * 2)
-    with pytest.raises(DatasetError, match=r"columns picture, label; .*image \+ question \+ answers .*image \+ text"):
+    with pytest.raises(DatasetError, match=r"(?s)columns picture, label; .*image \+ question \+ answers.*image \+ text"):
         run(base="not-there", dataset=source)
+
+
+def test_columns_with_other_names_are_named(tmp_path):
+    rows = [{"image": "0.png", "frage": "How many?", "antwort": "3"}]
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    arguments = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "columns": ["question=frage", "answer=antwort"]}
+    (question,) = questions_of(evaluate_dataset.checked_rows(evaluate_dataset.EvaluateDatasetArguments(**arguments)))
+    assert question.references == ["3"]
 
 
 def test_a_damaged_image_is_named_before_a_model_is_loaded(tmp_path):

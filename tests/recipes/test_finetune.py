@@ -211,7 +211,7 @@ def test_latents_are_computed_once(base, captioned, short_processor, tmp_path):
     again = with_latents(rows, model, short_processor)
     assert sum(encoded) == 12
     assert again["latents"][:] == first["latents"][:]
-    assert [len(latents) for latents in first["latents"]] == [int(row) for row in first["first"]]
+    assert [latents[0] is not None for latents in first["latents"]] == first["first"][:]  # what is described is only read
     with torch.no_grad():
         base.model.vqmodel.quant_conv.weight.mul_(-1)
         base.model.vqmodel.quantize.embedding.weight.mul_(-1)
@@ -233,7 +233,7 @@ def test_latents_cut_off_leave_no_half_cache(base, captioned, short_processor):
         with_latents(rows, model, processor)
     hook.remove()
     latents = with_latents(rows, model, processor)["latents"]
-    assert [len(of_row) for of_row in latents] == [int(first) for first in rows["first"]]
+    assert [of_row[0] is not None for of_row in latents] == rows["first"][:]
 
 
 def test_several_datasets_are_mixed_and_streamed(base_folder, captioned, tmp_path):

@@ -89,7 +89,7 @@ BAD_MESSAGES = {
         told(turn("user", IMAGE, say("hi")), turn("assistant", say("3"))),
         r"0 image\(s\) for 1 image part",
     ),
-    "nothing to learn": (told(turn("user", IMAGE, say("hi")), images=1), "nothing to learn; expected an assistant turn"),
+    "nothing to learn": (told(turn("user", IMAGE, say("hi")), images=1), "Nothing to learn; expected an assistant turn"),
     "too long": (told(turn("user", say("red " * 200)), turn("assistant", say("3"))), r"\d{3} tokens, where the base takes 100"),
 }
 BAD_IMAGES = {

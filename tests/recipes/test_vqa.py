@@ -10,7 +10,7 @@ IMAGE = {"type": "image"}
 
 def read(messages: list[list[dict]], images: int = 1) -> Dataset:
     """Rows of these conversations."""
-    row = {"images": [{"path": "x.png", "bytes": None}] * images, "origin": "here", "first": True}
+    row = {"images": [{"path": "x.png", "bytes": None}] * images, "origin": "here", "first": True, "given": 0}
     return Dataset.from_list([{"messages": turns, **row} for turns in messages])
 
 
@@ -99,6 +99,13 @@ def test_several_answers_are_references_of_one_question(tmp_path, form):
     (question,) = questions_of(conversations(source, forms=REFERENCED_FORMS | FORMS))
     assert question.references == ["red", "crimson", "red"]
     assert len(question.messages) == 1
+
+
+def test_answers_of_a_prompt_are_context(tmp_path):
+    asked, told = {"role": "user", "content": "What digit?"}, {"role": "assistant", "content": "3"}
+    row = {"prompt": [asked, told, {"role": "user", "content": "Sure?"}], "completion": "yes", "image": "0.png"}
+    (question,) = questions_of(conversations(write_rows(tmp_path / "rows.jsonl", [row])))
+    assert (len(question.messages), question.references) == (3, ["yes"])
 
 
 @pytest.mark.parametrize(("asked", "told"), [(None, "3"), ("What digit?", None), ("What digit?", " ")])

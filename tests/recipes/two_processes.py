@@ -85,6 +85,7 @@ def train_sharded(base: str, kind: str, rank: int, world: int) -> tuple[list[dic
         fully_shard(model)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
     collate, log, rows = UniCompressCollator(processor, model.active_peft_config, 0.3), [], rows_of(SEEDS[kind])
+    collate.epoch = 0
     for step in range(STEPS):
         of_step = [rows[4 * step + place] for place in ALTERNATING]
         labels = int((collate(of_step)["labels"][:, 1:] != -100).sum())
@@ -119,6 +120,7 @@ if __name__ == "__main__":
                 torch.save({"log": json.dumps(log), "weights": weights}, f"{output}/{kind}-{stage}.pt")
     if how == "ddp":
         for distill in (False, True):
-            options = {"dataset": [dataset], "distill": distill, "training": {"per_device_train_batch_size": 1}}
+            training = {"per_device_train_batch_size": 1, "use_cpu": False}  # as a user would: torchrun alone tells it
+            options = {"dataset": [dataset], "distill": distill, "training": training}
             finetuning.train(base, f"{output}/finetune-{distill}", **options)
     distributed.destroy_process_group()

@@ -6,8 +6,9 @@ import pkgutil
 from importlib import import_module
 
 from torch import nn
+from transformers import ProcessorMixin
 
-from ..errors import BaseModelError
+from ..errors import BaseModelError, InputError
 from .family import Family, Geometry, Size
 
 _CLASSES = [
@@ -18,7 +19,7 @@ _CLASSES = [
 ]
 FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in _CLASSES}
 
-__all__ = ["FAMILIES", "Family", "Geometry", "Size", "family_of"]
+__all__ = ["FAMILIES", "Family", "Geometry", "Size", "family_of", "family_of_processor"]
 
 
 def family_of(base: nn.Module) -> Family:
@@ -42,3 +43,17 @@ def family_of(base: nn.Module) -> Family:
             f"Load the base with {family.model_class}.from_pretrained, not a part of it."
         )
     return family(base)
+
+
+def family_of_processor(processor: ProcessorMixin) -> type[Family]:
+    """The family whose inputs a processor prepares.
+
+    Raises:
+        InputError: No family for it.
+    """
+    names = [parent.__name__ for parent in type(processor).__mro__]
+    family = next((family for family in FAMILIES.values() if family.processor_class in names), None)
+    if family is None:
+        expected = ", ".join(sorted(family.processor_class for family in FAMILIES.values()))
+        raise InputError(f"No family for a processor of type {names[0]}; expected {expected}, as the base was published with.")
+    return family

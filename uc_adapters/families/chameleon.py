@@ -17,6 +17,7 @@ class Chameleon(WordFamily):
 
     model_type = "chameleon"
     model_class = "ChameleonForConditionalGeneration"
+    processor_class = "ChameleonProcessor"
     module_names = {
         "language model": "model.layers",  # its embeddings and VQ tokenizer lie beside them
         "tokenizer": "model.vqmodel",
@@ -24,6 +25,10 @@ class Chameleon(WordFamily):
     }
     question_snippet = 'prompt = "What is in the image?<image>"'
     why_no_drawing = "transformers' Chameleon has no decoder from codes to pixels and masks the codes in its logits"
+
+    @staticmethod
+    def prompt_text(processor: ProcessorMixin, text: str, to_draw: bool) -> str:
+        return text + processor.tokenizer.sep_token
 
     def __init__(self, base: nn.Module):
         self.base = base

@@ -22,6 +22,7 @@ class Emu3(WordFamily):
 
     model_type = "emu3"
     model_class = "Emu3ForConditionalGeneration"
+    processor_class = "Emu3Processor"
     module_names = {
         "language model": "model.text_model",
         "tokenizer": "model.vqmodel",

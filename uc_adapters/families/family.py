@@ -76,6 +76,8 @@ class Family(ABC):
     """Of the base's config. A class that names one is a family."""
     model_class: ClassVar[str]
     """The class of transformers that holds the whole base."""
+    processor_class: ClassVar[str]
+    """The class of transformers that prepares its inputs."""
     module_names: ClassVar[dict[str, str]]
     """Paths of modules in the base:
     "language model": LoRA stays inside it.
@@ -113,6 +115,21 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         embeddings = self.base.get_input_embeddings()
         offloaded = has_offloaded_params(embeddings)
         return torch.device(embeddings._hf_hook.execution_device if offloaded else embeddings.weight.device)
+
+    # Prompts ---------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def prompt_text(processor: ProcessorMixin, text: str, to_draw: bool) -> str:
+        """The text that the processor's own call tokenises, of a prompt that the chat template wrote.
+
+        A call may add to the prompt: a system prompt, a begin, an end. What is learned stands behind exactly this.
+
+        Args:
+            processor: The base's, or an adapter's.
+            text: The prompt, each image to read already written out as its placeholders.
+            to_draw: Whether an image is drawn behind it. What begins that image is left out.
+        """
+        return processor.prepare_inputs_layout(text=[text])[1][0]
 
     # Images ----------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from ..layers import unit
 from .family import Family, Geometry, exact, weight_of
@@ -17,6 +18,7 @@ class Janus(Family):
 
     model_type = "janus"
     model_class = "JanusForConditionalGeneration"
+    processor_class = "JanusProcessor"
     module_names = {
         "language model": "model.language_model",
         "tokenizer": "model.vqmodel",
@@ -48,6 +50,11 @@ image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["p
             num_codes=config.vq_config.num_embeddings,
             code_width=config.vq_config.embed_dim,
         )
+
+    @staticmethod
+    def prompt_text(processor: ProcessorMixin, text: str, to_draw: bool) -> str:
+        """The default system prompt goes in front of questions alone, where the processor has one."""
+        return text if to_draw or not processor.use_default_system_prompt else DEFAULT_SYSTEM_PROMPT + text
 
     def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vision = self.base.model.vision_model

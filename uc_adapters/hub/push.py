@@ -94,6 +94,38 @@ def push_folder(
     return commit.pr_url or commit.commit_url
 
 
+def check_push(repo_id: str, base_model: str | None, *, token: str | bool | None = None) -> None:
+    """Checks before a training that its adapter can be pushed: the token, the namespace, and the base's name.
+
+    Args:
+        repo_id: "org/name", or a name in the token's own namespace.
+        base_model: The Hub id of the base.
+        token: Default: the one logged in with.
+
+    Raises:
+        HubError: The token is missing, refused or may not write, or the namespace is another's.
+        BaseModelError: The base is no Hub id but a local folder, which no one else could load.
+    """
+    if hub_id(base_model) is None:
+        raise BaseModelError(
+            f"The base is {base_model!r}, expected a Hub id that others can load, such as 'org/base'. Name the id that it is a "
+            "copy of, or push the base first."
+        )
+    try:
+        who = HfApi(token=token, library_name="uc-adapters").whoami()
+    except Exception as error:
+        raise HubError(f"An adapter could not be pushed to {repo_id!r}. {reason(error, repo_id, token=token)}") from error
+    role = (who.get("auth", {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise HubError(f"The token may only read; expected one that may write to {repo_id!r}. Make one with `hf auth login`.")
+    own = [who["name"], *(org["name"] for org in who.get("orgs", []) if org.get("roleInOrg") != "read")]
+    namespace = repo_id.rpartition("/")[0] or who["name"]
+    if namespace not in own:
+        raise HubError(
+            f"{who['name']!r} may not write to {namespace!r}, the namespace of {repo_id!r}; expected one of {', '.join(own)}."
+        )
+
+
 def _pushed(folder: Path) -> list[Path]:
     return sorted({path for pattern in PUSHED for path in folder.glob(pattern)})
 

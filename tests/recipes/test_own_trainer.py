@@ -1,0 +1,53 @@
+"""Trainers of one's own: docs/training.md's snippet runs as pasted, and what cannot work says so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import attach, lora_weights
+from trl import DPOConfig, DPOTrainer
+
+from uc_adapters.errors import UnsupportedError
+
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+OPTIONS = {"max_length": None, "remove_unused_columns": False, "bf16": False, "report_to": "none", "use_cpu": True}
+
+
+def say(text: str) -> list[dict]:
+    return [{"type": "text", "text": text}]
+
+
+def test_the_docs_snippet_trains_as_pasted(base, short_processor, images, tmp_path, monkeypatch):
+    image = {"type": "image"}
+    question, caption = [image, *say("How many digits are there?")], say("a red 3")
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}], "images": [images[0]]}
+        for asked, told in ((question, say("2")), (caption, [image]))
+    ]
+    snippet = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
+    model = attach(base)
+    before = lora_weights(model)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {"model": model, "processor": short_processor, "rows": rows})
+    after = lora_weights(model)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == trained != set()
+
+
+def test_preference_trainers_are_refused(base, short_processor, images, tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": [{"type": "image"}, *say("How many digits are there?")]}],
+        "chosen": [{"role": "assistant", "content": say("2")}],
+        "rejected": [{"role": "assistant", "content": say("3")}],
+        "images": images[:1],
+    }
+    trainer = DPOTrainer(
+        model=attach(base),
+        args=DPOConfig(output_dir=str(tmp_path), max_steps=1, **OPTIONS),
+        train_dataset=Dataset.from_list([row, row]),
+        processing_class=short_processor,
+    )
+    with pytest.raises(UnsupportedError, match=r"different numbers of tokens; expected SFTTrainer"):
+        trainer.train()
