@@ -24,7 +24,7 @@ from test_steps import Graphs
 from torch import nn
 
 from uc_adapters import UniCompressModel
-from uc_adapters.errors import AdapterFileError, AdapterNameError, BaseModelError, UnsupportedError
+from uc_adapters.errors import AdapterFileError, AdapterNameError, BaseModelError
 
 PARTS = ["tokenizer", "language model", "all", "nothing", "a few"]
 
@@ -182,11 +182,16 @@ def test_a_name_that_is_taken_again_starts_anew(base, folder):
     assert trains(model) == set()
 
 
-def test_the_last_adapter_is_not_deleted(base):
+def test_behind_the_last_adapter_comes_another(base, short_question):
     model = attach(base)
-    with pytest.raises(UnsupportedError, match=r"'default'.*last adapter.*unload\(\)"):
-        model.delete_adapter("default")
-    assert list(model.peft_config) == ["default"]
+    model.merge_adapter()
+    model.delete_adapter("default")
+    model.add_adapter("default", small_config())
+    model.set_adapter("default")
+    assert trains(model) == lora_weights(model).keys()
+    assert logits(model, short_question).isfinite().all()
+    with model.merged_adapter():
+        assert logits(model, short_question).isfinite().all()
 
 
 def test_training_a_frozen_adapter_is_warned_of(base, folder, short_question):

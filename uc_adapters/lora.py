@@ -59,16 +59,7 @@ class ReversibleLora(LoraModel):
             weight.requires_grad_(trains)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's; the adapter that takes the place of an active one trains as `set_adapter` says.
-
-        Raises:
-            UnsupportedError: It is the last one.
-        """
-        if list(self.peft_config) == [adapter_name]:
-            raise UnsupportedError(
-                f"delete_adapter({adapter_name!r}) would delete the last adapter; expected another one beside it. Take the "
-                "last one off with model.unload(), which returns the base."
-            )
+        """PEFT's; the adapter that takes the place of an active one trains as `set_adapter` says."""
         was_active = adapter_name in self.active_adapters
         if was_active:
             self.unmerge_adapter()
