@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -37,6 +38,12 @@ OF_TRAINING = {"base_fingerprint", "codebook_weight", "init_lora_weights", "lora
 
 class SharedModel(PeftModel):
     """Loading and saving, from a folder and from the Hub alike: all of an adapter, or an error that says why not."""
+
+    def __init__(self, *args, **kwargs):
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks a model for an attribute that transformers 5.23 has renamed; no one here can ask for the new name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            super().__init__(*args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -213,6 +220,7 @@ class SharedModel(PeftModel):
             raise UnsupportedError("save_embedding_layers=True would save weights of the base; expected False.")
         if not is_main_process:
             return
+        _ = self.active_peft_config  # raises where no adapter is left
         for name in selected_adapters or list(self.peft_config):
             folder = Path(save_directory, "" if name == "default" else name)
             with saving(folder) as stage:
