@@ -112,6 +112,8 @@ class UniCompressConfig(LoraConfig):
             "alora_invocation_tokens", self.alora_invocation_tokens is None, "None: such a LoRA would never be switched on here"
         )
         self._require("kasa_config", self.kasa_config is None, "None: it changes the weights of the base")
+        for name in ("velora_config", "monteclora_config"):
+            self._require(name, getattr(self, name) is None, "None: PEFT saves such a LoRA with weights that it cannot load")
         self._require("megatron_config", not self.megatron_config, "None: PEFT would import a module that the config names")
         self._require(
             "init_lora_weights",
