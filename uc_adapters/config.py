@@ -15,7 +15,7 @@ from .hub.folder import PEFT_TYPE, check_weights, read_config
 from .hub.pull import PULL_OPTIONS, pull
 from .identity import is_fingerprint
 from .layers import Grid, cells_of
-from .version import __version__
+from .version import INSTALL, __version__
 
 FORMAT_VERSION = 1  # of what is saved; raised when the same fields and weights come to mean other mathematics
 DECOMPRESSORS = ("strip", "cell", "phase", "raster")
@@ -205,4 +205,4 @@ class UniCompressConfig(LoraConfig):
 
 
 def _upgrade(written: dict) -> str:
-    return f"pip install -U 'uc-adapters>={written.get('uc_adapters_version')}'."
+    return f"uc-adapters {written.get('uc_adapters_version')} or newer reads it. {INSTALL}"

@@ -29,7 +29,7 @@ from ..families import family_of
 from ..identity import name_and_commit
 from ..tuner import UniCompressTuner, detach, uncover
 from .base import load_base
-from .card import CardFacts, published_as, update_card
+from .card import CardFacts, local_name, published_as, update_card
 from .folder import CARD_NAME, UNSEALED, find_weights, locked, read_config, saving, seal_folder
 from .pull import pull
 from .push import push_folder
@@ -252,7 +252,7 @@ class SharedModel(PeftModel):
                 self._check_saved(stage, name)
                 if (folder / CARD_NAME).is_file():
                     shutil.copy(folder / CARD_NAME, stage)
-                update_card(stage, card or CardFacts(), published_as(stage) or str(folder))
+                update_card(stage, card or CardFacts(), published_as(stage) or local_name(folder))
 
     def _check_saved(self, stage: Path, name: str) -> None:
         """Raises AdapterFileError unless what was written is this adapter where it is loaded: onto a base without weights."""
