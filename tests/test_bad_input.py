@@ -287,8 +287,9 @@ def test_a_guidance_that_is_no_number(model, prompts, value):
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_sampling_option_that_is_not_finite(model, prompts, name, value):
-    with pytest.raises(InputError, match=f"{name}={value}; expected a finite number"):
-        draw(model, prompts, do_sample=True, **{name: value})
+    for mode in ("image", "text"):
+        with pytest.raises(InputError, match=f"{name}={value}; expected a finite number"):
+            model.generate(**prompts, generation_mode=mode, do_sample=True, **{name: value})
 
 
 def test_a_number_that_is_none_in_a_generation_config(model, prompts):

@@ -188,11 +188,15 @@ def _drawing_config(base: PreTrainedModel, generation_config: GenerationConfig |
     return config
 
 
-def _check_numbers(fields: dict) -> None:
-    """Raises InputError for fields of a generation config that compare with any number, but mean none."""
+def check_finite(fields: dict) -> None:
+    """Raises InputError for NaN and infinity among the fields of a generation config, which compares them with its bounds."""
     infinite = sorted(name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value))
     if infinite:
         raise InputError(f"{infinite[0]}={fields[infinite[0]]}; expected a finite number.")
+
+
+def _check_numbers(fields: dict) -> None:
+    check_finite(fields)
     guidance, count = fields.get("guidance_scale"), fields.get("num_return_sequences")
     if guidance is not None and not (isinstance(guidance, Real) and guidance >= 0):
         raise InputError(f"guidance_scale={guidance!r}; expected a number, 0 or more. Up to 1 it draws without guidance.")

@@ -18,7 +18,7 @@ from .config import UniCompressConfig
 from .drawing import Drawing
 from .errors import AdapterNameError, InputError, UnsupportedError
 from .families import Family, family_of
-from .generation import draw, left_pad
+from .generation import check_finite, draw, left_pad
 from .hosts import ReadHost, UniCompressLayer
 from .hub.model import SharedModel, refuse_carrier
 from .images import Images
@@ -250,8 +250,9 @@ class UniCompressModel(SharedModel):
         are the base's, token for token.
 
         Raises:
-            InputError: An empty batch or prompt, placeholders that do not fit the images, an unknown `generation_mode`, or a
-                prompt to draw without `generation_mode="image"`.
+            InputError: An empty batch or prompt, placeholders that do not fit the images, NaN or infinity for a number, an
+                unknown `generation_mode`, or a prompt to draw without `generation_mode="image"`.
+            AdapterNameError: The last adapter was deleted.
             UnsupportedError: Beam search for drawing, two active adapters, or drawing with a base that cannot.
         """
         _refuse_mixed_batch(kwargs)
@@ -284,6 +285,7 @@ class UniCompressModel(SharedModel):
             self._check_inputs(input_ids, read, Images())
             return draw(self.drawing, self.reading, input_ids, **kwargs)
         self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
+        check_finite(kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
         if mode is None or self.family.codes_are_words:
