@@ -10,6 +10,7 @@ Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; 
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,23 +19,28 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import transformers
-from contenders import Contender, answer, contenders, draw, drawn_steps, read_tokens
+from contenders import Contender, answer, check_sampling, contenders, draw, drawn_steps, read_tokens
+from conversations import to_rgb
 from digits import QUESTION_KINDS, judge, random_scene, right_cells
-from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scene_scores import SPLIT
 from tqdm.auto import tqdm
 from trl import TrlParser
+from unknown_words import unknown_words
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed
+
+CARDS = Path(__file__).parents[1] / "model_cards"  # wherever the recipe is started from
 
 
 @dataclass
 class QuickstartArguments:
     """What to read, what to draw, and with what."""
 
-    base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
-    adapter: str = field(default="model_cards/tiny-janus-uc4x", metadata={"help": "The adapter: folder or Hub id."})
+    base: str = field(default=str(CARDS / "tiny-janus"), metadata={"help": "The dense base: folder or Hub id."})
+    adapter: str = field(default=str(CARDS / "tiny-janus-uc4x"), metadata={"help": "The adapter: folder or Hub id."})
     image: str | None = field(default=None, metadata={"help": "An image of yours to ask about."})
     question: str | None = field(default=None, metadata={"help": "The question about --image."})
     prompt: str | None = field(default=None, metadata={"help": "A prompt of yours to draw."})
@@ -147,16 +153,60 @@ def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn
     print(f"\nwrote {Path(path).resolve()}")
 
 
-def main(args: QuickstartArguments) -> None:
+def check(args: QuickstartArguments) -> None:
+    """Stops before anything is loaded, with one line, on what could not be read, drawn or written."""
     if (args.image is None) != (args.question is None):
         raise SystemExit(f"--image {args.image} and --question {args.question}: expected both, or neither.")
+    check_sampling(args.temperature, args.guidance_scale, args.seed)
+    output = Path(args.output)
+    if not output.parent.is_dir():
+        raise SystemExit(f"--output {output}: there is no folder {output.parent}. Make it first.")
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if output.is_dir() or output.suffix[1:] not in formats:
+        raise SystemExit(f"--output {output}: expected a file that ends in one of .{', .'.join(sorted(formats))}.")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch has several words for a device that is not there
+        raise SystemExit(
+            f"--device {args.device}: {str(error).splitlines()[0]} Expected cpu, or a device of this machine."
+        ) from None
+
+
+def load_image(path: str) -> Image.Image:
+    """An image file as the recipes train on it: upright, RGB, what is transparent on white."""
+    try:
+        return to_rgb(ImageOps.exif_transpose(Image.open(path)))
+    except UnidentifiedImageError:
+        raise SystemExit(f"--image {path} is no image that PIL can read; expected a PNG, a JPEG or the like.") from None
+    except OSError as error:
+        raise SystemExit(
+            f"--image {path} cannot be read: {error.strerror or error}. Expected the path of an image file."
+        ) from None
+
+
+def load(args: QuickstartArguments) -> list[Contender]:
+    """Base and adapter; what they cannot be loaded for is told in one line."""
+    try:
+        return contenders(args.base, args.adapter, args.device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--base {args.base} with --adapter {args.adapter}: {error}") from None
+
+
+def main(args: QuickstartArguments) -> None:
+    check(args)
+    image = None if args.image is None else load_image(args.image)
     # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
     transformers.logging.set_verbosity_error()
     torch.manual_seed(args.seed)
-    pair = contenders(args.base, args.adapter, args.device)
+    pair = load(args)
+    own = [text for text in (args.prompt, args.question) if text is not None]
+    if unknown := unknown_words(pair[0].processor.tokenizer, own):
+        print(
+            f"warning: the model does not know {', '.join(unknown)}; it reads each as the same unknown word.", file=sys.stderr
+        )
     readings, drawings, asked = [], [], []
-    if args.image is not None:
-        readings = [Reading(Image.open(args.image).convert("RGB"), args.question)]
+    if image is not None:
+        readings = [Reading(image, args.question)]
     if args.prompt is not None:
         drawings = [Drawn(args.prompt)]
     if not readings and not drawings:

@@ -5,6 +5,7 @@ What a family of bases calls differently is here, so that the recipes are the sa
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
@@ -103,4 +104,7 @@ def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCa
 
 def to_images(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Image]:
     """Decoded pixels (B, 3, H, W) as PIL images."""
-    return processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]
+    drawn = processor.postprocess(list(pixels.float().cpu()))["pixel_values"]
+    if isinstance(drawn[0], Image.Image):
+        return drawn
+    return [Image.fromarray(np.asarray(image).transpose(1, 2, 0)) for image in drawn]  # (3, H, W); tensors with torchvision

@@ -1,5 +1,7 @@
 """Prompts, images and options that cannot work: each is refused by name, with what to do instead."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import (
@@ -17,7 +19,7 @@ from helpers import (
 )
 
 from uc_adapters import UniCompressCollator, get_uc_model
-from uc_adapters.errors import BaseModelError, InputError, UnsupportedError
+from uc_adapters.errors import AdapterNameError, BaseModelError, InputError, UnsupportedError
 
 
 @pytest.fixture
@@ -216,3 +218,139 @@ def test_a_caption_dropout_that_is_no_share(model, short_processor, share):
 def test_rows_of_another_form(model, short_processor):
     with pytest.raises(InputError, match=r"A row of prompt, completion; expected .*messages"):
         UniCompressCollator(short_processor, model.active_peft_config)([{"prompt": "2", "completion": "3"}])
+
+
+# Placeholders without their images
+
+
+@pytest.mark.parametrize("use", [logits, answer])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_placeholders_without_an_image(model, short_question, dense_question, use, enabled):
+    words = {name: value for name, value in (short_question if enabled else dense_question).items() if name != "pixel_values"}
+    with (
+        nullcontext() if enabled else model.disable_adapter(),
+        pytest.raises(InputError, match=rf"{21 if enabled else 64} image placeholders and no images.*processor\(text="),
+    ):
+        use(model, words)
+
+
+def test_placeholders_without_an_image_to_draw_from(model, short_processor, images):
+    texts = [chat(short_processor, IMAGE, "a red 3")]
+    inputs = short_processor(text=texts, images=images[:1], return_tensors="pt", generation_mode="image")
+    inputs.pop("pixel_values")
+    with pytest.raises(InputError, match="21 image placeholders and no images"):
+        draw(model, inputs)
+    with pytest.raises(InputError, match="21 image placeholders and no images"):
+        model.generate(inputs["input_ids"], generation_mode="image")
+
+
+def test_places_to_draw_without_an_image(model, short_processor, images):
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a red 3"}]},
+            {"role": "assistant", "content": [{"type": "image"}]},
+        ],
+        "images": images[:1],
+    }
+    batch = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)([row])
+    del batch["drawn_pixel_values"]
+    with pytest.raises(InputError, match="17 image placeholders and no images"):
+        model(**batch)
+
+
+def test_placeholders_in_a_negative_prompt(model, prompts):
+    ids = torch.tensor([[7, model.family.image_token_id, 8]])
+    for guidance_scale in (1.0, 3.0):
+        with pytest.raises(InputError, match=r"negative_prompt_ids hold image placeholders \(token \d+\).*no images"):
+            draw(model, prompts, guidance_scale=guidance_scale, negative_prompt_ids=ids)
+
+
+def test_images_that_came_encoded_are_no_missing_ones(model, short_question):
+    whole = logits(model, short_question)
+    with torch.no_grad():
+        features = model.get_base_model().model.get_image_features(short_question["pixel_values"], return_dict=True)
+    words = {name: value for name, value in short_question.items() if name != "pixel_values"}
+    assert torch.equal(logits(model, {**words, "mm_encoder_outputs": {"image": features}}), whole)
+
+
+# Numbers that are none, and names that nobody knows
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), "2", -3, -0.1, [2.0]])
+def test_a_guidance_that_is_no_number(model, prompts, value):
+    with pytest.raises(InputError, match=r"guidance_scale=.*; expected a (finite )?number"):
+        draw(model, prompts, guidance_scale=value)
+
+
+@pytest.mark.parametrize(
+    "name", ["temperature", "top_p", "typical_p", "min_p", "top_h", "epsilon_cutoff", "repetition_penalty"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sampling_option_that_is_not_finite(model, prompts, name, value):
+    for mode in ("image", "text"):
+        with pytest.raises(InputError, match=f"{name}={value}; expected a finite number"):
+            model.generate(**prompts, generation_mode=mode, do_sample=True, **{name: value})
+
+
+def test_a_number_that_is_none_in_a_generation_config(model, prompts):
+    model.generation_config.guidance_scale = float("nan")
+    with pytest.raises(InputError, match="guidance_scale=nan; expected a finite number"):
+        draw(model, prompts)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
+def test_a_count_of_drawings_that_is_none(model, prompts, value):
+    with pytest.raises(InputError, match=r"num_return_sequences=.*; expected a whole number, 1 or more"):
+        draw(model, prompts, do_sample=True, num_return_sequences=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("drawn_latent", "drawn_latents"), ("pixel_value", "pixel_values"), ("label", "labels"), ("colour", "arguments that")],
+)
+def test_an_argument_of_forward_that_nobody_knows(model, short_question, dense_question, name, meant):
+    with pytest.raises(InputError, match=rf"{name} is unknown to the forward of .*Janus.*expected {meant}"):
+        model(**short_question, **{name: torch.zeros(1)})
+    with model.disable_adapter(), pytest.raises(InputError, match=f"{name} is unknown"):
+        model(**dense_question, **{name: torch.zeros(1)})
+
+
+def test_what_the_base_takes_is_taken(model, short_question):
+    plain = logits(model, short_question)
+    more = {
+        "use_cache": True,
+        "output_hidden_states": True,
+        "return_dict": True,
+        "logits_to_keep": 0,
+        "num_items_in_batch": None,
+    }
+    assert torch.equal(logits(model, {**short_question, **more}), plain)
+
+
+def test_a_generator_is_refused_in_reading_as_the_base_refuses_it(model, pristine, short_question, dense_question):
+    for reader, inputs in ((pristine, dense_question), (model, short_question)):
+        for name, value in (("generator", torch.Generator()), ("progress", True)):
+            with pytest.raises(ValueError, match=rf"not used by the model: \['{name}'\]"):
+                reader.generate(**inputs, max_new_tokens=1, do_sample=True, **{name: value})
+
+
+# No adapter
+
+
+def test_the_last_adapter_deleted(model, short_question, prompts, short_processor, tmp_path):
+    model.delete_adapter("default")
+    uses = [
+        lambda: logits(model, short_question),
+        lambda: answer(model, short_question),
+        lambda: draw(model, prompts),
+        lambda: model.compact_processor(short_processor),
+        lambda: model.save_pretrained(tmp_path),
+        lambda: model.push_to_hub("org/adapter"),
+    ]
+    for use in uses:
+        with pytest.raises(AdapterNameError, match=r"no adapter 'default' any more; expected an adapter.*unload\(\)"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+    model.add_adapter("default", small_config())
+    model.set_adapter("default")
+    assert logits(model, short_question).isfinite().all()

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.compression import CompactCodes
-from uc_adapters.errors import BaseModelError
+from uc_adapters.errors import BaseModelError, InputError
 from uc_adapters.joint_loss import CELL
 from uc_adapters.layers import raster_to_cells
 
@@ -23,6 +23,12 @@ def prompts(short_processor):
     inputs = drawing_inputs(short_processor, CAPTIONS)
     assert not inputs["attention_mask"].all()
     return inputs
+
+
+@pytest.fixture(scope="module")
+def drawing_model(pristine):
+    """An adapter that no test changes."""
+    return attach(copy.deepcopy(pristine))
 
 
 @pytest.fixture
@@ -141,6 +147,68 @@ def test_a_generator_is_the_only_source_of_randomness(base, prompts, decompresso
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def seeds(*of_prompts: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in of_prompts]
+
+
+@given(
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+    first=st.integers(0, 9),
+    count=st.integers(1, 2),
+    guidance_scale=st.sampled_from([1.0, 3.0]),
+    side=st.sampled_from(["left", "right"]),
+)
+@settings(max_examples=5)
+def test_with_a_seed_a_prompt_a_batch_draws_what_each_draws_alone(
+    drawing_model, short_processor, rows, first, count, guidance_scale, side
+):
+    """Bit for bit, whatever else is in the batch: matrix products of another batch size round differently."""
+    options = {"do_sample": True, "guidance_scale": guidance_scale, "num_return_sequences": count}
+    texts, own = [CAPTIONS[row] for row in rows], range(first, first + len(rows))
+    before = torch.get_rng_state()
+    batch = drawing_inputs(short_processor, texts, padding_side=side)
+    together = draw(drawing_model, batch, generator=seeds(*own), **options)
+    alone = [
+        draw(drawing_model, drawing_inputs(short_processor, [text]), generator=seeds(seed)[0], **options)
+        for text, seed in zip(texts, own, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+    assert len(together.unique(dim=0)) == len(rows) * count
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_with_images_and_negative_prompts(drawing_model, short_processor, images):
+    def asked(texts, pictures, negative):
+        prompt = {"padding": True, "return_tensors": "pt"}
+        inputs = short_processor(text=texts, images=pictures or None, generation_mode="image", **prompt)
+        away = short_processor.tokenizer(negative, **prompt)
+        return {
+            **inputs,
+            "negative_prompt_ids": away["input_ids"],
+            "negative_prompt_attention_mask": away["attention_mask"],
+        }
+
+    texts = [
+        chat(short_processor, IMAGE, IMAGE, "a red 3"),
+        chat(short_processor, "a blue 7 at the top left"),
+        chat(short_processor, IMAGE, "a cyan 9"),
+    ]
+    parts, negative = [images[:2], [], images[2:3]], ["a green 1", "blue", "a 5 at the bottom"]
+    options = {"do_sample": True, "guidance_scale": 3.0}
+    together = draw(drawing_model, asked(texts, images[:3], negative), generator=seeds(0, 1, 2), **options)
+    for row in range(3):
+        inputs = asked(texts[row : row + 1], parts[row], negative[row : row + 1])
+        assert torch.equal(draw(drawing_model, inputs, generator=seeds(row)[0], **options), together[row : row + 1])
+
+
+@pytest.mark.parametrize(
+    "generator", [seeds(0), seeds(0, 1, 2, 3), [], 3, "seed", [3, 4, 5], [seeds(0)[0]] * 3, [*seeds(0, 1), None]], ids=range(8)
+)
+def test_generators_that_are_not_one_a_prompt_are_refused(drawing_model, prompts, generator):
+    with pytest.raises(InputError, match=r"generator=.*for 3 prompt\(s\); expected a torch.Generator, or a list"):
+        draw(drawing_model, prompts, do_sample=True, generator=generator)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.3, "top_k": 9}])

@@ -1,6 +1,7 @@
 """Saving, loading and switching adapters."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -364,3 +365,15 @@ def test_a_base_quantised_whole_draws(base_folder, saved, short_processor):
     base = AutoModelForImageTextToText.from_pretrained(base_folder, quantization_config=config, device_map={"": "cpu"})
     tokens = draw(UniCompressModel.from_pretrained(base, saved.folder), drawing_inputs(short_processor, CAPTIONS[:1]))
     assert tokens.shape == (1, 64)
+
+
+def test_no_use_of_an_adapter_prints_that_a_name_is_deprecated(base, fresh, short_processor, short_question, tmp_path):
+    """PEFT and transformers rename arguments and attributes; a user of this package shall not have to hear of it."""
+    prompts = drawing_inputs(short_processor, ["a red 3"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = attach(base)
+        model.save_pretrained(tmp_path)
+        loaded = UniCompressModel.from_pretrained(fresh(), tmp_path)
+        assert torch.equal(draw(loaded, prompts, do_sample=False), draw(model, prompts, do_sample=False))
+        assert torch.equal(answer(loaded, short_question), answer(model, short_question))

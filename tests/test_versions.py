@@ -133,7 +133,8 @@ not_by_peft = pytest.mark.parametrize("load", [LOADERS["config"], LOADERS["ours"
 def test_a_newer_format_is_refused_with_the_version_to_install(base, change, load, more):
     folder = change(format_version=FORMAT_VERSION + 1, uc_adapters_version="9.9", **more)
     with pytest.raises(
-        ConfigError, match=rf"format {FORMAT_VERSION + 1} by uc-adapters 9\.9.*pip install -U 'uc-adapters>=9\.9'"
+        ConfigError,
+        match=rf"format {FORMAT_VERSION + 1} by uc-adapters 9\.9.*uc-adapters 9\.9 or newer reads it",
     ):
         load(base, folder)
 
@@ -141,7 +142,7 @@ def test_a_newer_format_is_refused_with_the_version_to_install(base, change, loa
 @every_loader
 @pytest.mark.parametrize("value", [1, 0.5, True, "on", ["q_proj"], {"angle": 0}], ids=repr)
 def test_an_unknown_field_that_is_set_is_refused(base, change, load, value):
-    with pytest.raises(ConfigError, match=r"'spiral'.*uc-adapters 9\.9.*pip install -U 'uc-adapters>=9\.9'"):
+    with pytest.raises(ConfigError, match=r"'spiral'.*uc-adapters 9\.9.*uc-adapters 9\.9 or newer reads it"):
         load(base, change(spiral=value, uc_adapters_version="9.9"))
 
 
@@ -155,7 +156,9 @@ def test_an_unknown_field_that_is_unset_changes_nothing(base, change, expected, 
 @not_by_peft
 @pytest.mark.parametrize("method", ["MAGIC", "unicompress", "", None, 3, ["UNICOMPRESS"], {}], ids=repr)
 def test_an_unknown_method_is_refused_with_what_to_upgrade(base, change, load, method):
-    with pytest.raises(AdapterFileError, match=r"of peft_type .*not known here; expected UNICOMPRESS.*pip install -U"):
+    with pytest.raises(
+        AdapterFileError, match=r"of peft_type .*not known here; expected UNICOMPRESS.*upgrade uc-adapters and peft"
+    ):
         load(base, change(peft_type=method))
 
 

@@ -15,7 +15,7 @@ from .hub.folder import PEFT_TYPE, check_weights, read_config
 from .hub.pull import PULL_OPTIONS, pull
 from .identity import is_fingerprint
 from .layers import Grid, cells_of
-from .version import __version__
+from .version import INSTALL, __version__
 
 FORMAT_VERSION = 1  # of what is saved; raised when the same fields and weights come to mean other mathematics
 DECOMPRESSORS = ("strip", "cell", "phase", "raster")
@@ -113,6 +113,8 @@ class UniCompressConfig(LoraConfig):
         )
         self._require("arrow_config", self.arrow_config is None, "None: it mixes adapters, and an image has one compact form")
         self._require("kasa_config", self.kasa_config is None, "None: it changes the weights of the base")
+        for name in ("velora_config", "monteclora_config"):
+            self._require(name, getattr(self, name) is None, "None: PEFT saves such a LoRA with weights that it cannot load")
         self._require("megatron_config", not self.megatron_config, "None: PEFT would import a module that the config names")
         self._require(
             "init_lora_weights",
@@ -204,4 +206,4 @@ class UniCompressConfig(LoraConfig):
 
 
 def _upgrade(written: dict) -> str:
-    return f"pip install -U 'uc-adapters>={written.get('uc_adapters_version')}'."
+    return f"uc-adapters {written.get('uc_adapters_version')} or newer reads it. {INSTALL}"

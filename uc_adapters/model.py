@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +14,19 @@ from os import PathLike
 import torch
 from torch import nn
 from transformers import ProcessorMixin
+from transformers.utils.generic import TransformersKwargs
 
 from .config import UniCompressConfig
 from .drawing import Drawing
 from .errors import AdapterNameError, InputError, UnsupportedError
 from .families import Family, family_of
-from .generation import draw, left_pad
+from .generation import check_finite, draw, left_pad
 from .hosts import ReadHost, UniCompressLayer
 from .hub.model import SharedModel, refuse_carrier
 from .images import Images
 from .joint_loss import joint_loss
 from .layers import Grid
+from .steps import CACHE_NAME
 from .tuner import detach
 
 
@@ -37,6 +41,20 @@ class UniCompressModel(SharedModel):
     def family(self) -> Family:
         """The base's family."""
         return family_of(self.get_base_model())
+
+    @property
+    def active_peft_config(self) -> UniCompressConfig:
+        """The active adapter's.
+
+        Raises:
+            AdapterNameError: The last adapter was deleted.
+        """
+        if self.active_adapter not in self.peft_config:
+            raise AdapterNameError(
+                f"There is no adapter {self.active_adapter!r} any more; expected an adapter. Bring one with load_adapter or "
+                "add_adapter, or take the base back with unload()."
+            )
+        return super().active_peft_config
 
     @property
     def reading(self) -> ReadHost:
@@ -198,13 +216,16 @@ class UniCompressModel(SharedModel):
 
         Raises:
             InputError: Placeholders and images disagree, placeholders are labelled as words, pixels or what a teacher says are
-                of the wrong shape, the stride does not divide an image's grid, or images are to be drawn by a disabled adapter.
+                of the wrong shape, the stride does not divide an image's grid, images are to be drawn by a disabled adapter, or
+                an argument is unknown: the base would silently ignore it.
             UnsupportedError: Images are to be drawn by a base that cannot draw, or `drawn_states` are there for a decompressor
                 other than "strip".
         """
         _refuse_mixed_batch(kwargs)
         if labels is not None:
             self._warn_if_nothing_trains()
+        if kwargs:
+            self._check_known(kwargs)
         read, drawn = Images(pixel_values, image_sizes), Images(drawn_pixel_values, drawn_image_sizes, drawn_latents)
         enabled = self.reading.active_module() is not None
         if not enabled and (drawn.values is not None or word_probs is not None):
@@ -212,7 +233,7 @@ class UniCompressModel(SharedModel):
                 "drawn_pixel_values or word_probs with the adapter disabled; expected an enabled one: only it draws compactly "
                 "and is taught."
             )
-        self._check_inputs(input_ids, read, drawn, drawn_mask)
+        self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, drawn_mask)
         if labels is not None and enabled:
             self._check_labels(labels, drawn_mask)
         if drawn_states is not None:
@@ -264,8 +285,9 @@ class UniCompressModel(SharedModel):
         are the base's, token for token.
 
         Raises:
-            InputError: An empty batch or prompt, placeholders that do not fit the images, an unknown `generation_mode`, or a
-                prompt to draw without `generation_mode="image"`.
+            InputError: An empty batch or prompt, placeholders that do not fit the images, NaN or infinity for a number, an
+                unknown `generation_mode`, or a prompt to draw without `generation_mode="image"`.
+            AdapterNameError: The last adapter was deleted.
             UnsupportedError: Beam search for drawing, two active adapters, or drawing with a base that cannot.
         """
         _refuse_mixed_batch(kwargs)
@@ -277,7 +299,8 @@ class UniCompressModel(SharedModel):
             self._check_draws()
         read = Images(kwargs.get("pixel_values"), kwargs.get("image_sizes"))
         if self.reading.active_module() is None:
-            self._check_inputs(args[0] if args else kwargs.get("input_ids"), read, Images())
+            input_ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
             return super().generate(*args, **kwargs)
         if len(args) > 1:
             raise InputError(f"generate got {len(args)} arguments by position; expected input_ids alone, the others by name.")
@@ -296,8 +319,8 @@ class UniCompressModel(SharedModel):
                 )
             self._check_inputs(input_ids, read, Images())
             return draw(self.drawing, self.reading, input_ids, **kwargs)
-        self._check_inputs(input_ids, read, Images())
-        kwargs.pop("generator", None)
+        self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
+        check_finite(kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
         if mode is None or self.family.codes_are_words:
@@ -312,6 +335,18 @@ class UniCompressModel(SharedModel):
                 "it with is_trainable=True, or choose what trains: model.set_requires_grad(name), model.train_only(part).",
                 stacklevel=3,
             )
+
+    def _check_known(self, kwargs: dict) -> None:
+        base = type(self.get_base_model())
+        known = {*inspect.signature(base.forward).parameters, *TransformersKwargs.__optional_keys__}
+        known |= {"mm_encoder_outputs", "return_dict", "use_cache"}  # which its decorators and its language model take
+        for name, value in kwargs.items():
+            if value is not None and name not in known:
+                close = difflib.get_close_matches(name, [*inspect.signature(type(self).forward).parameters, *known], 1)
+                raise InputError(
+                    f"{name} is unknown to the forward of {type(self).__name__} and of {base.__name__}; expected "
+                    f"{close[0] if close else 'arguments that one of them documents'}. Correct the name, or leave it out."
+                )
 
     def _check_draws(self) -> None:
         if self.family.why_no_drawing is not None:
@@ -363,11 +398,16 @@ class UniCompressModel(SharedModel):
         drawn.check(family)
         if drawn.values is not None:
             self._check_draws()
-        if input_ids is None or (read.values is None and drawn.values is None):
+        if input_ids is None:
             return
         of_read = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
         of_drawn = [self.active_peft_config.num_drawn_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
         placeholders = int((input_ids == family.image_token_id).sum())
+        if placeholders and not (of_read or of_drawn):
+            raise InputError(
+                f"{placeholders} image placeholders and no images; expected the images that they stand for. Pass on all that "
+                "processor(text=..., images=...) or the collator returns."
+            )
         if placeholders != sum(of_read) + sum(of_drawn):
             enabled = self.reading.active_module() is not None
             counts = ", ".join(map(str, dict.fromkeys([*of_read, *of_drawn])))
@@ -411,6 +451,11 @@ def get_uc_model(
     except Exception:
         detach(base)  # the caller's base is as it was
         raise
+
+
+def _hold_images(kwargs: dict) -> bool:
+    """Whether images came encoded, or in a cache, and not as pixels."""
+    return any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds", CACHE_NAME))
 
 
 def _refuse_mixed_batch(kwargs: dict) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from transformers import Cache, CompileConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.masking_utils import create_causal_mask
 
 from .errors import UnsupportedError
 from .families import Family
 
 CACHES = ("dynamic", "static")
+CACHE_NAME = ALL_CACHE_NAMES[0]  # of a cache among a model's arguments: "past_key_values", from transformers 5.24 on "cache"
 ROUND = 64  # static caches are as long as the next multiple: prompts of nearly one length share what was compiled
 
 
@@ -49,7 +51,7 @@ class Steps:
         prompts = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
         positions = torch.cat([prompts, prompts[:, -1:] + advances.cumsum(0)], 1)  # (B, L + places)
         self.positions = F.pad(positions, (0, length - positions.shape[1]))  # (B, length): steps of one layout compile once
-        compiles = family.base._valid_auto_compile_criteria({"past_key_values": self.cache}, config)
+        compiles = family.base._valid_auto_compile_criteria({CACHE_NAME: self.cache}, config)
         # Of fixed shapes unless the user says otherwise: one token, or two where a known one rides along
         self.compile_kwargs = (config.compile_config or CompileConfig(dynamic=False)).to_dict() if compiles else None
         self._language_model = self.compiled(_last_hidden)
@@ -86,6 +88,6 @@ def _last_hidden(
     family: Family, inputs: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
     output = family.language_model(
-        inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}
     )
     return output.last_hidden_state[:, -1]

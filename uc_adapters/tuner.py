@@ -123,7 +123,8 @@ class UniCompressTuner(ReversibleLora):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """PEFT strips the name only next to the last part of a key; our modules nest deeper."""
+        """PEFT strips the name only next to the last part of a key; our modules nest deeper, and a part may be compiled."""
+        key = key.replace("_orig_mod.", "")
         named, plain = f".{CONTAINER}.{adapter_name}.", f".{CONTAINER}."
         if named in key:
             return key.replace(named, plain, 1)

@@ -260,6 +260,19 @@ def test_several_drawings_of_prompts_of_several_ratios_stay_in_order(model, comp
     assert len(set(lengths)) == 2
 
 
+@pytest.mark.parametrize("away", [None, "a blue 7"])
+def test_with_seeds_prompts_of_several_ratios_draw_what_each_draws_alone(model, compact, away):
+    prompts = [to_draw(compact, "a red 3", ratio) for ratio in ("1:1", "2:1", "1:1")]
+    negative = {} if away is None else {"negative_prompt_ids": compact(text=[away], return_tensors="pt")["input_ids"]}
+    options = {"do_sample": True, "guidance_scale": 3.0, "num_return_sequences": 2, **negative}
+    drawn = draw(model, together(prompts), generator=[torch.Generator().manual_seed(seed) for seed in range(3)], **options)
+    assert len(drawn.unique(dim=0)) == 6
+    for seed, prompt in enumerate(prompts):
+        alone = draw(model, prompt, generator=torch.Generator().manual_seed(seed), **options)
+        assert torch.equal(drawn[2 * seed : 2 * seed + 2, : alone.shape[1]], alone)
+        assert (drawn[2 * seed : 2 * seed + 2, alone.shape[1] :] == model.generation_config.pad_token_id).all()
+
+
 @pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("cell", 4)])
 def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor, drawn_globals):
     """In the loop it rides along with the next cell: the language model sees what training showed it."""

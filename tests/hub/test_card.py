@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,11 +12,13 @@ from hub_helpers import BASE, CARD, CONFIG, run_python
 from huggingface_hub import EvalResult, ModelCard
 from hypothesis import example, given
 from hypothesis import strategies as st
+from unknown_words import unknown_words
 
 from uc_adapters import CardFacts
 from uc_adapters.errors import AdapterFileError, InputError
-from uc_adapters.hub.card import render_card, update_card
+from uc_adapters.hub.card import EXAMPLE, render_card, update_card
 from uc_adapters.hub.push import push_folder
+from uc_adapters.version import INSTALL
 
 NAME = "org/foxes"
 NOTHING = CardFacts()
@@ -274,7 +277,8 @@ def test_a_local_base_is_no_base_model(config, base_name):
     assert fields["tags"] == ["unicompress"]
     assert "huggingface.co/" not in text
     if base_name:
-        assert f'base_model="{base_name}"' in text  # else the snippet would not run
+        assert f'base_model="path/to/{Path(base_name).name}"' in text  # else the snippet would not run
+        assert base_name not in text.replace(f"path/to/{Path(base_name).name}", "")
 
 
 def test_a_local_base_that_looks_like_an_id(config, tmp_path, monkeypatch):
@@ -324,7 +328,67 @@ def test_an_evaluation_enters_the_card_of_a_saved_folder(folder):
     text = (folder / CARD).read_text()
     assert "| reading | 0.9891 | 0.9877 |" in text
     assert parse(text)["license"] == "mit"
-    assert f'from_pretrained("{folder}"' in text
+    assert f'from_pretrained("./{folder.name}"' in text
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("/home/ann/pictures", "pictures"),
+        ("org/scenes, /home/ann/my pictures/, ~/own (9 rows)", "org/scenes, my pictures/, own (9 rows)"),
+        ("../pictures and C:\\Users\\ann\\pictures", "pictures and pictures"),
+        ("`recipes/finetune.py --dataset /data/ann/x.jsonl`", "`recipes/finetune.py --dataset x.jsonl`"),
+        ("https://huggingface.co/org/scenes, 830/900", "https://huggingface.co/org/scenes, 830/900"),
+    ],
+)
+def test_paths_of_this_machine_are_not_told(config, told, shown):
+    facts = CardFacts(
+        datasets=["/home/ann/pictures", "org/scenes", "./pictures"],
+        training={"data": told},
+        evaluation={**EVALUATION, "dataset": told},
+    )
+    text = render_card(config, NAME, facts)
+    assert f"| data | {shown} |" in text
+    assert f"On {shown}, base and adapter in one run" in text
+    assert parse(text)["datasets"] == ["org/scenes"]
+    assert "/home/ann" not in text
+
+
+def test_a_saved_folders_card_tells_of_no_path(base, processor, tmp_path):
+    base.name_or_path = str(tmp_path / "base")
+    (tmp_path / "base").mkdir()
+    attach(base).save_pretrained(tmp_path / "foxes", processor=processor)
+    text = (tmp_path / "foxes" / CARD).read_text()
+    assert str(tmp_path) not in text
+    assert 'from_pretrained("./foxes", base_model="path/to/base"' in text
+    assert text.count("# foxes") == 1
+
+
+def test_no_card_names_an_index_that_the_package_is_not_on(config):
+    text = render_card(config, NAME, FACTS)
+    assert INSTALL in text
+    assert "pip install uc-adapters" not in text
+    assert "not on PyPI" in text
+
+
+def prompt_of(text: str) -> str:
+    return re.search(r'"type": "text", "text": (".*?")}\]}\]\nprompt', text)[1]
+
+
+def test_the_prompt_of_the_snippet_is_one_that_the_tokenizer_knows(folder, processor):
+    update_card(folder, NOTHING)
+    words = json.loads(prompt_of((folder / CARD).read_text()))
+    assert unknown_words(processor.tokenizer, [EXAMPLE]) == ["fox", "in", "snow"]
+    assert len(words.split()) == 5
+    assert unknown_words(processor.tokenizer, [words, "Describe the image."]) == []
+
+
+def test_a_caption_of_the_training_is_the_prompt_and_is_kept(config):
+    first = render_card(config, NAME, CardFacts(prompt='a "red" 3'))
+    assert prompt_of(first) == json.dumps('a "red" 3')
+    for weights in (config, of_other_weights(config)):
+        assert prompt_of(render_card(weights, NAME, NOTHING, [first])) == json.dumps('a "red" 3')
+    assert prompt_of(render_card(config, NAME, NOTHING)) == json.dumps(EXAMPLE)
 
 
 def test_the_snippet_runs_as_pasted(shelf, folder, tmp_path):

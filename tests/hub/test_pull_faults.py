@@ -186,12 +186,14 @@ WRONG = {
         AdapterFileError,
         r"adapter_model\.bin.*pickle.*Convert it to safetensors",
     ),
-    "an unknown field": Row(configured(spiral=2), ConfigError, r"'spiral'.*Upgrade: pip install -U 'uc-adapters>="),
-    "a newer format": Row(configured(format_version=9), ConfigError, r"saved in format 9.*Upgrade: pip install"),
+    "an unknown field": Row(configured(spiral=2), ConfigError, r"'spiral'.*Upgrade: uc-adapters .* reads it"),
+    "a newer format": Row(
+        configured(format_version=9), ConfigError, r"saved in format 9.*Upgrade: uc-adapters .* reads it\. Install"
+    ),
     "an unknown method": Row(
         configured(peft_type="MAGIC"),
         AdapterFileError,
-        r"peft_type 'MAGIC', which is not known.*pip install -U uc-adapters peft",
+        r"peft_type 'MAGIC', which is not known.*upgrade uc-adapters and peft",
     ),
     "another method": Row(configured(peft_type="LORA"), AdapterFileError, "LORA adapter; expected UNICOMPRESS"),
     "of a deeper base": Row(of_another("shape"), BaseModelError, "trained on org/other@.*num_layers was 6, is 4"),

@@ -40,6 +40,81 @@ def test_quickstart_reads_an_image_of_the_users(base_folder, adapter_folder, tmp
     assert file.is_file()
 
 
+def test_quickstart_reads_an_image_as_the_recipes_train_on_it(tmp_path):
+    """Upright, and white where it is transparent."""
+    turned = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    turned.putpixel((0, 0), (0, 0, 255, 255))
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    image = quickstart.load_image(str(tmp_path / "turned.png"))
+    assert (image.mode, image.size) == ("RGB", (2, 4))
+    assert image.getpixel((1, 0)) == (0, 0, 255)
+    assert image.getpixel((0, 3)) == (255, 255, 255)
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(quickstart, "contenders", refuse)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"image": "words.txt", "question": "What?"}, r"--image .*words\.txt is no image that PIL can read"),
+        ({"image": "scan.png", "question": "What?"}, r"--image .*scan\.png cannot be read: No such file"),
+        ({"image": ".", "question": "What?"}, r"--image .* cannot be read: Is a directory"),
+        ({"output": "far/away.png"}, r"--output .*away\.png: there is no folder"),
+        ({"output": "picture.words"}, r"--output .*picture\.words: expected a file that ends in one of .*\.png"),
+        ({"output": "."}, "--output .*: expected a file that ends in"),
+        ({"guidance_scale": -3.0}, r"--guidance_scale -3\.0: expected a number above 1"),
+        ({"guidance_scale": float("nan")}, "--guidance_scale nan: expected"),
+        ({"temperature": 0.0}, r"--temperature 0\.0: expected a number above 0"),
+        ({"seed": -1}, "--seed -1: expected 0 or more"),
+        ({"device": "cuda:99"}, "--device cuda:99: .*Expected cpu"),
+        ({"device": "toaster"}, "--device toaster: .*Expected cpu"),
+    ],
+)
+def test_quickstart_tells_what_is_wrong_in_one_line_before_it_loads(tmp_path, loads_nothing, given, told):
+    (tmp_path / "words.txt").write_text("a red 3")
+    paths = {name: str(tmp_path / given[name]) for name in ("image", "output") if name in given}
+    with pytest.raises(SystemExit, match=told) as stop:
+        quickstart.main(
+            quickstart.QuickstartArguments(**{"device": "cpu", "output": str(tmp_path / "a.png"), **given, **paths})
+        )
+    assert "\n" not in str(stop.value)
+
+
+def test_quickstart_tells_what_it_cannot_load(tmp_path, base_folder):
+    for given in ({"base": "no/such/base"}, {"base": str(base_folder), "adapter": str(tmp_path)}):
+        with pytest.raises(SystemExit, match=r"--base .* with --adapter .*: "):
+            quickstart.main(
+                quickstart.QuickstartArguments(device="cpu", output=str(tmp_path / "a.png"), prompt="a red 3", **given)
+            )
+
+
+def test_quickstart_starts_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    defaults = quickstart.QuickstartArguments()
+    assert all(Path(folder).is_dir() for folder in (defaults.base, defaults.adapter))
+
+
+def test_quickstart_names_words_that_the_model_does_not_know(base_folder, plain_folder, tmp_path, capsys):
+    quickstart.main(
+        quickstart.QuickstartArguments(
+            base=str(base_folder),
+            adapter=str(plain_folder),
+            prompt="a red fox in the snow",
+            device="cpu",
+            output=str(tmp_path / "picture.png"),
+        )
+    )
+    assert "does not know fox, in, snow; it reads each as the same unknown word" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [{"image": "x.png"}, {"question": "What?"}])
 def test_quickstart_wants_image_and_question_together(given):
     with pytest.raises(SystemExit, match="expected both"):

@@ -23,7 +23,7 @@ class Chameleon(WordFamily):
         "tokenizer": "model.vqmodel",
         "read": "model.vqmodel.encoder",
     }
-    question_snippet = 'prompt = "What is in the image?<image>"'
+    question_snippet = 'prompt = "Describe the image.<image>"'
     why_no_drawing = "transformers' Chameleon has no decoder from codes to pixels and masks the codes in its logits"
 
     @staticmethod

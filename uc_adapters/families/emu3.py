@@ -36,7 +36,7 @@ inputs = processor(text=[prompt], return_for_image_generation=True, ratio="1:1",
 tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guidance_scale=3.0)
 height, width = inputs["image_sizes"][0]
 pixels = model.decode_image_tokens(image_tokens=tokens, height=height, width=width).float().cpu()
-image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"][0]"""
+image = processor.postprocess(list(pixels))["pixel_values"][0]"""
 
     def __init__(self, base: nn.Module):
         self.base = base

@@ -97,11 +97,12 @@ class Family(ABC):
     default_guidance: ClassVar[float] = 1.0
     """Guidance of the base's own drawing where nothing sets it; 1 is none."""
     question_snippet: ClassVar[str] = """\
-messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}]
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
     """For the card: Python that makes `prompt`, a question about an image."""
     drawing_snippet: ClassVar[str] = ""
-    """For the card: Python from `prompt` to `image`, with `processor`, `model` and `device` at hand."""
+    """For the card: Python from `prompt` to `image`, with `processor`, `model`, `device` and PIL's `Image` at hand. It has to
+    run with the processor's torchvision backend and with its PIL one."""
     example_grid: ClassVar[Grid | None] = None
     """For the card, where images have any size: the grid of an image as the published base draws it."""
 

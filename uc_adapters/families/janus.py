@@ -30,7 +30,8 @@ class Janus(Family):
 inputs = processor(text=prompt, generation_mode="image", return_tensors="pt").to(device)
 tokens = model.generate(**inputs, generation_mode="image", do_sample=True)
 pixels = model.decode_image_tokens(tokens).float().cpu().permute(0, 3, 1, 2)
-image = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"][0]"""
+pixels = processor.postprocess(list(pixels), return_tensors="pt")["pixel_values"][0]  # (3, H, W), from 0 to 255
+image = Image.fromarray(pixels.permute(1, 2, 0).numpy())"""
 
     def __init__(self, base: nn.Module):
         self.base = base

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -18,10 +18,11 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, InputError
 from ..families import FAMILIES
-from ..version import __version__
+from ..version import INSTALL, __version__
 from .folder import CARD_NAME, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+EXAMPLE = "A fox in the snow."
 RECORD = "unicompress"  # the metadata field with what the generated block was made of
 _BEGIN = "<!-- uc-adapters: generated from here; what stands outside is yours and is kept -->"
 _END = "<!-- uc-adapters: generated until here -->"
@@ -35,26 +36,31 @@ class CardFacts:
     Args:
         license: As the Hub names it, such as "apache-2.0".
         datasets: Hub ids of what it was trained on.
-        training: Settings of the training, by name. Forgotten when the weights change.
+        training: Settings of the training, by name. Forgotten when the weights change. Of a path on this machine only the name
+            is told.
         evaluation: The JSON that `recipes/evaluate.py` writes, as a file or a mapping: every top-level entry of the form
             {"base": number, "adapter": number} is a metric, and "dataset" says of what. Forgotten when the weights change.
+        prompt: What the snippet draws, such as a caption of the training data. Default: a fox, or words that a tokenizer of
+            whole words knows.
     """
 
     license: str | None = None
     datasets: Sequence[str] = ()
     training: Mapping[str, object] | None = None
     evaluation: str | PathLike | Mapping[str, object] | None = None
+    prompt: str | None = None
 
 
-def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[str] = ()) -> str:
+def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[str] = (), example: str = EXAMPLE) -> str:
     """The card of an adapter.
 
     Args:
         config: The fields of its sealed `adapter_config.json`.
-        name: The repo's id, or the folder that the adapter lies in: what the snippet loads.
+        name: The repo's id, or `local_name` of the folder that the adapter lies in: what the snippet loads.
         facts: What else is known.
         existing: Cards that are there, the one to be followed most last: their metadata is kept, and the text that a person
             wrote into the last of them.
+        example: The prompt of the snippet where no facts have one.
 
     Raises:
         AdapterFileError: An existing card's metadata cannot be read.
@@ -78,9 +84,11 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         name=Path(name).name,
         source=name,
         config=config,
-        base=base,
+        base=hub_id(base) or (Path(base).name if base else None),
         on_hub=hub_id(base),
         version=__version__,
+        install=INSTALL,
+        prompt=json.dumps(record.get("prompt", example), ensure_ascii=False),
         family=FAMILIES[geometry["model_type"]],
         tokens=_token_rows(config),
         training=_table(("setting", "value"), record["training"].items()),
@@ -119,11 +127,12 @@ def update_card(folder: Path, facts: CardFacts, source: str | None = None) -> No
     Args:
         folder: As `save_pretrained` wrote it.
         facts: What is newly known, such as an evaluation.
-        source: What the snippet loads. Default: the Hub id that the card has there, or else the folder.
+        source: What the snippet loads. Default: the Hub id that the card has there, or else the folder's name.
     """
     path = folder / CARD_NAME
     existing = [path.read_text("utf-8")] if path.is_file() else []
-    text = render_card(read_config(folder), source or published_as(folder) or str(folder), facts, existing)
+    name = source or published_as(folder) or local_name(folder)
+    text = render_card(read_config(folder), name, facts, existing, example_prompt(folder))
     path.write_text(text, "utf-8")
 
 
@@ -132,6 +141,11 @@ def published_as(folder: Path) -> str | None:
     path = folder / CARD_NAME
     record = _parse(path.read_text("utf-8"), str(folder)).data.to_dict().get(RECORD) if path.is_file() else None
     return hub_id(record.get("source")) if isinstance(record, dict) else None
+
+
+def local_name(folder: Path) -> str:
+    """What a card calls a folder that is on no Hub: a card may be published, and where things lie here is no one's business."""
+    return f"./{folder.resolve().name}"
 
 
 def hub_id(base: str | None) -> str | None:
@@ -169,7 +183,29 @@ def _record(config: dict, name: str, facts: CardFacts, old: dict | None) -> dict
         record["training"] = {str(setting): str(value) for setting, value in facts.training.items()}
     if facts.evaluation is not None:
         record["dataset"], record["metrics"] = _read_evaluation(facts.evaluation)
-    return record
+    record["training"] = {setting: _without_paths(value) for setting, value in record["training"].items()}
+    record["dataset"] = record["dataset"] and _without_paths(record["dataset"])
+    prompt = facts.prompt or (old or {}).get("prompt")
+    return record if prompt is None else record | {"prompt": prompt}
+
+
+def _without_paths(text: str) -> str:
+    """A text with the name alone of each path on this machine: "/home/ann/pictures, 9 rows" becomes "pictures, 9 rows"."""
+
+    def name(match: re.Match) -> str:
+        path = PureWindowsPath(match[0])  # it knows both kinds of separators, and drives
+        return path.name if path.root or path.drive or path.parts[0] in ("~", "..") else match[0]
+
+    return re.sub(r"[^\s,;`'\"()]*[/\\][^\s,;`'\"()]+", name, text)
+
+
+def example_prompt(folder: Path) -> str:
+    """EXAMPLE, or some words that the tokenizer in a folder knows, where it is one of whole words and does not know those."""
+    file = folder / "tokenizer.json"
+    model = json.loads(file.read_text("utf-8"))["model"] if file.is_file() else {}
+    words = [word for word in model.get("vocab", ()) if word.isalpha()] if model.get("type") == "WordLevel" else []
+    known = not words or {word.lower() for word in re.findall(r"\w+", EXAMPLE)} <= set(words)
+    return EXAMPLE if known else " ".join(words[:5])
 
 
 def _sound(record: object) -> dict:
@@ -182,7 +218,8 @@ def _sound(record: object) -> dict:
     numbers = all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, (int, float)) for value in pair) for pair in pairs
     )
-    return record if whole and numbers else {}
+    named = isinstance(record.get("prompt", ""), str)
+    return record if whole and numbers and named else {}
 
 
 def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> ModelCardData:
@@ -194,7 +231,7 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
         "library_name": "uc-adapters",
         "pipeline_tag": "any-to-any",
         "license": facts.license,
-        "datasets": list(facts.datasets) or None,
+        "datasets": [name for name in facts.datasets if hub_id(name)] or None,
         RECORD: record,
     }
     before = fields.get(RECORD) or {}

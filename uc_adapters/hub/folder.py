@@ -19,7 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError
-from ..version import __version__
+from ..version import INSTALL, __version__
 
 PEFT_TYPE = "UNICOMPRESS"
 CARD_NAME = "README.md"
@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict:
         raise AdapterFileError(f"{path} describes a {method} adapter; expected {PEFT_TYPE}. Load it with peft itself.")
     raise AdapterFileError(
         f"{path} is of peft_type {method!r}, which is not known here; expected {PEFT_TYPE}. If it is a newer kind of adapter, "
-        "upgrade: pip install -U uc-adapters peft."
+        f"upgrade uc-adapters and peft. {INSTALL}"
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -12,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor, ProcessorMixin
 
@@ -21,9 +27,9 @@ from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, InputError, UnsupportedError
 from ..families import family_of
 from ..identity import identify, name_and_commit
-from ..tuner import detach, uncover
+from ..tuner import UniCompressTuner, detach, uncover
 from .base import load_base
-from .card import CardFacts, published_as, update_card
+from .card import CardFacts, local_name, published_as, update_card
 from .folder import CARD_NAME, UNSEALED, find_weights, locked, read_config, saving, seal_folder
 from .pull import pull
 from .push import push_folder
@@ -37,6 +43,12 @@ OF_TRAINING = {"base_fingerprint", "codebook_weight", "init_lora_weights", "lora
 
 class SharedModel(PeftModel):
     """Loading and saving, from a folder and from the Hub alike: all of an adapter, or an error that says why not."""
+
+    def __init__(self, *args, **kwargs):
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks a model for an attribute that transformers 5.23 has renamed; no one here can ask for the new name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            super().__init__(*args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -192,6 +204,8 @@ class SharedModel(PeftModel):
     ) -> None:
         """Saves adapters as folders that are whole repos: config, weights, processor and card. All of it, or nothing.
 
+        What was written is loaded before it takes its place: a folder that `from_pretrained` would refuse is never left.
+
         An adapter named "default" is saved in the folder itself, others in subfolders of their names, as PEFT does. A card
         that is there keeps what a person wrote into it.
 
@@ -207,15 +221,26 @@ class SharedModel(PeftModel):
             **kwargs: Passed to `PeftModel.save_pretrained`: `state_dict`, ...
 
         Raises:
-            AdapterFileError: The folder cannot be written; what was in it is as it was.
-            UnsupportedError: `safe_serialization=False`, or `save_embedding_layers=True`.
+            AdapterFileError: The folder cannot be written, or what was written does not load as this adapter; what was in the
+                folder is as it was.
+            AdapterNameError: No adapter is left to save.
+            UnsupportedError: `safe_serialization=False`, `save_embedding_layers=True`, or
+                `path_initial_model_for_weight_conversion`.
         """
         if not safe_serialization:
             raise UnsupportedError("safe_serialization=False would write a pickle; expected True: only safetensors are loaded.")
         if kwargs.pop("save_embedding_layers", False) is True:
             raise UnsupportedError("save_embedding_layers=True would save weights of the base; expected False.")
+        if kwargs.pop("path_initial_model_for_weight_conversion", None) is not None:
+            raise UnsupportedError(
+                "path_initial_model_for_weight_conversion would turn LoRA into its difference from an initial one; expected "
+                "None: a UniCompress adapter leaves the base's weights as they are, so there is nothing to convert."
+            )
         if not is_main_process:
             return
+        if kwargs.get("state_dict") is not None:  # of torch.compile(model): the same weights under longer names
+            kwargs["state_dict"] = {key.removeprefix("_orig_mod."): value for key, value in kwargs["state_dict"].items()}
+        _ = self.active_peft_config  # raises where no adapter is left
         for name in selected_adapters or list(self.peft_config):
             folder = Path(save_directory, "" if name == "default" else name)
             with saving(folder) as stage:
@@ -227,9 +252,33 @@ class SharedModel(PeftModel):
                 if saved := self._processor_of(name, processor):
                     saved.save_pretrained(stage)
                 seal_folder(stage, base_model)
+                self._check_saved(stage, name)
                 if (folder / CARD_NAME).is_file():
                     shutil.copy(folder / CARD_NAME, stage)
-                update_card(stage, card or CardFacts(), published_as(stage) or str(folder))
+                update_card(stage, card or CardFacts(), published_as(stage) or local_name(folder))
+
+    def _check_saved(self, stage: Path, name: str) -> None:
+        """Raises AdapterFileError unless what was written is this adapter where it is loaded: onto a base without weights."""
+        base = self.get_base_model()
+        with torch.device("meta"):
+            plain = getattr(transformers, family_of(base).model_class)(copy.deepcopy(base.config))
+        try:
+            config = UniCompressConfig.from_pretrained(stage)
+            loaded = type(self)(plain, config, name, low_cpu_mem_usage=True)
+            UniCompressTuner._remap_adapter_state_dict_for_load(loaded, config, name, load_file(find_weights(stage)))
+        except ValueError as error:
+            raise AdapterFileError(
+                f"Adapter {name!r} is not saved: what was written could not be loaded again. {error} Nothing was changed."
+            ) from error
+        ours, theirs = _scalings(base, name), _scalings(plain, name)
+        differing = [path for path in theirs if not math.isclose(ours[path], theirs[path], rel_tol=1e-6)]
+        if differing:
+            path = differing[0]
+            raise AdapterFileError(
+                f"Adapter {name!r} is not saved: its LoRA is scaled by {ours[path]:.6g} in {path} and {len(differing) - 1} "
+                f"more modules; expected {theirs[path]:.6g}, as its config says, which is what would be loaded again. Set the "
+                "scale back (set_scale, unscale_layer), or change lora_alpha and attach anew. Nothing was changed."
+            )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """PEFT's card would name another library and lose the base; `save_pretrained` writes ours with the rest."""
@@ -292,6 +341,15 @@ class SharedModel(PeftModel):
             return None
         config = self.peft_config[adapter_name]
         return family_of(self.get_base_model()).compact_processor(processor, config.stride, config.num_global_tokens)
+
+
+def _scalings(base: nn.Module, name: str) -> dict[str, float]:
+    """What LoRA's product is multiplied by in each module."""
+    return {
+        path.replace("_orig_mod.", ""): float(module.scaling[name])
+        for path, module in base.named_modules()
+        if isinstance(module, LoraLayer) and name in module.scaling
+    }
 
 
 def refuse_carrier(base: nn.Module) -> None:

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, HubError, InputError
-from .card import CardFacts, hub_id, render_card
+from .card import CardFacts, example_prompt, hub_id, render_card
 from .faults import answered, reason
 from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, dump_config, find_weights, locked, read_config
 
@@ -72,7 +72,8 @@ def push_folder(
                     f"{repo_id!r} is there and public; expected a private repo. Nothing was sent: make it private in its "
                     "settings, or push without private=True."
                 )
-            text = render_card(config, repo_id, card or CardFacts(), _existing_cards(folder, api, repo_id, info.sha))
+            cards = _existing_cards(folder, api, repo_id, info.sha)
+            text = render_card(config, repo_id, card or CardFacts(), cards, example_prompt(folder))
             written = {CARD_NAME: text, CONFIG_NAME: dump_config(config)}
             files = [CommitOperationAdd(path.name, path) for path in _pushed(folder) if path.name not in written]
             files += [CommitOperationAdd(name, content.encode()) for name, content in written.items()]
