@@ -146,7 +146,7 @@ def _touch(reading: ReadHost, drawing: Drawing | None) -> torch.Tensor:
     """
     modules = [reading.active_module()] + ([] if drawing is None else [drawing.module])
     weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-    return sum((weight.flatten()[0].float() * 0 for weight in weights), torch.zeros((), device=reading.family.base.device))
+    return sum((weight.flatten()[0].float() * 0 for weight in weights), torch.zeros((), device=reading.family.device))
 
 
 def _score_text(
