@@ -110,10 +110,11 @@ class UniCompressCollator:
             written = self.writer.write(of_row, blocks, drawings, self.dropout)
             places += [(index, place) for one in written for place in range(one.read)]
             sequences += [(index, one) for one in written]
-        batch = self._padded([one for _, one in sequences])
+        batch, drawn_mask = self._padded([one for _, one in sequences])
         if places:
             batch |= {name: value[[firsts[row] + place for row, place in places]] for name, value in read.items()}
-        batch |= {f"drawn_{name}": value for name, value in drawn.items()}
+        if drawn:
+            batch |= {f"drawn_{name}": value for name, value in drawn.items()} | {"drawn_mask": drawn_mask}
         return batch, [row for row, _ in sequences]
 
     def _completions(self, row: dict[str, Any], images: int) -> list[Completion]:
@@ -161,8 +162,8 @@ class UniCompressCollator:
         sizes = {} if self.config.base_geometry["image_size"] else {"image_sizes": torch.tensor([p["size"] for p in packed])}
         return {"latents": pad_sequence(latents, batch_first=True), **sizes}
 
-    def _padded(self, sequences: list[Sequence]) -> dict[str, torch.Tensor]:
-        """Sequences of one length, padded on the right: (B, L) each."""
+    def _padded(self, sequences: list[Sequence]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Sequences of one length, padded on the right, and the places of what is drawn in them: (B, L) each."""
         length = max(len(one.ids) for one in sequences)
 
         def padded(name: str, value: int) -> torch.Tensor:
@@ -173,9 +174,7 @@ class UniCompressCollator:
             "attention_mask": torch.tensor([[1] * len(one.ids) + [0] * (length - len(one.ids)) for one in sequences]),
             "labels": padded("labels", -100),
         }
-        if any(one.draws for one in sequences):
-            batch["drawn_mask"] = padded("drawn", False)
-        return batch
+        return batch, padded("drawn", False)
 
 
 @contextmanager
