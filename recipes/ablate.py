@@ -29,6 +29,7 @@ from environment import check_output, environment
 from finetune import (
     leave_batches_to_the_collator,
     load_base,
+    make_collator,
     make_rows,
     train_stage_1,
     train_stage_2,
@@ -90,6 +91,7 @@ def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> t
         max_steps=args.max_steps,
         learning_rate=args.learning_rate,
         per_device_train_batch_size=args.batch_size,
+        warmup_steps=0.1,  # of so short a training
         save_strategy="no",
         logging_steps=50,
     )
@@ -98,9 +100,10 @@ def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> t
     model = variant.attach(load_base(options, training)).to(training.device)
     dense = AutoProcessor.from_pretrained(args.base)
     processor = model.compact_processor(dense)
-    of_stage_1, of_stage_2 = make_rows(options, training, model, processor, dense)
+    collator = make_collator(options, model, processor)
+    of_stage_1, of_stage_2, _ = make_rows(options, training, model, collator, dense)
     perplexity = train_stage_1(options, training, model, processor, of_stage_1)
-    train_stage_2(options, training, model, processor, dense, of_stage_2)
+    train_stage_2(options, training, model, collator, dense, of_stage_2)
     return Contender("adapter", model.eval(), processor), perplexity
 
 

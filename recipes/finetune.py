@@ -106,6 +106,12 @@ def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedMo
     return AutoModelForImageTextToText.from_pretrained(args.base, **options)
 
 
+def make_collator(args: FinetuneArguments, model: UniCompressModel, processor: ProcessorMixin) -> UniCompressCollator:
+    """The collator of an adapter, which ends answers as the base's own generation does; `processor` is the adapter's."""
+    ends = model.get_base_model().generation_config.eos_token_id
+    return UniCompressCollator(processor, model.active_peft_config, args.caption_dropout, eos_token_id=ends)
+
+
 def make_rows(
     args: FinetuneArguments,
     training: TrainingConfig,
@@ -216,7 +222,7 @@ def train_stage_2(
     collator: UniCompressCollator,
     dense: ProcessorMixin,
     rows: AnyDataset,
-    held_out: Dataset | None,
+    held_out: Dataset | None = None,
 ) -> None:
     """Trains the language side, and saves the adapter in OUTPUT_DIR."""
     set_seed(training.seed)  # its own: the same whether stage 1 has just run or lies on the disk
@@ -328,8 +334,7 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     if training.chat_template_path is not None:  # for a base without one, such as Chameleon
         dense.chat_template, training.chat_template_path = Path(training.chat_template_path).read_text(), None
     processor = model.compact_processor(dense)
-    ends = base.generation_config.eos_token_id
-    collator = UniCompressCollator(processor, model.active_peft_config, args.caption_dropout, eos_token_id=ends)
+    collator = make_collator(args, model, processor)
     of_stage_1, of_stage_2, to_evaluate = make_rows(args, training, model, collator, dense)
     for steps in ([] if done else [args.stage_1_steps]) + ([] if args.stage == 1 else [steps_of(training, of_stage_2)]):
         check_warm_up(training, steps)

@@ -40,7 +40,7 @@ class ResumableTrainer:
         sums[part] += torch.stack([total.detach().float().cpu(), torch.as_tensor(count).float().cpu()])
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+        if self.args.warmup_steps < 1 and self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
             self.args.warmup_steps = 0  # a share, rounded up to the whole of a short run
         return super().create_scheduler(num_training_steps, optimizer)
 
