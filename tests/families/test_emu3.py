@@ -312,29 +312,31 @@ def test_training_scores_drawn_strips_as_drawing_saw_them(model, compact, images
 
 
 def test_text_and_row_ends_of_drawn_strips_stand_where_they_stand_in_the_bases_own_sequence(model, compact, processor, mixed):
-    user, assistant = [{"type": "text", "text": "a red 3"}], [{"type": "image"}]
-    told = [{"type": "text", "text": "4"}]
-    contents = user, assistant, user, [*assistant, *assistant], user, told
-    messages = [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
-    row, seen = {"messages": messages, "images": mixed}, []
-    batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)([row])
+    user, told, drawn = ([{"type": "text", "text": "a red 3"}], [{"type": "text", "text": "4"}], [{"type": "image"}])
+    messages = [
+        {"role": ("user", "assistant")[index % 2], "content": content}
+        for index, content in enumerate((user, told, user, drawn))
+    ]
+    rows, seen = [{"messages": messages, "images": [image]} for image in mixed], []
+    batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)(rows)
     model.get_base_model().model.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
     with torch.no_grad():
         model(**batch)
     config = replace(model.active_peft_config, stride=1, num_global_tokens=0)
-    dense = UniCompressCollator(processor, config, caption_dropout=0.0)([row])
-    ids, of_base = batch["input_ids"][0], dense["input_ids"][0]
-    ends = ids == compact.tokenizer.eol_token_id
-    words = ~batch["drawn_mask"][0] & ~ends
-    assert torch.equal(ids[words], of_base[~dense["drawn_mask"][0]])  # the base's row ends are placeholders
-    assert torch.equal(seen[0][0, words], (~dense["drawn_mask"][0]).nonzero().flatten())
-    first, expected = 0, []
-    for rows, columns in (dense["drawn_image_sizes"] // 8).tolist():
-        places = dense["drawn_mask"][0].nonzero().flatten()[first : (first := first + rows * (columns + 1))]
-        expected.append(places.view(rows, columns + 1)[1::2, columns])  # every second row's
-    assert torch.equal(seen[0][0, ends], torch.cat(expected))
+    dense = UniCompressCollator(processor, config, caption_dropout=0.0)(rows)
+    for row, (height, width) in enumerate((dense["drawn_image_sizes"] // 8).tolist()):
+        here, of_base = (one["attention_mask"][row].bool() for one in (batch, dense))
+        ids, base_ids = batch["input_ids"][row][here], dense["input_ids"][row][of_base]
+        drawn, base_drawn = batch["drawn_mask"][row][here], dense["drawn_mask"][row][of_base]
+        ends = ids == compact.tokenizer.eol_token_id
+        words = ~drawn & ~ends
+        assert torch.equal(ids[words], base_ids[~base_drawn])  # the base's row ends are placeholders
+        positions = seen[0][row][here]
+        assert torch.equal(positions[words], (~base_drawn).nonzero().flatten())
+        places = base_drawn.nonzero().flatten().view(height, width + 1)
+        assert torch.equal(positions[ends], places[1::2, width])  # every second row's
 
 
 def test_a_negative_prompt_with_or_without_the_images_frame_is_the_same(model, compact):
