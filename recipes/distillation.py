@@ -4,10 +4,11 @@ The teacher is the base itself: the adapter disabled, the inputs rebuilt with th
 that inference would show it. What a dataset leaves out the teacher fills in (`filled_in`): answers to questions, drawings of
 prompts.
 
-Labels are learned, and the teacher helps on the way: its weight in the loss falls linearly from 1 at the first step to 0 at the
-last. Words are learned from its distribution over them, KL(teacher || student). So are codes that "strip" draws, since it draws
-them in the base's own order, and each hidden state from the teacher's at the same place (`Drawing.divergence`). Only where the
-answer itself is the teacher's are its words learned from its distribution to the end.
+Labels are learned, and the teacher helps on the way. Words are learned from its distribution over them, KL(teacher || student),
+with a weight that falls linearly from 1 at the first step to 0 at half of the run: an answer may be one that the base would not
+give. So are codes that "strip" draws, since it draws them in the base's own order, and each hidden state from the teacher's at
+the same place (`Drawing.divergence`), with a weight that falls to 0 at the end. Only where the answer itself is the teacher's
+are its words learned from its distribution throughout.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class TeacherCollator(NamingCollator):
 
 
 class DistillingTrainer(JointTrainer):
-    """A `JointTrainer` with the dense base as a teacher, whose weight falls from 1 to 0 over the training.
+    """A `JointTrainer` with the dense base as a teacher, whose weight falls from 1 to 0: over half of the training for words.
 
     Args:
         teacher_processor: The base's own processor.
@@ -163,9 +164,10 @@ class DistillingTrainer(JointTrainer):
         """What the dense base says of a batch of its own inputs, for the adapter to learn with a weight from 0 to 1.
 
         Returns:
-            `word_probs`, its probabilities of the N labelled words, (N, vocabulary), and `word_probs_share`, (N,): the weight,
-            or 1 where the answer is the base's own. Where "strip" draws, also `drawn_states`, its last hidden states before
-            each dense code of the images to draw, (M, T, D), and `drawn_states_share`, the weight.
+            `word_probs`, its probabilities of the N labelled words, (N, vocabulary), and `word_probs_share`, (N,): 1 where the
+            answer is the base's own, else from 1 to 0 while the weight falls to a half. Where "strip" draws, also
+            `drawn_states`, its last hidden states before each dense code of the images to draw, (M, T, D), and
+            `drawn_states_share`, the weight.
         """
         model, family = self.model, self.model.family
         drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
@@ -177,7 +179,7 @@ class DistillingTrainer(JointTrainer):
             hidden = self._dense_hidden(batch, drawn_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
             told = {
                 "word_probs": family.text_logits(hidden[words]).float().softmax(-1),
-                "word_probs_share": own.float().clamp(min=weight),
+                "word_probs_share": own.float().clamp(min=max(0.0, 2 * weight - 1)),
             }
         if codes and model.active_peft_config.decompressor == "strip":
             before = hidden[drawn_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])

@@ -209,7 +209,7 @@ def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
     for row in rows:
         alone, labels, drawn = by_hand(pristine, distiller, row)
         expected.append(pristine.lm_head(alone[:, :-1])[0, (labels != -100)[0, 1:] & ~drawn[0, 1:]].softmax(-1))
-    told = distiller.taught(teacher, 0.25)
+    told = distiller.taught(teacher, 0.625)
     torch.testing.assert_close(told["word_probs"], torch.cat(expected), atol=1e-5, rtol=1e-4)
     words = (batch["labels"] != -100) & ~batch["drawn_mask"]
     assert len(told["word_probs"]) == words.sum()
