@@ -24,6 +24,7 @@ from trl import SFTConfig
 from uc_adapters import UniCompressCollator, UniCompressModel
 
 STEPS = 3
+RATES = {"learning_rate": 1e-4}  # of finetune.py: AdamW's first steps are of the rate itself, whichever way rounding turns them
 # Of `scene_row`: even ones are read, odd ones drawn
 SEEDS = {"reading": range(0, 96, 2), "drawing": range(1, 97, 2), "mixed": range(48)}
 ALTERNATING = [0, 2, 1, 3]  # of four rows, two each: one process reads while the other draws
@@ -120,7 +121,7 @@ if __name__ == "__main__":
                 torch.save({"log": json.dumps(log), "weights": weights}, f"{output}/{kind}-{stage}.pt")
     if how == "ddp":
         for distill in (False, True):
-            training = {"per_device_train_batch_size": 1, "use_cpu": False}  # as a user would: torchrun alone tells it
-            options = {"dataset": [dataset], "distill": distill, "training": training}
+            training = {"per_device_train_batch_size": 1, "use_cpu": False, **RATES}  # no use_cpu: torchrun alone tells it
+            options = {"dataset": [dataset], "distill": distill, "stage_1_learning_rate": 1e-4, "training": training}
             finetuning.train(base, f"{output}/finetune-{distill}", **options)
     distributed.destroy_process_group()
