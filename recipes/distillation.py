@@ -4,11 +4,11 @@ The teacher is the base itself: the adapter disabled, the inputs rebuilt with th
 that inference would show it. What a dataset leaves out the teacher fills in (`filled_in`): answers to questions, drawings of
 prompts.
 
-Labels are learned, and the teacher helps on the way. Words are learned from its distribution over them, KL(teacher || student),
-with a weight that falls linearly from 1 at the first step to 0 at half of the run: an answer may be one that the base would not
-give. So are codes that "strip" draws, since it draws them in the base's own order, and each hidden state from the teacher's at
-the same place (`Drawing.divergence`), with a weight that falls to 0 at the end. Only where the answer itself is the teacher's
-are its words learned from its distribution throughout.
+Labels are learned. An answer of the dataset is learned as it stands: it may be one that the base would not give. Where the
+answer is the base's own, its words are learned from the base's distribution over them, KL(teacher || student). Codes that "strip"
+draws are learned from the teacher's distribution, and each hidden state from the teacher's at the same place
+(`Drawing.divergence`), with a weight that falls linearly from 1 at the first step to 0 at the last, where the codes themselves
+have taken over.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class TeacherCollator(NamingCollator):
 
 
 class DistillingTrainer(JointTrainer):
-    """A `JointTrainer` with the dense base as a teacher, whose weight falls from 1 to 0: over half of the training for words.
+    """A `JointTrainer` with the dense base as a teacher: of its own answers, and of the codes that "strip" draws.
 
     Args:
         teacher_processor: The base's own processor.
@@ -155,7 +155,7 @@ class DistillingTrainer(JointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "teacher" in inputs:  # not where the model is evaluated: that is by labels alone
-            # The teacher is the fastest way to its own quality, labels and codes the way beyond it
+            # The teacher is the fastest way to its own quality, the codes themselves the way beyond it
             inputs |= self.taught(inputs.pop("teacher"), 1 - self.state.global_step / max(self.state.max_steps, 1))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -164,24 +164,25 @@ class DistillingTrainer(JointTrainer):
         """What the dense base says of a batch of its own inputs, for the adapter to learn with a weight from 0 to 1.
 
         Returns:
-            `word_probs`, its probabilities of the N labelled words, (N, vocabulary), and `word_probs_share`, (N,): 1 where the
-            answer is the base's own, else from 1 to 0 while the weight falls to a half. Where "strip" draws, also
-            `drawn_states`, its last hidden states before each dense code of the images to draw, (M, T, D), and
-            `drawn_states_share`, the weight.
+            Where some answers are the base's own: `word_probs`, its probabilities of the N labelled words, (N, vocabulary), and
+            `word_probs_share`, (N,), 1 in those answers and 0 elsewhere. Where "strip" draws: `drawn_states`, its last hidden
+            states before each dense code of the images to draw, (M, T, D), and `drawn_states_share`, the weight.
         """
         model, family = self.model, self.model.family
         drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
-        drawn = Images(*(batch.get(f"drawn_{name}") for name in ("pixel_values", "image_sizes", "latents")))
-        codes, grids = dense_codes(family, drawn), [family.draw_grid(size) for size in drawn.sizes(family)]
         words = ((batch["labels"] != -100) & ~drawn_mask)[:, 1:]  # (B, L - 1)
-        own = batch["taught"].unsqueeze(1).expand_as(words)[words]  # (N,)
+        own = batch["taught"].unsqueeze(1).expand_as(words)[words].float()  # (N,)
+        drawn = Images(*(batch.get(f"drawn_{name}") for name in ("pixel_values", "image_sizes", "latents")))
+        teaches_codes = drawn.values is not None and model.active_peft_config.decompressor == "strip"
+        if not teaches_codes and not own.any():
+            return {}
+        codes, grids = dense_codes(family, drawn), [family.draw_grid(size) for size in drawn.sizes(family)]
         with model.disable_adapter():
             hidden = self._dense_hidden(batch, drawn_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
-            told = {
-                "word_probs": family.text_logits(hidden[words]).float().softmax(-1),
-                "word_probs_share": own.float().clamp(min=max(0.0, 2 * weight - 1)),
-            }
-        if codes and model.active_peft_config.decompressor == "strip":
+            told = {}
+            if own.any():
+                told |= {"word_probs": family.text_logits(hidden[words]).float().softmax(-1), "word_probs_share": own}
+        if teaches_codes:
             before = hidden[drawn_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
             states = [  # M times (T, D): those before the ends of rows are left out
                 of_image.unflatten(0, (rows, -1))[:, :columns].flatten(0, 1)

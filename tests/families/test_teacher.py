@@ -57,11 +57,12 @@ def rows(images):
         messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
         return {"messages": messages, "images": pictures}
 
-    return [
+    made = [
         row([square, wide], [IMAGE, say("How many digits are there?")], [say("4")], [say("a blue 7")], [IMAGE]),
         row([tall], [say("a red 3")], [IMAGE]),
         row([square], [IMAGE, say("What digit is at the top left?")], [say("3")]),
     ]
+    return [row | {"taught": True} for row in made]
 
 
 def by_hand(pristine, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -201,7 +201,7 @@ def test_a_drawing_takes_the_places_of_the_context_that_it_is_given(base, short_
 
 
 def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
-    rows = [scenes_dataset(8, 1)[row] for row in range(4)]  # read, drawn, read, drawn
+    rows = [scenes_dataset(8, 1)[row] | {"taught": row != 2} for row in range(4)]  # read, drawn, read by a label, drawn
     batch = distiller.data_collator(rows)
     teacher = batch.pop("teacher")
     batch.pop("origins")
@@ -209,7 +209,7 @@ def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
     for row in rows:
         alone, labels, drawn = by_hand(pristine, distiller, row)
         expected.append(pristine.lm_head(alone[:, :-1])[0, (labels != -100)[0, 1:] & ~drawn[0, 1:]].softmax(-1))
-    told = distiller.taught(teacher, 0.625)
+    told = distiller.taught(teacher, 1.0)
     torch.testing.assert_close(told["word_probs"], torch.cat(expected), atol=1e-5, rtol=1e-4)
     words = (batch["labels"] != -100) & ~batch["drawn_mask"]
     assert len(told["word_probs"]) == words.sum()
@@ -219,9 +219,9 @@ def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
     of_words = words[:, 1:]
     assert torch.equal(distilled.log_probs[~of_words], plain.log_probs[~of_words])
     assert (distilled.log_probs[of_words] <= 1e-6).all()  # less a divergence
-    torch.testing.assert_close(
-        mixed.log_probs, 0.75 * plain.log_probs + 0.25 * distilled.log_probs * of_words + 0.25 * plain.log_probs * ~of_words
-    )
+    taught = [0, 1, 3]
+    torch.testing.assert_close(mixed.log_probs[taught], distilled.log_probs[taught])
+    torch.testing.assert_close(mixed.log_probs[2], plain.log_probs[2])  # the dataset's own answers
 
 
 def by_hand(pristine, distiller, row: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -261,7 +261,7 @@ def test_drawn_states_are_the_bare_bases_before_each_code(distiller, pristine, e
 
 
 def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
-    batch = distiller.data_collator([editing, scenes_dataset(8, 1)[0]])
+    batch = distiller.data_collator([editing, scenes_dataset(8, 1)[0] | {"taught": True}])
     batch.pop("origins")
     told = distiller.taught(dict(batch["teacher"]), 1.0)
     assert told.keys() == {"word_probs", "word_probs_share", "drawn_states", "drawn_states_share"}
@@ -274,7 +274,10 @@ def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
 def test_rows_that_read_teach_no_states_and_other_orders_none(base, make_distiller):
     reading, drawing = (scenes_dataset(8, 1)[row] for row in range(2))
     strip = make_distiller(attach(base))
-    assert "drawn_states" not in strip.taught(strip.data_collator([reading])["teacher"], 1.0)
+    assert strip.taught(strip.data_collator([reading])["teacher"], 1.0) == {}  # nobody is asked
+    assert strip.taught(strip.data_collator([reading | {"taught": True}])["teacher"], 1.0).keys() == {
+        *("word_probs", "word_probs_share")
+    }
     cell = make_distiller(attach(strip.model.unload(), decompressor="cell"))
     assert "drawn_states" not in cell.taught(cell.data_collator([reading, drawing])["teacher"], 1.0)
 
