@@ -5,8 +5,8 @@ that inference would show it. What a dataset leaves out the teacher fills in (`f
 prompts.
 
 Labels are learned. An answer of the dataset is learned as it stands: it may be one that the base would not give. Where the
-answer is the base's own, its words are learned from the base's distribution over them, KL(teacher || student). Codes that "strip"
-draws are learned from the teacher's distribution, and each hidden state from the teacher's at the same place
+answer is the base's own, its words are learned from the base's distribution over them, KL(teacher || student). Codes that
+"strip" draws are learned from the teacher's distribution, and each hidden state from the teacher's at the same place
 (`Drawing.divergence`), with a weight that falls linearly from 1 at the first step to 0 at the last, where the codes themselves
 have taken over.
 """
