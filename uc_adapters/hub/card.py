@@ -193,10 +193,13 @@ def _without_paths(text: str) -> str:
     """A text with the name alone of each path on this machine: "/home/ann/pictures, 9 rows" becomes "pictures, 9 rows"."""
 
     def name(match: re.Match) -> str:
-        path = PureWindowsPath(match[0])  # it knows both kinds of separators, and drives
-        return path.name if path.root or path.drive or path.parts[0] in ("~", "..") else match[0]
+        word = match[0]
+        if not re.search(r"[/\\][^/\\]", word):
+            return word
+        path = PureWindowsPath(word)  # it knows both kinds of separators, and drives
+        return path.name if path.root or path.drive or path.parts[0] in ("~", "..") else word
 
-    return re.sub(r"[^\s,;`'\"()]*[/\\][^\s,;`'\"()]+", name, text)
+    return re.sub(r"[^\s,;`'\"()]+", name, text)  # whole words: looking for a separator from each letter takes their square
 
 
 def example_prompt(folder: Path) -> str:
