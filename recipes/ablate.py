@@ -21,21 +21,16 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from ablation_costs import costs
-from ablation_variants import AXES, START, Variant
-from contenders import Contender, contenders
-from digits import random_scene
-from environment import check_output, environment
-from finetune import (
-    leave_batches_to_the_collator,
-    load_base,
-    make_collator,
-    make_rows,
-    train_stage_1,
-    train_stage_2,
-)
-from finetune_arguments import FinetuneArguments, TrainingConfig
-from scene_scores import SPLIT, score_drawing, score_nats, score_reading
+from ablation.costs import costs
+from ablation.variants import AXES, START, Variant
+from finetuning.arguments import FinetuneArguments, TrainingConfig
+from finetuning.base import load_base
+from finetuning.data import make_collator, make_rows
+from finetuning.stages import train_stage_1, train_stage_2
+from reporting.environment import check_output, environment
+from scoring.contenders import Contender, contenders
+from scoring.scene_scores import SPLIT, score_drawing, score_nats, score_reading
+from tiny_world.digits import random_scene
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, set_seed
 from trl import TrlParser
@@ -95,7 +90,6 @@ def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> t
         save_strategy="no",
         logging_steps=50,
     )
-    leave_batches_to_the_collator(training)
     set_seed(seed)
     model = variant.attach(load_base(options, training)).to(training.device)
     dense = AutoProcessor.from_pretrained(args.base)

@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark_models import SHAPES, fused, prompts, random_pixels, sides
-from benchmark_report import draw_chart, markdown
-from drawing_benchmark import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
-from environment import check_output, environment, is_here, make_current
-from reading_benchmark import disabled_over_bare, image_cache_bytes, reading_figures
-from stopwatch import Work, fitting, in_turn
+from reporting.environment import check_output, environment, is_here, make_current
+from timing.drawing import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
+from timing.models import SHAPES, fused, prompts, random_pixels, sides
+from timing.reading import disabled_over_bare, image_cache_bytes, reading_figures
+from timing.report import draw_chart, markdown
+from timing.stopwatch import Work, fitting, in_turn
+from timing.training import training_figures
 from torch import nn
-from training_benchmark import training_figures
 from transformers import set_seed
 from trl import TrlParser
 

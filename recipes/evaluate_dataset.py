@@ -22,17 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from contenders import Contender, check_sampling, contenders, side_by_side, why_no_drawing
-from conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations, decoded
 from datasets import Dataset
-from environment import check_output, environment, is_here, make_current
-from geneval import draw_prompts, free_folder, read_prompts
-from picture_metrics import load_clip, load_features, score_pictures
-from sample_pictures import is_drawn
-from stopwatch import fitting_batch
+from reporting.environment import check_output, environment, is_here, make_current
+from rows.captions import is_drawn
+from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations, decoded
+from scoring.contenders import Contender, check_sampling, contenders, side_by_side, why_no_drawing
+from scoring.geneval import draw_prompts, free_folder, read_prompts
+from scoring.picture_metrics import load_clip, load_features, score_pictures
+from scoring.vqa import Question, answer_questions, questions_of, vqa_scores
+from timing.stopwatch import fitting_batch
 from tqdm.auto import tqdm
 from trl import TrlParser
-from vqa import Question, answer_questions, questions_of, vqa_scores
 
 LABELS = {
     "fid": "drawing: FID",

@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tiny_emu3
-import tiny_janus
 import torch
-from caption_pool import CaptionPool, caption_words, captioned_rows
-from emu3_pretraining import Emu3Pretraining
-from janus_pretraining import JanusPretraining
 from safetensors.torch import load_file, save_file
-from scene_pool import ScenePool, nearest_codes
 from sklearn.cluster import MiniBatchKMeans
+from tiny_world import tiny_emu3, tiny_janus
+from tiny_world.caption_pool import CaptionPool, caption_words, captioned_rows
+from tiny_world.emu3_pretraining import Emu3Pretraining
+from tiny_world.janus_pretraining import JanusPretraining
+from tiny_world.scene_pool import ScenePool, nearest_codes
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm

@@ -19,15 +19,15 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import transformers
-from contenders import Contender, answer, check_sampling, contenders, draw, drawn_steps, read_tokens
-from conversations import to_rgb
-from digits import QUESTION_KINDS, judge, random_scene, right_cells
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scene_scores import SPLIT
+from rows.conversations import to_rgb
+from rows.unknown_words import unknown_words
+from scoring.contenders import Contender, answer, check_sampling, contenders, draw, drawn_steps, read_tokens
+from scoring.scene_scores import SPLIT
+from tiny_world.digits import QUESTION_KINDS, judge, random_scene, right_cells
 from tqdm.auto import tqdm
 from trl import TrlParser
-from unknown_words import unknown_words
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed

@@ -12,11 +12,11 @@ os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets counts on the network 
 
 import pytest
 import torch
-from digits import random_scene
 from helpers import ANN, SHORT, question_inputs, rng
 from hypothesis import settings
 from PIL import Image
-from tiny_janus import make_model, make_processor
+from tiny_world.digits import random_scene
+from tiny_world.tiny_janus import make_model, make_processor
 
 # The same cases on every machine, so that CI fails for a change and not by chance; `pytest --hypothesis-profile=explore`
 # draws new ones. No deadlines: CI machines stall now and then.

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from digits import random_scene
 from helpers import DRAWN, SHORT, attach, draw, drawing_inputs, rng, small_config
-from tiny_janus import make_processor
+from tiny_world.digits import random_scene
+from tiny_world.tiny_janus import make_processor
 from torch.utils.data import DataLoader
 
 from uc_adapters import UniCompressCollator

@@ -10,7 +10,7 @@ from helpers import attach, logits, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import CONFIG_NAME
-from tiny_janus import make_model
+from tiny_world.tiny_janus import make_model
 from transformers import AutoModelForImageTextToText, JanusForConditionalGeneration
 
 from uc_adapters import UniCompressModel, get_uc_model

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import DECOMPRESSORS, attach, logits
-from tiny_janus import make_processor
+from tiny_world.tiny_janus import make_processor
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import InputError, UnsupportedError

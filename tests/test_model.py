@@ -23,7 +23,7 @@ from helpers import (
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from tiny_janus import make_processor
+from tiny_world.tiny_janus import make_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel, __version__, get_uc_model

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from helpers import DENSE, IMAGE, SHORT, answer, attach, chat, logits, question_inputs
-from tiny_janus import make_processor
+from tiny_world.tiny_janus import make_processor
 
 QUESTIONS = ["What digit is at the top left?", "How many digits are there?", "What colour is the 3?", "Describe the image."]
 

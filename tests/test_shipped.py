@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import contenders
-import evaluate
+import evaluate_scenes
 import pytest
 import torch
 from safetensors import safe_open
-from stock_calls import calls_of, drawing_inputs
+from scoring import contenders
+from scoring.stock_calls import calls_of, drawing_inputs
 
 from uc_adapters import UniCompressModel
 
@@ -35,7 +35,7 @@ def test_the_adapters_file_holds_no_base_weight():
 
 def test_base_and_adapter_read_and_draw_held_out_digits():
     # 60 scenes: wide enough bounds for any seed; the figures of the README come from 500
-    scores = evaluate.main(evaluate.EvaluateArguments(base=BASE, adapter=ADAPTER, scenes=60, seed=77))
+    scores = evaluate_scenes.main(evaluate_scenes.EvaluateArguments(base=BASE, adapter=ADAPTER, scenes=60, seed=77))
     assert scores["reading"]["base"] >= 0.95
     assert scores["drawing"]["base"] >= 0.85
     assert scores["reading"]["adapter"] >= scores["reading"]["base"] - 0.03

@@ -3,10 +3,10 @@
 import copy
 
 import pytest
-import tiny_emu3
 import torch
+from finetuning.base import quantisation
 from helpers import CAPTIONS, DECOMPRESSORS, attach, chat, draw, drawing_inputs
-from quantised import quantisation
+from tiny_world import tiny_emu3
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, CompileConfig, LogitsProcessor, LogitsProcessorList
 

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .errors import ConfigError
-from .hub.folder import PEFT_TYPE, check_weights, read_config
-from .hub.pull import PULL_OPTIONS, pull
+from .files.folder import PEFT_TYPE, check_weights, read_config
+from .files.pull import PULL_OPTIONS, pull
 from .identity import is_fingerprint
 from .layers import Grid, cells_of
 from .version import INSTALL, __version__
@@ -169,7 +169,7 @@ class UniCompressConfig(LoraConfig):
         Args:
             pretrained_model_name_or_path: A folder, or a Hub id.
             subfolder: Of the folder or repo.
-            **kwargs: Of `uc_adapters.hub.pull.pull`: `revision`, `token`, `cache_dir`, ...; others are left alone.
+            **kwargs: Of `uc_adapters.files.pull.pull`: `revision`, `token`, `cache_dir`, ...; others are left alone.
 
         Raises:
             HubError, AdapterFileError: As `pull`; or a file is damaged, or not the one that was saved.

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from .drawing import Drawing, Sampler
+from .code_head import Drawing, Sampler
 from .errors import BaseModelError, InputError, UnsupportedError
 from .families import Family
-from .hosts import ReadHost
+from .layer import ReadHost
 from .layers import Grid, cells_of
 from .sampling import CodeSampler
 from .steps import Steps

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
+from .code_head import Drawing
 from .compression import CompactCodes
-from .drawing import Drawing
 from .errors import InputError, UnsupportedError
-from .hosts import ReadHost
 from .images import Images
+from .layer import ReadHost
 
 # What a labelled position is, in `JointOutput.kinds`; 0 is none
 WORD, GLOBAL_CODE, CELL = 1, 2, 3

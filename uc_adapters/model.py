@@ -16,15 +16,15 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils.generic import TransformersKwargs
 
+from .code_head import Drawing
 from .config import UniCompressConfig
-from .drawing import Drawing
 from .errors import AdapterNameError, InputError, UnsupportedError
 from .families import Family, family_of
 from .generation import check_finite, draw, left_pad
-from .hosts import ReadHost, UniCompressLayer
 from .hub.model import SharedModel, refuse_carrier
 from .images import Images
 from .joint_loss import joint_loss
+from .layer import ReadHost, UniCompressLayer
 from .layers import Grid
 from .steps import CACHE_NAME
 from .tuner import detach

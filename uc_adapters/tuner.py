@@ -12,8 +12,8 @@ from torch import nn
 from .config import UniCompressConfig
 from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError, UnsupportedError
 from .families import Family, Geometry, family_of
-from .hosts import CONTAINER, ONE_ANSWER, UniCompressLayer, host_classes
 from .identity import identify
+from .layer import CONTAINER, ONE_ANSWER, UniCompressLayer, host_classes
 from .lora import ReversibleLora, is_of
 
 WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import tiny_chameleon
-import tiny_emu3
-import tiny_janus
-from stock_calls import CALLS
+from scoring.stock_calls import CALLS
+from tiny_world import tiny_emu3, tiny_janus
 from transformers import PreTrainedModel, ProcessorMixin
 
 

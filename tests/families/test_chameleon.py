@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from conversations import DatasetError
-from distillation import filled_in
-from finetuning import write_rows
+from finetune_runs import write_rows
+from finetuning.answers import filled_in
 from helpers import attach, logits, question_inputs
+from rows.conversations import DatasetError
+from rows.training_rows import RowCheck, places_of, training_rows
 from tiny_chameleon import CODES, make_model, make_processor
-from training_rows import RowCheck, places_of, training_rows
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import UnsupportedError

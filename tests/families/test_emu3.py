@@ -10,7 +10,7 @@ from helpers import DECOMPRESSORS, Record, attach, chat, logits, question_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_emu3 import make_model, make_processor
+from tiny_world.tiny_emu3 import make_model, make_processor
 from transformers import AutoProcessor, Emu3Config, Emu3ForConditionalGeneration, LogitsProcessorList
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, get_uc_model

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluate import EvaluateArguments, main
 from evaluate_dataset import EvaluateDatasetArguments
 from evaluate_dataset import main as score_dataset
-from finetuning import write_captioned, write_rows
+from evaluate_scenes import EvaluateArguments, main
+from finetune_runs import write_captioned, write_rows
 from helpers import attach
 from tiny_chameleon import make_model, make_processor
 

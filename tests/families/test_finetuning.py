@@ -5,7 +5,7 @@ import json
 import finetune
 import pytest
 import torch
-from finetuning import ARGUMENTS, TRAINING
+from finetune_runs import ARGUMENTS, TRAINING
 from PIL import Image
 from safetensors.torch import load_file
 from specs import SPECS

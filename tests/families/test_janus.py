@@ -1,8 +1,8 @@
 import pytest
 import torch
-from benchmark_models import SHAPES, janus_config
 from helpers import CAPTIONS, DECOMPRESSORS, DENSE, attach, drawing_inputs
-from tiny_janus import make_processor
+from timing.models import SHAPES, janus_config
+from tiny_world.tiny_janus import make_processor
 from transformers import JanusForConditionalGeneration
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, get_uc_model

@@ -21,8 +21,8 @@ from helpers import (
 )
 from peft import PeftModel
 from PIL import Image
+from scoring.stock_calls import calls_of
 from specs import SPECS
-from stock_calls import calls_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, GenerationConfig

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from distillation import teacher_collator
 from helpers import attach
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from transformers import ProcessorMixin
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import InputError
+from uc_adapters.training.distillation import teacher_collator
 
 IMAGE = {"type": "image"}
 WORDS = ("a red 3", "What digit is at the top left?", "2", "a blue 7 at the bottom right", "red and green")

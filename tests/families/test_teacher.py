@@ -3,16 +3,16 @@
 import copy
 
 import pytest
-import tiny_emu3
 import torch
-from distillation import DistillingTrainer, dense_codes
-from finetuning import TRAINING, say
+from finetune_runs import TRAINING, say
 from helpers import attach
-from scenes_dataset import scenes_dataset
+from tiny_world import tiny_emu3
+from tiny_world.scenes_dataset import scenes_dataset
 from trl import SFTConfig
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.images import Images
+from uc_adapters.training.distillation import DistillationTrainer, dense_codes
 
 IMAGE = {"type": "image"}
 
@@ -38,7 +38,7 @@ def distiller(pristine, processor, tmp_path):
     model = attach(copy.deepcopy(pristine))
     options = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     compact = model.compact_processor(processor)
-    return DistillingTrainer(
+    return DistillationTrainer(
         model=model,
         args=SFTConfig(output_dir=str(tmp_path), **options, **TRAINING),
         train_dataset=scenes_dataset(8, 1),

@@ -1,6 +1,6 @@
 """A tiny Chameleon: transformers' own classes, random weights."""
 
-from tiny_words import DIGITS_AND_WORDS, chat_template, word_tokenizer
+from tiny_world.tiny_words import DIGITS_AND_WORDS, chat_template, word_tokenizer
 from transformers import (
     ChameleonConfig,
     ChameleonForConditionalGeneration,

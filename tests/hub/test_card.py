@@ -12,7 +12,7 @@ from hub_helpers import BASE, CARD, CONFIG, run_python
 from huggingface_hub import EvalResult, ModelCard
 from hypothesis import example, given
 from hypothesis import strategies as st
-from unknown_words import unknown_words
+from rows.unknown_words import unknown_words
 
 from uc_adapters import CardFacts
 from uc_adapters.errors import AdapterFileError, InputError

@@ -10,7 +10,7 @@ from helpers import CAPTIONS, assert_same, attach, base_weights, draw, drawing_i
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from tiny_janus import make_model
+from tiny_world.tiny_janus import make_model
 from transformers import JanusForConditionalGeneration
 
 from uc_adapters import UniCompressModel

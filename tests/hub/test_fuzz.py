@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load
-from tiny_janus import make_model
+from tiny_world.tiny_janus import make_model
 from transformers import JanusForConditionalGeneration
 
 from uc_adapters import UniCompressConfig, UniCompressModel, errors
-from uc_adapters.hub.folder import UNSEALED
+from uc_adapters.files.folder import UNSEALED
 
 pytestmark = pytest.mark.no_cover  # thousands of loads, which the other tests cover: watched, they take half as long again
 OURS = tuple(error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, Exception))

@@ -21,7 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from uc_adapters import CardFacts, UniCompressModel
 from uc_adapters.errors import AdapterFileError, HubError
-from uc_adapters.hub.folder import locked
+from uc_adapters.files.folder import locked
 
 FORK = multiprocessing.get_context("fork")  # to import torch anew would cost seconds a process
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")  # of Python's audit hooks: a save and a recovery raise some dozens

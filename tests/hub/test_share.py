@@ -11,7 +11,7 @@ from helpers import ANN, CAPTIONS, attach, chat, draw, drawing_inputs, logits, q
 from helpers import IMAGE as PLACEHOLDER
 from hub_helpers import CARD, CONFIG, WEIGHTS, run_python, sent
 from loopback_hub import start_for_session
-from scenes_dataset import scenes_dataset
+from tiny_world.scenes_dataset import scenes_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 

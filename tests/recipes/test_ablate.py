@@ -1,18 +1,18 @@
 import json
 
 import ablate
-import ablation_costs
 import pytest
 import torch
-from ablation_variants import AXES, START, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK, pool_drawn_with
-from contenders import Contender, contenders, draw
+from ablation import costs as ablation_costs
+from ablation.variants import AXES, START, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK, pool_drawn_with
 from helpers import attach
 from safetensors.torch import load_file
-from scenes_dataset import scene_row
-from tokenizer_stage import TokenizerStage
+from scoring.contenders import Contender, contenders, draw
+from tiny_world.scenes_dataset import scene_row
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.layers import average_pool
+from uc_adapters.training.reconstruction import ReconstructionStage
 
 GRID, STRIDE, WIDTH = (4, 6), 2, 16
 POOLS = {"max": MaxPool, "strided conv": StridedConv, "gated": GatedPool, "top-k selection": TopK}
@@ -51,7 +51,7 @@ def test_top_k_keeps_the_best_tokens_in_their_order():
 def test_stage_1_trains_a_learned_pooling_of_what_is_drawn_and_stage_2_leaves_it(base, processor):
     model = attach(base, decompressor="raster")
     pool_drawn_with(StridedConv, model)
-    stage = TokenizerStage(model)
+    stage = ReconstructionStage(model)
     pool = model.drawing.module.pool
     assert pool in stage.trained.values()
     stage(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))["loss"].backward()

@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 
 import benchmark
-import benchmark_models
-import benchmark_report
-import drawing_benchmark
 import pytest
-import reading_benchmark
-import stopwatch
 import torch
 import torch._inductor.config
 from PIL import Image
+from timing import drawing as drawing_benchmark
+from timing import models as benchmark_models
+from timing import reading as reading_benchmark
+from timing import report as benchmark_report
+from timing import stopwatch
 
 SIDES = ("base", "adapter")
 NEVER_FITS = 10**12  # prompts, whose words alone are more bytes than a process can address

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conversations import FORMS, UNFINISHED_FORMS, DatasetError, column_names, conversations, samples, to_rgb
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
-from finetuning import say, turn, write_rows
+from finetune_runs import say, turn, write_rows
 from helpers import rng
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from turns import CAPTION_REQUEST
+from rows.conversations import FORMS, UNFINISHED_FORMS, DatasetError, column_names, conversations, samples, to_rgb
+from rows.turns import CAPTION_REQUEST
 
 from uc_adapters.messages import malformed
 

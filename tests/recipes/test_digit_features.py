@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from digit_features import DigitFeatures, digit_features, to_tensor
-from digits import random_scene
 from helpers import rng
-from scene_pool import patch_labels
+from scoring.digit_features import DigitFeatures, digit_features, to_tensor
+from tiny_world.digits import random_scene
+from tiny_world.scene_pool import patch_labels
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 

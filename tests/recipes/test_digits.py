@@ -1,9 +1,20 @@
 import numpy as np
 import pytest
-from digits import COLOURS, PLACES, QUESTION_KINDS, Cell, Scene, judge, load_scans, random_scene, right_by_aspect, right_cells
 from helpers import rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_world.digits import (
+    COLOURS,
+    PLACES,
+    QUESTION_KINDS,
+    Cell,
+    Scene,
+    judge,
+    load_scans,
+    random_scene,
+    right_by_aspect,
+    right_cells,
+)
 
 SEEDS = st.integers(0, 2**31)
 

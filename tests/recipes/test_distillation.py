@@ -7,19 +7,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conversations import UNFINISHED_FORMS, DatasetError, conversations
-from distillation import DistillingTrainer, dense_codes, filled_in, teacher_collator
-from finetuning import TRAINING, say, train, turn, write_captioned, write_rows
+from finetune_runs import TRAINING, say, train, turn, write_captioned, write_rows
+from finetuning.answers import filled_in
 from helpers import assert_same, attach, base_weights, drawing_inputs, question_inputs
 from PIL import Image
+from rows.conversations import UNFINISHED_FORMS, DatasetError, conversations
+from rows.training_rows import RowCheck, places_of, training_rows
 from safetensors.torch import load_file
-from scenes_dataset import scenes_dataset
-from training_rows import RowCheck, places_of, training_rows
+from tiny_world.scenes_dataset import scenes_dataset
 from trl import SFTConfig
 
 from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.families import family_of
 from uc_adapters.images import Images, pack_latents
+from uc_adapters.training.distillation import DistillationTrainer, dense_codes, teacher_collator
 
 QUESTION = "How many digits are there?"
 
@@ -49,7 +50,7 @@ def prompts(tmp_path):
 def make_distiller(processor, short_processor, tmp_path):
     """Makes a trainer for an adapter that learns from its base."""
 
-    def make(model: UniCompressModel, caption_dropout: float = 0.0) -> DistillingTrainer:
+    def make(model: UniCompressModel, caption_dropout: float = 0.0) -> DistillationTrainer:
         training = SFTConfig(
             output_dir=str(tmp_path),
             max_length=None,
@@ -57,7 +58,7 @@ def make_distiller(processor, short_processor, tmp_path):
             dataset_kwargs={"skip_prepare_dataset": True},
             **{**TRAINING, "save_strategy": "no", "max_steps": 2},
         )
-        return DistillingTrainer(
+        return DistillationTrainer(
             model=model,
             args=training,
             train_dataset=scenes_dataset(8, 1),

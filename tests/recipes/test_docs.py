@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import ablate
-import benchmark_report
 import pytest
-import score_report
+from scoring import score_report
+from timing import report as benchmark_report
 
 ROOT = Path(__file__).parents[2]
 # Document, its files of figures, and what makes a table of one

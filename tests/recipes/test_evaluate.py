@@ -7,19 +7,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import score_report
 import torch
-from contenders import Contender, contenders
-from digits import QUESTION_KINDS, Cell, Scene, check_scene_size, random_scene
-from evaluate import EvaluateArguments, main, score_scenes
+from evaluate_scenes import EvaluateArguments, main, score_scenes
 from helpers import rng
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from likelihood import image_nats
 from PIL import Image
-from scene_scores import ReadingScore, feature_distance, judge_drawings, render, score_reading, with_other_scans
+from scoring import score_report
+from scoring.contenders import Contender, contenders
+from scoring.likelihood import image_nats
+from scoring.scene_scores import ReadingScore, feature_distance, judge_drawings, render, score_reading, with_other_scans
+from tiny_world.digits import QUESTION_KINDS, Cell, Scene, check_scene_size, random_scene
 
 PAIRS = ("reading", "drawing", "whole_scenes", "nats_per_image", "feature_distance", "seconds_per_image")
 CHANCE = {  # of a drawer of `random_scene`s that are not what was asked: 1 to 4 digits, so that 5/8 of the cells are filled

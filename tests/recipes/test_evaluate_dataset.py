@@ -4,19 +4,19 @@ import evaluate_dataset
 import numpy as np
 import pytest
 import torch
-from contenders import Contender, answer, contenders
-from conversations import REFERENCED_FORMS, DatasetError, conversations
-from digit_features import digit_features
-from digits import random_scene
-from finetuning import say, turn, write_captioned, write_rows
-from geneval import read_prompts
+from finetune_runs import say, turn, write_captioned, write_rows
 from helpers import rng
-from picture_metrics import PictureMetrics, load_clip, score_pictures
 from PIL import Image
-from sample_pictures import is_drawn
-from tiny_words import DIGITS_AND_WORDS, word_tokenizer
+from rows.captions import is_drawn
+from rows.conversations import REFERENCED_FORMS, DatasetError, conversations
+from scoring.contenders import Contender, answer, contenders
+from scoring.digit_features import digit_features
+from scoring.geneval import read_prompts
+from scoring.picture_metrics import PictureMetrics, load_clip, score_pictures
+from scoring.vqa import questions_of
+from tiny_world.digits import random_scene
+from tiny_world.tiny_words import DIGITS_AND_WORDS, word_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
-from vqa import questions_of
 
 FEATURES = "digit_features:digit_features"
 QUESTION = "What digit is at the top left?"

@@ -11,20 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import finetune
-import finetuning
+import finetune_runs
 import pytest
 import torch
-from finetuning import TRAINING, train, write_captioned
+from finetune_runs import TRAINING, train, write_captioned
+from finetuning import stages
 from helpers import ANN, DECOMPRESSORS, assert_same, attach, base_weights
 from huggingface_hub import ModelCard
-from latent_cache import with_latents
 from PIL import Image
-from resumable import TrainingError, last_checkpoint
+from rows.latent_cache import with_latents
+from rows.training_rows import RowCheck, training_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-from uc_adapters import UniCompressModel
+from uc_adapters import UniCompressCollator, UniCompressModel
+from uc_adapters.training.resumable import TrainingError, last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def log_of(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 def test_both_stages_make_an_adapter_that_loads(base_folder, captioned, tmp_path, pristine, decompressor, monkeypatch):
-    monkeypatch.setattr(finetune, "ENOUGH_PERPLEXITY", 0.0)  # so few steps would not pass the guard against collapsed codes
+    monkeypatch.setattr(stages, "ENOUGH_PERPLEXITY", 0.0)  # so few steps would not pass the guard against collapsed codes
     folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], decompressor=decompressor)
     for adapter in (folder / "stage1", folder):
         model = UniCompressModel.from_pretrained(adapter, base_model=base_folder)
@@ -107,7 +108,7 @@ def test_sample_pictures_are_drawn_as_after_training(base_folder, captioned, tmp
 def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, captioned, whole, tmp_path):
     told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)]}
     for more in ({"kill": [1, 2]}, {"kill": [2, 3], "resume": True}, {"resume": True}):
-        command = [sys.executable, finetuning.__file__, json.dumps({**told, **more})]
+        command = [sys.executable, finetune_runs.__file__, json.dumps({**told, **more})]
         paths = os.pathsep.join(str(Path(__file__).parents[up] / name) for up, name in ((2, "recipes"), (1, "")))
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
         assert done.returncode == (-signal.SIGKILL if "kill" in more else 0), done.stderr[-2000:]
@@ -158,15 +159,15 @@ class Spoil(TrainerCallback):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_loss_that_is_no_number_stops_and_names_step_and_rows(base_folder, captioned, tmp_path, monkeypatch, stage):
-    name = ("TokenizerTrainer", "JointTrainer")[stage - 1]
-    trainer = getattr(finetune, name)
+    name = ("ReconstructionTrainer", "JointTrainer")[stage - 1]
+    trainer = getattr(stages, name)
 
     def spoiled(*args, **kwargs):
         made = trainer(*args, **kwargs)
         made.add_callback(Spoil())
         return made
 
-    monkeypatch.setattr(finetune, name, spoiled)
+    monkeypatch.setattr(stages, name, spoiled)
     with pytest.raises(TrainingError, match=r"step 3 is nan.*captioned, row \d+ \(\d+\.png\).*checkpoint-2"):
         train(base_folder, tmp_path / "out", dataset=[str(captioned)])
     folder = tmp_path / "out" / "stage1" if stage == 1 else tmp_path / "out"
@@ -182,9 +183,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(base_fo
             if state.global_step == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
-    trainer, out = finetune.JointTrainer, tmp_path / "out"
+    trainer, out = stages.JointTrainer, tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "JointTrainer", lambda *args, **kwargs: with_callback(trainer(*args, **kwargs), FillDisk()))
+        patch.setattr(stages, "JointTrainer", lambda *args, **kwargs: with_callback(trainer(*args, **kwargs), FillDisk()))
         try:
             with pytest.raises(TrainingError, match=r"step 3 could not be written.*checkpoint-2.*--resume true"):
                 train(base_folder, out, dataset=[str(captioned)], stage=2)
@@ -204,8 +205,8 @@ def with_callback(trainer, callback):
 def test_latents_are_computed_once(base, captioned, short_processor, tmp_path):
     model, encoded = attach(base), []
     base.model.vqmodel.encoder.register_forward_hook(lambda module, args, output: encoded.append(len(output)))
-    collator = finetune.UniCompressCollator(short_processor, model.active_peft_config)
-    rows = finetune.training_rows([str(captioned)], finetune.RowCheck(collator, 1024))
+    collator = UniCompressCollator(short_processor, model.active_peft_config)
+    rows = training_rows([str(captioned)], RowCheck(collator, 1024))
     first = with_latents(rows, model, short_processor)
     assert sum(encoded) == 12  # each image once: drawn and described are rows of one image
     again = with_latents(rows, model, short_processor)
@@ -222,8 +223,8 @@ def test_latents_are_computed_once(base, captioned, short_processor, tmp_path):
 def test_latents_cut_off_leave_no_half_cache(base, captioned, short_processor):
     model, processor = attach(base, stride=4), copy.deepcopy(short_processor)
     processor.image_processor.image_mean = [0.4] * 3  # for a cache of its own
-    collator = finetune.UniCompressCollator(model.compact_processor(processor), model.active_peft_config)
-    rows = finetune.training_rows([str(captioned)], finetune.RowCheck(collator, 1024))
+    collator = UniCompressCollator(model.compact_processor(processor), model.active_peft_config)
+    rows = training_rows([str(captioned)], RowCheck(collator, 1024))
 
     def stop(module, args, output):
         raise KeyboardInterrupt

@@ -7,14 +7,14 @@ from pathlib import Path
 import finetune
 import pytest
 import torch
-from finetune_arguments import GROUPS, NEW_ADAPTER, FinetuneArguments, FinetuneParser, TrainingConfig
-from finetuning import say, train, turn, write_captioned, write_rows
+from finetune_runs import say, train, turn, write_captioned, write_rows
+from finetuning.arguments import GROUPS, NEW_ADAPTER, FinetuneArguments, FinetuneParser, TrainingConfig
 from helpers import ANN
-from resumable import TrainingError, last_checkpoint
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from uc_adapters.errors import BaseModelError, HubError
+from uc_adapters.training.resumable import TrainingError, last_checkpoint
 
 CONFIGS = Path(finetune.__file__).parent / "configs"
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]

@@ -5,7 +5,7 @@ import pytest
 from helpers import rng
 from hypothesis import given
 from hypothesis import strategies as st
-from intervals import Estimate, mean, mean_share, share
+from reporting.intervals import Estimate, mean, mean_share, share
 from scipy.stats import bootstrap
 
 RIGHT = st.lists(st.booleans(), min_size=1, max_size=60)

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_scenes_folder
 import pytest
-import scenes_folder
-from contenders import answer, contenders
-from finetuning import write_rows
+from finetune_runs import write_rows
 from PIL import Image
+from scoring.contenders import answer, contenders
 
 from uc_adapters import UniCompressModel
 
@@ -25,7 +25,7 @@ def questions(base_folder, tmp_path_factory):
     """A folder to run in, with the questions of the task, whose right answers are what the base says."""
     root = tmp_path_factory.mktemp("root")
     folder = root / "work" / "digit-questions"
-    scenes_folder.main(scenes_folder.ScenesFolderArguments(output_dir=str(folder), scenes=3, seed=1))
+    make_scenes_folder.main(make_scenes_folder.ScenesFolderArguments(output_dir=str(folder), scenes=3, seed=1))
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (base,) = contenders(str(base_folder), None)
     for row in rows:

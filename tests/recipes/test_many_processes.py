@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from finetuning import train, write_captioned
+from finetune_runs import train, write_captioned
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parents[1]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_emu3
 import torch
 from PIL import Image
-from stock_calls import to_images
+from scoring.stock_calls import to_images
+from tiny_world import tiny_emu3
 
 from uc_adapters.families import FAMILIES
 

@@ -5,14 +5,14 @@ import json
 import pretrain_tiny
 import pytest
 import torch
-from caption_pool import CaptionPool, WordHead, caption_words, captioned_rows
-from conversations import DatasetError
 from datasets import Dataset
 from helpers import DENSE, IMAGE, chat, draw, question_inputs, rng
 from PIL import Image, ImageDraw
-from tiny_janus import make_processor
+from rows.conversations import DatasetError
+from rows.turns import CAPTION_REQUEST
+from tiny_world.caption_pool import CaptionPool, WordHead, caption_words, captioned_rows
+from tiny_world.tiny_janus import make_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from turns import CAPTION_REQUEST
 
 FEW = {"vq_steps": 6, "vision_steps": 1, "joint_steps": 1}
 COLOURS = ["crimson", "teal", "ivory", "navy"]

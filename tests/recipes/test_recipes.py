@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import evaluate
+import evaluate_scenes
 import finetune
 import pytest
 import quickstart
@@ -123,7 +123,7 @@ def test_quickstart_wants_image_and_question_together(given):
 
 def test_a_recipe_takes_its_arguments_from_a_yaml_file_and_the_command_line(tmp_path):
     (tmp_path / "scores.yaml").write_text("scenes: 7\nseed: 4\n")
-    parser = TrlParser(evaluate.EvaluateArguments)
+    parser = TrlParser(evaluate_scenes.EvaluateArguments)
     (arguments,) = parser.parse_args_and_config(["--config", str(tmp_path / "scores.yaml"), "--scenes", "9"])
     assert (arguments.scenes, arguments.seed) == (9, 4)
 

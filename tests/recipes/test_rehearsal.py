@@ -11,11 +11,11 @@ import numpy as np
 import published_janus
 import pytest
 import quickstart
-from contenders import contenders, reply
-from finetune_arguments import FinetuneParser
-from finetuning import say, turn, write_rows
+from finetune_runs import say, turn, write_rows
+from finetuning.arguments import FinetuneParser
 from helpers import ANN
 from PIL import Image
+from scoring.contenders import contenders, reply
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from uc_adapters import UniCompressModel, push_folder

@@ -1,7 +1,7 @@
 import pytest
-from digits import DESCRIBE, random_scene
 from helpers import rng
-from scenes_dataset import scene_row, scenes_dataset
+from tiny_world.digits import DESCRIBE, random_scene
+from tiny_world.scenes_dataset import scene_row, scenes_dataset
 
 
 def roles_of_images(row: dict) -> list[str]:

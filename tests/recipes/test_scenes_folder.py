@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from conversations import conversations, samples
-from digits import judge, random_scene
 from helpers import rng
-from sample_pictures import caption_of, is_drawn
-from scenes_folder import ScenesFolderArguments, main
-from vqa import questions_of
+from make_scenes_folder import ScenesFolderArguments, main
+from rows.captions import caption_of, is_drawn
+from rows.conversations import conversations, samples
+from scoring.vqa import questions_of
+from tiny_world.digits import judge, random_scene
 
 
 def test_questions_are_those_of_the_scenes(tmp_path):

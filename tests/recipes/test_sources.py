@@ -2,13 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conversations import DatasetError, conversations, samples
 from datasets import Dataset
-from finetuning import say, turn, write_rows
+from finetune_runs import say, turn, write_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sources import open_source
+from rows.conversations import DatasetError, conversations, samples
+from rows.sources import open_source
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"]

@@ -1,12 +1,12 @@
 import json
 
-import contenders
-import evaluate
+import evaluate_scenes
 import pretrain_tiny
 import pytest
 import torch
 from helpers import attach
-from tiny_emu3 import make_model, make_processor
+from scoring import contenders
+from tiny_world.tiny_emu3 import make_model, make_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor, Emu3ForConditionalGeneration, Emu3Processor
 
 # Of the first joint step in the test below, by the code that made the shipped bases: seed 0 must go on meaning the same
@@ -36,8 +36,8 @@ def test_the_classes_are_transformers_own_and_the_model_is_tiny(emu3_folder):
 
 def test_evaluate_scores_base_and_adapter_by_the_same_calls(emu3_folder, tmp_path):
     attach(AutoModelForImageTextToText.from_pretrained(emu3_folder)).save_pretrained(tmp_path)
-    arguments = evaluate.EvaluateArguments(base=str(emu3_folder), adapter=str(tmp_path), scenes=3, seed=1, batch_size=3)
-    scores = evaluate.main(arguments)
+    arguments = evaluate_scenes.EvaluateArguments(base=str(emu3_folder), adapter=str(tmp_path), scenes=3, seed=1, batch_size=3)
+    scores = evaluate_scenes.main(arguments)
     assert scores["tokens"] == {"read": {"base": 72, "adapter": 25}, "drawn": {"base": 72, "adapter": 16}}
     assert all(0 <= scores[what][name] <= 1 for what in ("reading", "drawing") for name in ("base", "adapter"))
     assert all(nats > 0 for nats in scores["nats_per_image"].values())

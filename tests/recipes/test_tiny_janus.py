@@ -1,7 +1,7 @@
 import pytest
 import torch
-from digits import COLOURS, DESCRIBE, PLACES, random_scene
 from helpers import CAPTIONS, DENSE, draw, drawing_inputs, question_inputs, rng
+from tiny_world.digits import COLOURS, DESCRIBE, PLACES, random_scene
 from transformers import AutoModelForImageTextToText, AutoProcessor, JanusForConditionalGeneration, JanusProcessor
 
 

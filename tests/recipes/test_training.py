@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import DECOMPRESSORS, assert_same, attach, base_weights, draw, drawing_inputs, logits, lora_weights
-from scenes_dataset import scenes_dataset
+from tiny_world.scenes_dataset import scenes_dataset
 from trl import SFTConfig, SFTTrainer
 
 from uc_adapters import UniCompressCollator, UniCompressModel

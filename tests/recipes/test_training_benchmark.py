@@ -4,14 +4,13 @@ import json
 from functools import partial
 
 import benchmark
-import contenders
-import likelihood
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CAPTIONS, DENSE, DRAWN, SHORT, assert_same, attach, base_weights, drawing_inputs
 from PIL import Image
-from training_benchmark import ANSWER_TOKENS, Trainee, activation_bytes, trainees
+from scoring import contenders, likelihood
+from timing.training import ANSWER_TOKENS, Trainee, activation_bytes, trainees
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.families import family_of

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conversations import DatasetError, samples
 from datasets import Dataset, IterableDataset
-from finetuning import say, turn, write_rows
+from finetune_runs import say, turn, write_rows
 from helpers import rng, small_config
 from PIL import Image
+from rows.conversations import DatasetError, samples
+from rows.training_rows import RowCheck, training_rows
 from torch.utils.data import DataLoader
-from training_rows import RowCheck, training_rows
 
 from uc_adapters import UniCompressCollator
 
@@ -294,8 +294,8 @@ AGAIN = """
 import sys
 sys.path[:0] = ["tests", "recipes"]
 from helpers import SHORT, small_config
-from tiny_janus import make_processor
-from training_rows import RowCheck, training_rows
+from tiny_world.tiny_janus import make_processor
+from rows.training_rows import RowCheck, training_rows
 from uc_adapters import UniCompressCollator
 print(training_rows([sys.argv[1]], RowCheck(UniCompressCollator(make_processor(SHORT), small_config()), 100))._fingerprint)
 """

@@ -1,7 +1,7 @@
 import pytest
+from rows.unknown_words import unknown_words
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
-from unknown_words import unknown_words
 
 
 @pytest.mark.parametrize(

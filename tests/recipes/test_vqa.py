@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations
 from datasets import Dataset
-from finetuning import say, turn, write_rows
-from vqa import normalised, questions_of, vqa_accuracy, vqa_scores
+from finetune_runs import say, turn, write_rows
+from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, conversations
+from scoring.vqa import normalised, questions_of, vqa_accuracy, vqa_scores
 
 IMAGE = {"type": "image"}
 

@@ -8,13 +8,11 @@ weights that it ended with. With ddp by the trainers of both stages, and finetun
 import json
 import sys
 
-import finetuning
+import finetune_runs
 import torch
 from datasets import Dataset
 from helpers import attach
-from joint_stage import JointTrainer
-from scenes_dataset import scene_row
-from tokenizer_stage import ImageCollator, TokenizerStage, TokenizerTrainer
+from tiny_world.scenes_dataset import scene_row
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,6 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 from trl import SFTConfig
 
 from uc_adapters import UniCompressCollator, UniCompressModel
+from uc_adapters.training.joint import JointTrainer
+from uc_adapters.training.reconstruction import ImageCollator, ReconstructionStage, ReconstructionTrainer
 
 STEPS = 3
 RATES = {"learning_rate": 1e-4}  # of finetune.py: AdamW's first steps are of the rate itself, whichever way rounding turns them
@@ -68,7 +68,7 @@ def train(base: str, output_dir: str, kind: str, stage: int, batch_size: int) ->
     options = {"args": training, "train_dataset": rows_of(SEEDS[kind])}
     if stage == 1:
         collator = ImageCollator(processor, model.family.geometry.code_width)
-        trainer = TokenizerTrainer(TokenizerStage(model), data_collator=collator, **options)
+        trainer = ReconstructionTrainer(ReconstructionStage(model), data_collator=collator, **options)
     else:
         collator = UniCompressCollator(processor, model.active_peft_config, caption_dropout=0.3)
         trainer = JointTrainer(model, processing_class=processor, data_collator=collator, **options)
@@ -123,5 +123,5 @@ if __name__ == "__main__":
         for distill in (False, True):
             training = {"per_device_train_batch_size": 1, "use_cpu": False, **RATES}  # no use_cpu: torchrun alone tells it
             options = {"dataset": [dataset], "distill": distill, "stage_1_learning_rate": 1e-4, "training": training}
-            finetuning.train(base, f"{output}/finetune-{distill}", **options)
+            finetune_runs.train(base, f"{output}/finetune-{distill}", **options)
     distributed.destroy_process_group()

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from .family import Geometry, exact
-from .words import WordFamily
+from .shared_vocabulary import WordFamily
 
 
 class Chameleon(WordFamily):

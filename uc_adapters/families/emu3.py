@@ -12,7 +12,7 @@ from transformers import AutoProcessor, Emu3Processor, GenerationConfig, Process
 from ..errors import BaseModelError, InputError
 from ..layers import Grid
 from .family import Geometry, Size, exact, weight_of
-from .words import WordFamily
+from .shared_vocabulary import WordFamily
 
 POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' are stretched from it
 

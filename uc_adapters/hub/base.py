@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from ..errors import BaseModelError
+from ..files.faults import reason
 from ..identity import at, remember_commit
-from .faults import reason
 
 if TYPE_CHECKING:
     from ..config import UniCompressConfig

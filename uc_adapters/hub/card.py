@@ -18,8 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, InputError
 from ..families import FAMILIES
+from ..files.folder import CARD_NAME, read_config
 from ..version import INSTALL, __version__
-from .folder import CARD_NAME, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 EXAMPLE = "A fox in the snow."

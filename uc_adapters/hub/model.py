@@ -26,12 +26,12 @@ from transformers import AutoProcessor, ProcessorMixin
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, InputError, UnsupportedError
 from ..families import family_of
+from ..files.folder import CARD_NAME, UNSEALED, find_weights, locked, read_config, saving, seal_folder
+from ..files.pull import pull
 from ..identity import identify, name_and_commit
 from ..tuner import UniCompressTuner, detach, uncover
 from .base import load_base
 from .card import CardFacts, local_name, published_as, update_card
-from .folder import CARD_NAME, UNSEALED, find_weights, locked, read_config, saving, seal_folder
-from .pull import pull
 from .push import push_folder
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from peft.utils import CONFIG_NAME
 
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, HubError, InputError
+from ..files.faults import answered, reason
+from ..files.folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, dump_config, find_weights, locked, read_config
 from .card import CardFacts, example_prompt, hub_id, render_card
-from .faults import answered, reason
-from .folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, dump_config, find_weights, locked, read_config
 
 PUSHED = (*ADAPTER_NAMES, CARD_NAME, "LICENSE", "*.png", "*.jpg")
 

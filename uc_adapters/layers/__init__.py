@@ -4,9 +4,9 @@ Letters in shape comments: B batch, T = H * W dense tokens, T' = T / s^2 compact
 of the base's codebook, C their dimension, D width of the language model; W also the width of the decompressor.
 """
 
-from .compressor import AveragePool, Grid, average_pool, cells_of, cells_to_raster, raster_to_cells
 from .decompressor import CellDecompressor, CompactDecompressor, PhaseDecompressor, RasterDecompressor, StripDecompressor
 from .extractor import GlobalExtractor
+from .grid import AveragePool, Grid, average_pool, cells_of, cells_to_raster, raster_to_cells
 from .quantiser import nearest_codes, straight_through, unit
 
 __all__ = [

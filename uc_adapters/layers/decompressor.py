@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .attention import Attention
-from .compressor import Grid, cells_of, cells_to_raster, raster_to_cells
+from .grid import Grid, cells_of, cells_to_raster, raster_to_cells
 from .positions import stretch
 
 # features (B, D) -> codes (B,)

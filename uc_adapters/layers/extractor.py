@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .attention import Attention
-from .compressor import Grid
+from .grid import Grid
 from .positions import stretch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .compressor import Grid
+from .grid import Grid
 
 
 def stretch(positions: torch.Tensor, side: int, grid: Grid) -> torch.Tensor:

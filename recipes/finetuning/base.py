@@ -1,0 +1,38 @@
+"""Loads the dense base. Quantised, its language model is in eight or four bits; the rest is small and less forgiving."""
+
+from __future__ import annotations
+
+import torch
+from finetuning.arguments import FinetuneArguments, TrainingConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+
+from uc_adapters.families import FAMILIES
+
+BITS = ("8bit", "4bit")
+
+
+def quantisation(base: str, bits: str) -> BitsAndBytesConfig:
+    """How transformers shall load a base (folder or Hub id) in `bits`, "8bit" or "4bit". Needs bitsandbytes."""
+    if bits not in BITS:
+        raise SystemExit(f"--quantize {bits!r} is not known; expected {' or '.join(BITS)}.")
+    config = AutoConfig.from_pretrained(base)
+    with torch.device("meta"):
+        shapes = AutoModelForImageTextToText.from_config(config)
+    language_model = FAMILIES[config.model_type].module_names["language model"] + "."
+    linears = [name for name, module in shapes.named_modules() if isinstance(module, nn.Linear)]
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[name for name in linears if not name.startswith(language_model)],
+    )
+
+
+def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedModel:
+    """The dense base; quantised, it is loaded where it stays."""
+    options = {"dtype": args.dtype}
+    if args.quantize is not None:
+        options |= {"quantization_config": quantisation(args.base, args.quantize), "device_map": {"": training.device}}
+    return AutoModelForImageTextToText.from_pretrained(args.base, **options)

@@ -1,0 +1,136 @@
+"""A run: which options go together, and its settings, written down when it begins and compared when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from finetuning.arguments import FinetuneArguments, TrainingConfig
+from peft.utils import CONFIG_NAME
+from transformers import TrainingArguments
+from transformers.trainer import PREFIX_CHECKPOINT_DIR
+
+from uc_adapters import UniCompressConfig
+from uc_adapters.training import TrainingError, last_checkpoint
+
+RUN_FILE = "run.json"
+# What decides which weights a seeded run ends with, of TrainingArguments
+DECISIVE = (
+    *("seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "world_size"),
+)
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_options(args: FinetuneArguments, training: TrainingConfig) -> None:
+    """Raises SystemExit where options contradict each other, and sets what follows from them."""
+    if args.stage not in (None, 1, 2):
+        raise SystemExit(f"--stage {args.stage} is not known; expected 1, 2, or nothing for both.")
+    if args.streaming and training.max_steps <= 0:
+        raise SystemExit(f"--streaming with --max_steps {training.max_steps}: nobody knows how long it is; expected a number.")
+    if args.streaming and args.distill:
+        raise SystemExit("--streaming with --distill: what the base fills in is kept on the disk; expected one of them.")
+    if args.dtype not in DTYPES:
+        raise SystemExit(f"--dtype {args.dtype} is not known; expected one of {', '.join(DTYPES)}.")
+    if args.stage == 1 and args.adapter:
+        raise SystemExit(f"--stage 1 with --adapter {args.adapter}: with that, stage 1 is done; expected one of them.")
+    _evaluate_where_asked(args, training)
+
+
+def stage_1_is_done(args: FinetuneArguments, stage_1: Path) -> bool:
+    """Whether the adapter in a folder has stage 1 behind it, as the options say or as a run to resume left it.
+
+    Raises:
+        SystemExit: The folder holds no adapter, or one of other settings than the options name.
+    """
+    there = (stage_1 / CONFIG_NAME).is_file()
+    if args.stage == 2 and not args.adapter and not there:
+        raise SystemExit(
+            f"--stage 2, and {stage_1} holds no adapter; expected one: run --stage 1 with this --output_dir first, or name one "
+            "with --adapter."
+        )
+    done = bool(args.stage == 2 or args.adapter or (args.resume and there))
+    if done and (differences := args.differences(UniCompressConfig.from_pretrained(stage_1))):
+        raise SystemExit(
+            f"{stage_1} is an adapter of other settings ({'; '.join(differences)}); expected its own. Leave these options out, "
+            "or train a new adapter, without --adapter."
+        )
+    return done
+
+
+def check_warm_up(training: TrainingArguments, steps: int) -> None:
+    """Raises TrainingError where a warm-up of so many steps is as long as the run; a share of it never is."""
+    if 1 <= training.warmup_steps >= steps:
+        raise TrainingError(
+            f"--warmup_steps {training.warmup_steps:g} in a run of {steps} step(s): the learning rate would never reach its "
+            "peak; expected fewer, or a share below 1, such as 0.03."
+        )
+
+
+def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume: bool, stages: list[Path]) -> None:
+    """Writes down the settings of a run, or, to resume it, compares them with those it began with.
+
+    Args:
+        folder: Of the run.
+        settings: All that decides its outcome beside `training`.
+        training: Of the language side.
+        resume: Whether to go on with a run.
+        stages: Where checkpoints will be written.
+
+    Raises:
+        TrainingError: There is no run to resume, it had other settings, or a new one would be mixed with an older one.
+    """
+    file, told = folder / RUN_FILE, training.to_dict() | {"world_size": training.world_size}
+    settings = json.loads(json.dumps(settings | {name: told[name] for name in DECISIVE}))
+    if not resume:
+        older = [stage for stage in stages if any(stage.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))]
+        if older:
+            raise TrainingError(
+                f"{older[0]} holds checkpoints of an earlier run. Go on with it: --resume true. Or choose another "
+                "--output_dir, or remove the folder."
+            )
+        if training.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    if not file.is_file():
+        raise TrainingError(f"--resume true, but no run began in {folder} ({RUN_FILE} is missing); expected its --output_dir.")
+    began = json.loads(file.read_text())
+    other = [f"{name}: {began.get(name)!r} then, {value!r} now" for name, value in settings.items() if began.get(name) != value]
+    if other:
+        raise TrainingError(
+            f"--resume true, but the run in {folder} began with other settings ({'; '.join(other)}). Resume it with its own. "
+            "Or train its weights on with the new ones, in another --output_dir: "
+            f"--adapter {last_checkpoint(folder) or folder}."
+        )
+
+
+def _evaluate_where_asked(args: FinetuneArguments, training: TrainingConfig) -> None:
+    """Where there are rows to evaluate on, evaluation goes with the checkpoints, unless the options say otherwise.
+
+    Raises:
+        SystemExit: Options about evaluation without rows for it, or two ways to choose them.
+    """
+    rows = args.eval_dataset is not None or args.eval_split is not None
+    if rows and args.eval_share:
+        raise SystemExit(f"--eval_share {args.eval_share:g} with --eval_dataset or --eval_split; expected one of them.")
+    if (rows or args.eval_share) and args.dataset is None:
+        raise SystemExit(
+            "--eval_dataset, --eval_split or --eval_share without --dataset; expected one: name the rows to train on."
+        )
+    if args.streaming and args.eval_share:
+        raise SystemExit("--streaming with --eval_share: nobody knows how many rows there are; expected an --eval_dataset.")
+    if not (rows or args.eval_share):
+        if args.early_stopping or training.load_best_model_at_end or training.eval_strategy != "no":
+            raise SystemExit(
+                "--early_stopping, --load_best_model_at_end or --eval_strategy without rows to evaluate on; expected "
+                "--eval_dataset, --eval_split or --eval_share."
+            )
+        return
+    training.prediction_loss_only = True  # logits of all rows would fill the memory
+    if training.eval_strategy == "no":
+        training.eval_strategy, training.eval_steps = training.save_strategy, training.save_steps
+    training.load_best_model_at_end = training.load_best_model_at_end or args.early_stopping > 0

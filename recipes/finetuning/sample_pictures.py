@@ -1,0 +1,59 @@
+"""Pictures of a training: what the tokenizer side gives back of an image, and what the model draws for its caption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from reporting.pictures import Rows, save_grid
+from scoring.stock_calls import calls_of, drawing_inputs, to_images
+from transformers import ProcessorMixin, TrainerCallback
+
+from uc_adapters import UniCompressModel
+from uc_adapters.layers import Grid
+
+
+class SamplePictures(TrainerCallback):
+    """Writes a grid of pictures every N steps; the training goes on as if it had not."""
+
+    def __init__(self, every: int, folder: Path, titles: list[str], rows: Callable[[], Rows]):
+        """`rows` makes the pictures of each row of the grid by its name, a column for each of `titles`."""
+        self.every, self.folder, self.titles, self.rows = every, folder, titles, rows
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        model.eval()  # the trainer's next step puts it back
+        with torch.random.fork_rng(), torch.no_grad():  # a resumed run must see the same random numbers
+            torch.manual_seed(0)
+            rows = self.rows()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_grid(rows, self.titles, self.folder / f"step-{state.global_step:06}.png")
+
+
+def reconstructions(
+    model: UniCompressModel,
+    processor: ProcessorMixin,
+    images: list[Image.Image],
+    codes_of: Callable[[torch.Tensor, Grid], torch.Tensor],
+) -> list[Image.Image]:
+    """Images through the base's decoder again, from the dense codes (1, T) that `codes_of(pixels, grid)` gives."""
+    family, calls, restored = model.family, calls_of(model), []
+    for image in images:
+        prepared = processor.image_processor([image], return_tensors="pt").to(model.device)
+        [(_, pixels, size)] = family.by_size(prepared["pixel_values"], prepared.get("image_sizes"))
+        grid = family.draw_grid(size)
+        restored += to_images(processor, calls.pixels(model, family.to_tokens(codes_of(pixels, grid), grid), grid))
+    return restored
+
+
+def drawings(model: UniCompressModel, processor: ProcessorMixin, captions: list[str]) -> list[Image.Image]:
+    """What the model draws for each caption."""
+    calls, drawn = calls_of(model), []
+    for caption in captions:
+        inputs = drawing_inputs(processor, [caption], calls).to(model.device)
+        tokens = calls.draw(model, inputs, do_sample=True)
+        drawn += to_images(processor, calls.pixels(model, tokens, calls.grid(model, inputs)))
+    return drawn

@@ -1,0 +1,167 @@
+"""The two stages of a run (UniCompress, section 3), each with its checkpoints, its sample pictures and its checks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from finetuning.arguments import FinetuneArguments, TrainingConfig
+from finetuning.sample_pictures import SamplePictures, drawings, reconstructions
+from rows.captions import caption_of, is_drawn
+from rows.conversations import AnyDataset
+from transformers import EarlyStoppingCallback, IntervalStrategy, ProcessorMixin, set_seed
+
+from uc_adapters import CardFacts, UniCompressCollator, UniCompressModel
+from uc_adapters.training import (
+    DistillationTrainer,
+    JointTrainer,
+    ReconstructionStage,
+    ReconstructionTrainer,
+    TrainingError,
+    last_checkpoint,
+)
+
+ENOUGH_PERPLEXITY = 2.0  # of a global token's codes: below it, it has collapsed
+SHOWN = 6  # samples in a picture
+
+
+def train_stage_1(
+    args: FinetuneArguments, training: TrainingConfig, model: UniCompressModel, processor: ProcessorMixin, rows: AnyDataset
+) -> float | None:
+    """Trains the tokenizer side, with checkpoints in OUTPUT_DIR/stage1.
+
+    Returns:
+        The perplexity of the least used global token's codes; None where none is drawn.
+    """
+    if isinstance(rows, Dataset) and not len(rows):
+        raise TrainingError(
+            "No row has an image, and stage 1 learns from images; expected some, or --adapter with stage 1 done."
+        )
+    stage, training = ReconstructionStage(model), copy.copy(training)
+    if not stage.trained:
+        print("stage 1: nothing to learn, without global tokens and without a decompressor that works after the loop")
+        return None
+    training.output_dir = str(Path(training.output_dir, "stage1"))
+    training.eval_strategy, training.load_best_model_at_end = IntervalStrategy.NO, False
+    training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = args.stage_1_batch_size, 1
+    training.gradient_checkpointing = training.activation_checkpointing = False  # the old name and the new
+    folder = Path(training.output_dir)
+    trainer = ReconstructionTrainer(stage, training, processing_class=processor, train_dataset=rows)
+    if training.fsdp:
+        raise TrainingError("Stage 1 trains some millions of weights and is not sharded: run it with --stage 1 and torchrun.")
+    if args.sample_steps and "decompressor" in stage.trained:
+        shown = [row["images"][0] for row in islice(rows, SHOWN)]
+        trainer.add_callback(
+            SamplePictures(
+                args.sample_steps,
+                folder / "samples",
+                [""] * len(shown),
+                lambda: {"image": shown, "given back": reconstructions(model, processor, shown, stage.give_back)},
+            )
+        )
+    checkpoint = last_checkpoint(folder) if args.resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if model.drawing is None or not model.drawing.module.num_global_codes:
+        return None
+    return stage.least_perplexity(list(islice(rows, 512)), trainer.data_collator)
+
+
+def check_global_codes(perplexity: float | None) -> None:
+    """Stops where a global token says the same of every image: stage 2 would learn to draw it in vain."""
+    if perplexity is None:
+        return
+    print(f"global codes: perplexity of the least used token {perplexity:.1f}")
+    if perplexity < ENOUGH_PERPLEXITY:
+        raise TrainingError(
+            f"A global token collapsed: perplexity {perplexity:.2f} over its codes, expected {ENOUGH_PERPLEXITY:g} or "
+            "more. Train longer (--stage_1_steps), or with a lower --stage_1_learning_rate."
+        )
+
+
+def steps_of(training: TrainingConfig, rows: AnyDataset) -> int:
+    """Of the language side."""
+    if training.max_steps > 0:
+        return training.max_steps
+    of_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return math.ceil(len(rows) * training.num_train_epochs / of_step)
+
+
+def train_stage_2(
+    args: FinetuneArguments,
+    training: TrainingConfig,
+    model: UniCompressModel,
+    collator: UniCompressCollator,
+    dense: ProcessorMixin,
+    rows: AnyDataset,
+    held_out: Dataset | None = None,
+) -> None:
+    """Trains the language side, and saves the adapter in OUTPUT_DIR."""
+    set_seed(training.seed)  # its own: the same whether stage 1 has just run or lies on the disk
+    folder, processor = Path(training.output_dir), collator.processor
+    make_trainer = partial(DistillationTrainer, teacher_processor=dense) if args.distill else JointTrainer
+    trainer = make_trainer(
+        model,
+        training,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=processor,
+        data_collator=collator,
+        callbacks=[EarlyStoppingCallback(args.early_stopping)] if args.early_stopping else None,
+    )
+    if training.fsdp and not trainer.is_fsdp_enabled:
+        raise TrainingError("--fsdp on CPUs: accelerate shards on accelerators alone, and would train each process as a whole.")
+    if args.distill and trainer.is_fsdp_enabled:
+        raise TrainingError("--distill with FSDP: the teacher is the base itself, and its sharded weights cannot be run twice.")
+    model.print_trainable_parameters()
+    drawn = list(islice((row for row in islice(rows, 64) if is_drawn(row)), SHOWN)) if args.sample_steps else []
+    if drawn and not trainer.is_fsdp_enabled:  # sharded weights cannot draw on one process alone
+        captions, shown = [caption_of(row) for row in drawn], [row["images"][0] for row in drawn]
+        trainer.add_callback(
+            SamplePictures(
+                args.sample_steps,
+                folder / "samples",
+                captions,
+                lambda: {"image": shown, "drawn": drawings(model, processor, captions)},
+            )
+        )
+    checkpoint, start = last_checkpoint(folder) if args.resume else None, time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    sharded = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if trainer.is_fsdp_enabled else {}
+    model.save_pretrained(
+        folder,
+        processor=processor,
+        base_model=args.base_id,
+        card=card_facts(args, training, time.perf_counter() - start, rows),
+        is_main_process=training.should_save,
+        **sharded,
+    )
+
+
+def card_facts(args: FinetuneArguments, training: TrainingConfig, seconds: float, rows: AnyDataset) -> CardFacts:
+    """How the adapter was trained, for its card."""
+    sources, epochs = args.dataset or [], f"{training.num_train_epochs:g} epochs"
+    settings = {
+        "recipe": f"`recipes/finetune.py{' --distill' if args.distill else ''}`, stock `trl.SFTTrainer`",
+        "data": ", ".join(Path(source).name if Path(source).exists() else source for source in sources)
+        or "digit scenes of the train scans",
+        "rows": "streamed" if isinstance(rows, IterableDataset) else f"{len(rows):,}",
+        "stage 1": "before this run"
+        if args.adapter
+        else f"{args.stage_1_steps} steps of {args.stage_1_batch_size * training.world_size}, "
+        f"learning rate {args.stage_1_learning_rate:g}",
+        "steps": f"{training.max_steps if training.max_steps > 0 else epochs}",
+        "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+        "caption dropout": args.caption_dropout,
+        "seed": training.seed,
+        "time": f"{seconds:.0f} s on {training.world_size} x {training.device.type}",
+        "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft", "trl")),
+    }
+    return CardFacts(datasets=[source for source in sources if not Path(source).exists()], training=settings)

@@ -1,0 +1,146 @@
+"""A bare base and an adapter on the same weights, and what both are asked alike: to answer, and to draw."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from scoring.stock_calls import base_of, calls_of, drawing_inputs, to_images
+from tiny_world.digits import IMAGE_SIZE
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+
+from uc_adapters import UniCompressModel
+from uc_adapters.families import family_of
+from uc_adapters.layers import Grid
+
+
+@dataclass
+class Contender:
+    """A model with the processor of its own placeholder count."""
+
+    name: str
+    model: torch.nn.Module
+    processor: ProcessorMixin
+
+
+def twin_of(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy that shares every weight: an adapter on it leaves the model itself bare."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Contender]:
+    """The bare base, as transformers loads it, and the adapter on the same weights."""
+    model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
+    dense = Contender("base", model, load_processor(base))
+    return [dense] if adapter is None else [dense, with_adapter(dense, adapter, "adapter")]
+
+
+def with_adapter(dense: Contender, adapter: str, name: str) -> Contender:
+    """An adapter on a bare base's weights."""
+    model = UniCompressModel.from_pretrained(twin_of(dense.model), adapter).eval()
+    return Contender(name, model, load_processor(adapter))
+
+
+def check_sampling(temperature: float, guidance_scale: float, seed: int) -> None:
+    """Stops on what nothing can be sampled by."""
+    if not 0 < temperature < float("inf"):
+        raise SystemExit(f"--temperature {temperature}: expected a number above 0; drawings are sampled.")
+    if not 1 < guidance_scale < float("inf"):
+        raise SystemExit(f"--guidance_scale {guidance_scale}: expected a number above 1; drawings are guided.")
+    if seed < 0:
+        raise SystemExit(f"--seed {seed}: expected 0 or more.")
+
+
+def load_processor(source: str) -> ProcessorMixin:
+    """The processor in a folder or repo, with the chat template that prompts are written by."""
+    processor = AutoProcessor.from_pretrained(source)
+    if processor.chat_template is None:  # Chameleon's class keeps none: what was saved with it went to the tokenizer
+        processor.chat_template = processor.tokenizer.chat_template
+    if processor.chat_template is None:
+        raise SystemExit(f"{source} has no chat template; expected a file chat_template.jinja beside its processor's.")
+    return processor
+
+
+def why_no_drawing(contender: Contender) -> str | None:
+    """Why its base cannot draw; None where it can."""
+    return family_of(base_of(contender.model)).why_no_drawing
+
+
+def grid_of(contender: Contender) -> Grid:
+    """The grid of the codes of what it draws."""
+    calls = calls_of(contender.model)
+    return calls.grid(contender.model, drawing_inputs(contender.processor, ["a red 3"], calls))
+
+
+def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
+    """Answers, greedily, each question about its image."""
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]} for question in questions]
+    return reply(contender, [[turn] for turn in asked], images, max_new_tokens)
+
+
+@torch.no_grad()
+def reply(contender: Contender, chats: list[list[dict]], images: list[Image.Image], max_new_tokens: int = 16) -> list[str]:
+    """The next turn of each conversation, greedily; `images` are those of all of them, in the order of their places."""
+    processor = contender.processor
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+    inputs = inputs.to(contender.model.device, dtype=contender.model.dtype)  # numbers of pixels; words stay whole
+    output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
+
+
+@torch.no_grad()
+def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Image.Image], float]:
+    """Drawings, and the seconds of a prompt's way to pixels: language model, decompressor, image decoder."""
+    model = contender.model
+    calls = calls_of(model)
+    inputs = drawing_inputs(contender.processor, prompts, calls).to(model.device)
+    start = time.perf_counter()
+    tokens = calls.draw(model, inputs, **sampling)
+    pixels = calls.pixels(model, tokens, calls.grid(model, inputs))
+    if pixels.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return to_images(contender.processor, pixels), seconds
+
+
+def read_tokens(processor: ProcessorMixin) -> int:
+    """What the language model reads of a scene: its placeholders, and the ends of its rows where they are words."""
+    tokenizer = processor.tokenizer
+    block = processor.replace_image_token({"image_sizes": [[IMAGE_SIZE, IMAGE_SIZE]]}, 0)
+    of_image = {tokenizer.convert_tokens_to_ids(processor.image_token), getattr(tokenizer, "eol_token_id", None)}
+    return sum(token in of_image for token in tokenizer(block)["input_ids"])
+
+
+def drawn_steps(contender: Contender) -> int:
+    """Steps of the language model for a scene."""
+    grid = grid_of(contender)
+    if not isinstance(contender.model, UniCompressModel):
+        return family_of(contender.model).dense_placeholders(grid)
+    return contender.model.active_peft_config.num_drawn_tokens(grid) - 1  # the separator is known
+
+
+def draw_in_turn(
+    pair: list[Contender], captions: list[str], seed: int, batch_size: int, **sampling
+) -> Iterator[tuple[slice, Contender, list[Image.Image], float]]:
+    """Each batch of captions by every contender, from the same seed, behind a warm-up each: what was drawn, and its seconds."""
+    seeds = np.random.default_rng(seed).integers(2**31, size=len(captions)).tolist()
+    for contender in pair:
+        draw(contender, captions[:batch_size], **sampling)
+    for first in tqdm(range(0, len(captions), batch_size), desc="draw, in turn"):
+        batch = slice(first, first + batch_size)
+        for contender in pair:
+            torch.manual_seed(seeds[first])
+            yield batch, contender, *draw(contender, captions[batch], **sampling)
+
+
+def side_by_side(scores: dict[str, dict]) -> dict[str, dict]:
+    """{contender: {score: value}} -> {score: {contender: value}}."""
+    return {what: {name: of_one[what] for name, of_one in scores.items()} for what in next(iter(scores.values()))}

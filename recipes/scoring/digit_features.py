@@ -1,0 +1,87 @@
+"""Features of scenes of digits, for a Fréchet distance where no Inception can be downloaded.
+
+A small network is trained here, within seconds, to name the digit and the colour of every cell of scenes of train scans; its
+features are what it names them from.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiny_world.digits import CELL_SIZE, COLOURS, IMAGE_SIZE, random_scene
+from tiny_world.scene_pool import patch_labels
+from torch import nn
+
+CELL_FEATURES = 16
+_STEPS, _BATCH = 200, 64
+
+
+class DigitFeatures(nn.Module):
+    """Images (B, 3, 64, 64) uint8 -> features (B, 64): 16 of each cell, in raster order.
+
+    `num_features` makes it a `feature` of torchmetrics' `FrechetInceptionDistance`.
+
+    Raises:
+        ValueError: Images of another shape or dtype.
+    """
+
+    num_features = 4 * CELL_FEATURES
+
+    def __init__(self):
+        super().__init__()
+        self.of_cell = nn.Sequential(
+            nn.Conv2d(3, 16, 4, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, stride=1, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, CELL_FEATURES),
+            nn.BatchNorm1d(CELL_FEATURES, affine=False),  # unit variance: distances do not depend on the training's scale
+        )
+        self.digit, self.colour = nn.Linear(CELL_FEATURES, 11), nn.Linear(CELL_FEATURES, len(COLOURS) + 1)  # the last: empty
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f"images of {images.dtype} and shape {tuple(images.shape)}; expected uint8, (B, 3, 64, 64).")
+        # (B, 3, 64, 64) -> (B * 4, 3, 32, 32)
+        cells = images.unfold(2, CELL_SIZE, CELL_SIZE).unfold(3, CELL_SIZE, CELL_SIZE).permute(0, 2, 3, 1, 4, 5)
+        features = self.of_cell(cells.flatten(0, 2).float() / 127.5 - 1)  # (B * 4, 16)
+        return features.unflatten(0, (-1, 4)).flatten(1)
+
+    def names(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of each cell's digit, (B, 4, 11), and colour, (B, 4, 7)."""
+        features = self(images).unflatten(1, (4, CELL_FEATURES))
+        return self.digit(features), self.colour(features)
+
+
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(B, 64, 64, 3) uint8 as torch orders it, (B, 3, 64, 64)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@cache
+@torch.enable_grad()  # whoever asks first may score without gradients
+def digit_features() -> DigitFeatures:
+    """The trained extractor, frozen; the same in every process, and torch's random numbers go on as if it had not trained."""
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DigitFeatures()
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=_STEPS)
+    for _ in range(_STEPS):
+        scenes = [random_scene(rng, "train") for _ in range(_BATCH)]
+        named = model.names(to_tensor(np.stack([scene.render("train") for scene in scenes])))
+        labels = (of_patch[..., 0] for of_patch in patch_labels(scenes))  # (B, 4)
+        pairs = zip(named, labels, strict=True)
+        loss = sum(F.cross_entropy(logits.flatten(0, 1), truth.flatten()) for logits, truth in pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)

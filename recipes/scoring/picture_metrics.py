@@ -1,0 +1,148 @@
+"""FID and CLIP score of what two contenders draw for the captions of a dataset, with torchmetrics."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image, ImageOps
+from rows.captions import caption_of
+from rows.conversations import decoded
+from scoring.contenders import Contender, draw_in_turn, side_by_side
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.multimodal.clip_score import CLIPScore
+from transformers import CLIPModel, CLIPProcessor
+
+INCEPTION = "inception"
+NO_METRIC = "none"
+
+
+class ClipFeatures(CLIPModel):
+    """A CLIP whose features are tensors, as torchmetrics takes them: transformers 5 returns a whole output."""
+
+    def get_image_features(self, *args, **kwargs) -> torch.Tensor:
+        return super().get_image_features(*args, **kwargs).pooler_output
+
+    def get_text_features(self, *args, **kwargs) -> torch.Tensor:
+        return super().get_text_features(*args, **kwargs).pooler_output
+
+
+def load_features(name: str) -> int | nn.Module | None:
+    """What FID compares images by, as torchmetrics' `feature`.
+
+    Args:
+        name: "inception", "none", or "module:factory": a function without arguments that returns a module from images
+            (B, 3, H, W) uint8, at the size that is drawn, to features (B, F), with `num_features` = F.
+
+    Raises:
+        SystemExit: It is not there; says how to get it.
+    """
+    if name == NO_METRIC:
+        return None
+    if name == INCEPTION:
+        try:
+            FrechetInceptionDistance(2048)
+        except ModuleNotFoundError:
+            raise SystemExit(
+                "--features inception needs torch-fidelity, which is not installed: pip install torch-fidelity. Or pass "
+                "--features module:factory with an extractor of your own, or --features none for no FID."
+            ) from None
+        except OSError as error:  # its weights are downloaded at the first use
+            raise SystemExit(
+                f"--features inception: its weights cannot be had: {error}. Go online once, or pass --features "
+                "module:factory with an extractor of your own, or --features none for no FID."
+            ) from error
+        return 2048
+    module, _, factory = name.partition(":")
+    try:
+        features = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise SystemExit(
+            f"--features {name}: {error}; expected {INCEPTION}, {NO_METRIC} or module:factory, a function that returns the "
+            "extractor. Its folder has to be on PYTHONPATH."
+        ) from error
+    if not isinstance(features, nn.Module) or not isinstance(getattr(features, "num_features", None), int):
+        raise SystemExit(f"--features {name} returned {type(features).__name__}; expected an nn.Module with num_features.")
+    return features.eval()
+
+
+def load_clip(name: str) -> tuple[ClipFeatures, CLIPProcessor] | None:
+    """A CLIP by its folder or Hub id; None for "none".
+
+    Raises:
+        SystemExit: It is not there.
+    """
+    if name == NO_METRIC:
+        return None
+    try:
+        clip, loaded = ClipFeatures.from_pretrained(name, output_loading_info=True)
+        if loaded["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"{len(loaded['missing_keys'])} of a CLIPModel's weights are not in it")
+        return clip.eval(), CLIPProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"--clip {name} cannot be loaded: {error}. Expected a folder or Hub id of a CLIPModel and its processor; or pass "
+            "--clip none for no CLIP score."
+        ) from error
+
+
+class PictureMetrics:
+    """FID and CLIP score of one contender, batch by batch."""
+
+    def __init__(self, features: int | nn.Module | None, clip: tuple[ClipFeatures, CLIPProcessor] | None, device: str):
+        self.fid = None if features is None else FrechetInceptionDistance(features).to(device)
+        self.clip = None
+        if clip is not None:
+            model, processor = clip
+            # Cut where the model's context ends, its end behind the words: torchmetrics would cut the end off, too
+            cutting = partial(processor, truncation=True, max_length=model.config.text_config.max_position_embeddings)
+            self.clip = CLIPScore(lambda: (model, cutting)).to(device)
+        self.device = device
+
+    def update(self, captions: list[str], drawn: list[Image.Image], real: list[Image.Image]) -> None:
+        """Takes a batch. Real images are cut and scaled to the size of the drawings."""
+        pixels = _pixels(drawn).to(self.device)
+        if self.fid is not None:
+            fitted = [ImageOps.fit(image, drawn[0].size, Image.Resampling.BICUBIC) for image in real]
+            self.fid.update(_pixels(fitted).to(self.device), real=True)
+            self.fid.update(pixels, real=False)
+        if self.clip is not None:
+            self.clip.update(pixels, captions)
+
+    def compute(self) -> dict[str, float]:
+        """fid: 0 is best. clip_score: 100 times the mean cosine, from 0 to 100."""
+        scores = {"fid": self.fid, "clip_score": self.clip}
+        return {name: metric.compute().item() for name, metric in scores.items() if metric is not None}
+
+
+def _pixels(images: list[Image.Image]) -> torch.Tensor:
+    """(B, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+def score_pictures(
+    pair: list[Contender],
+    rows: Dataset,
+    features: int | nn.Module | None,
+    clip: tuple[ClipFeatures, CLIPProcessor] | None,
+    seed: int,
+    batch_size: int,
+    **sampling,
+) -> dict[str, dict[str, float]]:
+    """FID, CLIP score and seconds an image, each by contender: all draw the same captions in turn, from the same seeds.
+
+    Args:
+        rows: Of `conversations`, at least two, each of a caption and the image to draw for it.
+    """
+    metrics = {contender.name: PictureMetrics(features, clip, contender.model.device) for contender in pair}
+    seconds = dict.fromkeys(metrics, 0.0)
+    captions = [caption_of(row) for row in rows]
+    for batch, contender, drawn, taken in draw_in_turn(pair, captions, seed, batch_size, **sampling):
+        real = [decoded(row)["images"][0] for row in rows.select(range(len(rows))[batch])]
+        metrics[contender.name].update(captions[batch], drawn, real)
+        seconds[contender.name] += taken
+    return side_by_side({name: metric.compute() | {"seconds": seconds[name] / len(rows)} for name, metric in metrics.items()})

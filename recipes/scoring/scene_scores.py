@@ -1,0 +1,193 @@
+"""Scores on scenes of held-out digits: reading, drawing, nats, reconstruction, and distances of features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from reporting.intervals import Estimate, mean_share, share
+from scoring.contenders import Contender, answer, draw_in_turn, grid_of
+from scoring.digit_features import digit_features, to_tensor
+from scoring.likelihood import image_nats
+from scoring.stock_calls import base_of, calls_of, to_images
+from tiny_world.digits import QUESTION_KINDS, Scene, judge, load_scans, right_by_aspect, right_cells
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm.auto import tqdm
+
+from uc_adapters import UniCompressModel
+from uc_adapters.families import family_of
+
+SPLIT = "held-out"
+_BATCH = 50  # of what is not timed
+
+
+@dataclass
+class ReadingScore:
+    """Whether the answer about each scene is the true one, word for word.
+
+    Args:
+        right: By kind of question, (N,): 1 right, 0 wrong, nan where the scene does not settle a question of that kind.
+    """
+
+    right: dict[str, np.ndarray]
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """The share of right answers by kind, behind the mean of the kinds."""
+        kinds = {kind: share(right[~np.isnan(right)]) for kind, right in self.right.items()}
+        return {"mean": mean_share(list(kinds.values())), **kinds}
+
+    @cached_property
+    def by_scene(self) -> np.ndarray:
+        """What each scene gives to the mean of the kinds: (N,), and its mean is that mean."""
+        shares = [np.nan_to_num(right) / np.mean(~np.isnan(right)) for right in self.right.values()]
+        return np.mean(shares, 0)
+
+
+@dataclass
+class DrawingScore:
+    """What is right of each drawn scene.
+
+    Args:
+        images: What was drawn, (N, 64, 64, 3) uint8.
+        right: `digits.right_by_aspect` of each scene.
+        seconds: An image, prompt to pixels.
+    """
+
+    images: np.ndarray
+    right: list[dict[str, list[bool]]]
+    seconds: float
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """The share that is right by aspect, of every cell or scene that it is asked of."""
+        by_aspect = {aspect: [x for of_scene in self.right for x in of_scene[aspect]] for aspect in self.right[0]}
+        return {aspect: share(right) for aspect, right in by_aspect.items() if right}  # four full cells leave none to be empty
+
+    @cached_property
+    def by_scene(self) -> np.ndarray:
+        """The share of right cells of each scene, (N,)."""
+        return np.array([np.mean(of_scene["cells"]) for of_scene in self.right])
+
+
+def render(scenes: list[Scene]) -> np.ndarray:
+    """The real scenes, (N, 64, 64, 3) uint8."""
+    return np.stack([scene.render(SPLIT) for scene in scenes])
+
+
+def drawing_prompts(scenes: list[Scene], seed: int) -> list[str]:
+    """What is asked for each scene: its caption, the cells in any order."""
+    rng = np.random.default_rng(seed)
+    return [scene.shuffled_caption(rng) for scene in scenes]
+
+
+def with_other_scans(scenes: list[Scene], seed: int) -> list[Scene]:
+    """The same digits in the same colours, each shown by any of its held-out scans: as near as a perfect drawer comes."""
+    rng, (_, digits) = np.random.default_rng(seed), load_scans(SPLIT)
+    shown = [np.flatnonzero(digits == digit) for digit in range(10)]
+    return [
+        Scene(tuple(cell and replace(cell, scan=int(rng.choice(shown[cell.digit]))) for cell in scene.cells))
+        for scene in scenes
+    ]
+
+
+def score_reading(contender: Contender, scenes: list[Scene], seed: int) -> ReadingScore:
+    """Asks a question of every kind about every scene that settles it."""
+    scores = {}
+    for kind in QUESTION_KINDS:
+        rng = np.random.default_rng(seed)
+        asked = [(row, pair) for row, scene in enumerate(scenes) if (pair := scene.question(kind, rng))]
+        right = np.full(len(scenes), np.nan)
+        for first in tqdm(range(0, len(asked), _BATCH), desc=f"{contender.name} reads: {kind}", leave=False):
+            rows = asked[first : first + _BATCH]
+            images = [scenes[row].image(SPLIT) for row, _ in rows]
+            answers = answer(contender, images, [question for _, (question, _) in rows])
+            for told, (row, (_, truth)) in zip(answers, rows, strict=True):
+                right[row] = told == truth
+        if asked:  # a few scenes may all show a digit twice, and settle no colour
+            scores[kind] = right
+    return ReadingScore(scores)
+
+
+def score_drawing(
+    pair: list[Contender], scenes: list[Scene], seed: int, batch_size: int, **sampling
+) -> dict[str, DrawingScore]:
+    """Draws and judges every scene, and times what is judged: each batch by the base, then by the adapter, from one seed.
+
+    Args:
+        pair: Whoever is to draw.
+        scenes: What is asked for.
+        seed: Of the prompts' wording and of the sampling.
+        batch_size: Prompts drawn at once.
+        **sampling: Arguments of `generate`.
+    """
+    drawn = {contender.name: [] for contender in pair}
+    total = dict.fromkeys(drawn, 0.0)
+    for _, contender, images, seconds in draw_in_turn(pair, drawing_prompts(scenes, seed), seed, batch_size, **sampling):
+        drawn[contender.name] += images
+        total[contender.name] += seconds
+    return {name: judge_drawings(scenes, np.stack(drawn[name]), total[name] / len(scenes)) for name in drawn}
+
+
+def judge_drawings(scenes: list[Scene], images: np.ndarray, seconds: float) -> DrawingScore:
+    """Judges drawings of the asked scenes, (N, 64, 64, 3) uint8, that took `seconds` each."""
+    right = [right_by_aspect(asked, seen) for asked, seen in zip(scenes, judge(images), strict=True)]
+    return DrawingScore(images, right, seconds)
+
+
+def score_nats(contender: Contender, scenes: list[Scene]) -> np.ndarray:
+    """Nats of each real scene given its caption, (N,)."""
+    batches = range(0, len(scenes), _BATCH)
+    nats = []
+    for first in tqdm(batches, desc=f"{contender.name}: nats", leave=False):
+        rows = scenes[first : first + _BATCH]
+        nats.append(image_nats(contender, [scene.image(SPLIT) for scene in rows], [scene.caption() for scene in rows]))
+    return torch.cat(nats).double().cpu().numpy()
+
+
+@torch.no_grad()
+def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str, float]:
+    """Real scenes through the tokenizer alone: to codes (the adapter: to compact codes and back), then to pixels.
+
+    Returns:
+        "cells" that the judge still reads, of all; "psnr" in dB, of the squared error of all images together; "ssim";
+        "feature_distance" of the restored scenes from the real ones.
+    """
+    model = contender.model
+    drawing = model.drawing if isinstance(model, UniCompressModel) else None
+    family, calls, grid = family_of(base_of(model)), calls_of(model), grid_of(contender)
+    restored = []
+    for first in tqdm(range(0, len(scenes), _BATCH), desc=f"{contender.name}: reconstruction", leave=False):
+        truth = list(render(scenes[first : first + _BATCH]))
+        pixels = contender.processor.image_processor(truth, return_tensors="pt")["pixel_values"].to(model.device)
+        if drawing is None:
+            tokens = family.dense_codes(pixels)
+        else:
+            codes = drawing.compress(pixels)
+            tokens = drawing.expand(codes.globals, codes.cells, grid, lambda logits: logits.argmax(-1))
+        restored += to_images(contender.processor, calls.pixels(model, family.to_tokens(tokens, grid), grid))
+    restored, real = np.stack(restored), render(scenes)
+    right = sum(right_cells(asked, seen) for asked, seen in zip(scenes, judge(restored), strict=True))
+    psnr, ssim = PeakSignalNoiseRatio(data_range=255.0), StructuralSimilarityIndexMeasure(data_range=255.0)
+    for first in range(0, len(scenes), _BATCH):
+        images = [to_tensor(x[first : first + _BATCH]).float() for x in (restored, real)]
+        psnr.update(*images)
+        ssim.update(*images)
+    return {
+        "cells": right / (4 * len(scenes)),
+        "psnr": psnr.compute().item(),
+        "ssim": ssim.compute().item(),
+        "feature_distance": feature_distance(real, restored),
+    }
+
+
+@torch.no_grad()
+def feature_distance(real: np.ndarray, images: np.ndarray) -> float:
+    """Fréchet distance of `digit_features` between two sets of images, (N, 64, 64, 3) uint8 each, two or more a set."""
+    metric = FrechetInceptionDistance(feature=digit_features())
+    metric.update(to_tensor(real), real=True)
+    metric.update(to_tensor(images), real=False)
+    return metric.compute().item()

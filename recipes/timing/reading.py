@@ -1,0 +1,85 @@
+"""Seconds and bytes of reading an image: what `benchmark.py` times of it, and what a disabled adapter costs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from timing.drawing import token_bytes
+from timing.models import TEXT_TOKENS, prompts, random_pixels
+from timing.stopwatch import Work, fitting, in_turn
+from torch import nn
+
+from uc_adapters import UniCompressModel
+
+NEW_TOKENS = 16  # of an answer
+PHASES = ("prefill", "first token", "answer")
+
+
+def answer(model: nn.Module, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
+    """So many tokens behind a prompt, greedily."""
+    return model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+
+def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[str, Work]]:
+    """What is timed of reading: the language model's prefill alone, up to the first token, and whole answers."""
+    pixels = random_pixels(models["base"], batch)
+    dense = models["adapter"].family.geometry.read_side ** 2
+    works: dict[str, dict[str, Work]] = {phase: {} for phase in PHASES}
+    for name, model in models.items():
+        count = dense if name == "base" else model.num_image_tokens
+        inputs = prompts(model, batch, count) | {"pixel_values": pixels}
+        core = model.model if name == "base" else model.get_base_model().model
+        embedded = torch.randn(batch, count + TEXT_TOKENS, core.config.text_config.hidden_size, device=pixels.device)
+        embedded = embedded.to(pixels.dtype)
+
+        works["prefill"][name] = partial(core.language_model, inputs_embeds=embedded, use_cache=True)
+        works["first token"][name] = partial(answer, model, inputs, 1)
+        works["answer"][name] = partial(answer, model, inputs, NEW_TOKENS)
+    return works
+
+
+def reading_figures(models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool) -> dict:
+    """Of all sides, in turn; seconds of None did not fit. One prompt is warmed up and has three turns at least."""
+    by_batch: dict[str, dict[str, dict[str, float | None]]] = {}
+    rates: dict[str, dict[str, float | None]] = {}
+    for batch in batch_sizes:
+        few = batch == 1  # seconds where a drawing takes minutes
+        turns = max(3, repeats) if few else repeats
+        works = fitting(partial(reading_works, models, batch))
+        seconds = {phase: dict.fromkeys(models) for phase in PHASES}
+        for phase in PHASES if works else ():
+            measured = in_turn(works[phase], turns, f"read {batch}, {phase}, in turn", few or warm_up)
+            seconds[phase] = {name: found and found.seconds for name, found in measured.items()}
+        by_batch[str(batch)], rates[str(batch)] = seconds, {}
+        for name in models:
+            first, whole = seconds["first token"][name], seconds["answer"][name]
+            rates[str(batch)][name] = batch * (NEW_TOKENS - 1) / (whole - first) if first and whole else None
+    return {"seconds": by_batch[str(batch_sizes[0])], "by_batch": by_batch, "tokens_per_second": rates}
+
+
+def image_cache_bytes(model: UniCompressModel) -> dict[str, int]:
+    """Keys and values that one image leaves in the cache."""
+    return {
+        "base": model.family.geometry.read_side**2 * token_bytes(model),
+        "adapter": model.num_image_tokens * token_bytes(model),
+    }
+
+
+def disabled_over_bare(models: dict[str, nn.Module], repeats: int) -> float | None:
+    """Seconds of the base under a disabled adapter, over those of the bare base: the language model, one image's tokens.
+
+    None where they do not fit in memory.
+    """
+    core = models["base"].model
+    count = models["adapter"].family.geometry.read_side ** 2
+    embedded = torch.randn(1, count, core.config.text_config.hidden_size, device=core.device, dtype=core.dtype)
+    works = {
+        "bare": partial(core.language_model, inputs_embeds=embedded),
+        "disabled": partial(models["adapter"].get_base_model().model.language_model, inputs_embeds=embedded),
+    }
+    with models["adapter"].disable_adapter():
+        measured = in_turn(works, repeats, "disabled against bare")
+    if None in measured.values():
+        return None
+    return measured["disabled"].seconds / measured["bare"].seconds

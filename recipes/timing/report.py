@@ -1,0 +1,104 @@
+"""What `benchmark.py` found as a table and as a chart, base beside adapters."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+from timing.training import table_rows
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed
+
+Sides = dict[str, float | None]
+WAYS = {"dynamic": "dynamic caches", "static": "static caches", "compiled": "compiled"}
+
+
+def rows(figures: dict) -> list[tuple[str, str, Sides, bool]]:
+    """What is compared, its unit, the figures of each side (None: out of memory), and whether less is better."""
+    if "training" in figures:
+        return [(*row, True) for row in table_rows(figures)]
+    drawing, reading, memory = figures["drawing"], figures["reading"], figures["memory"]
+    found = [(f"drawing, prompt to pixels, batch {b}", "s", sides, True) for b, sides in drawing["by_batch"].items()]
+    for way, by_batch in drawing["alternatives"].items():
+        found += [(f"drawing, {WAYS[way]}, batch {b}", "s", sides, True) for b, sides in by_batch.items()]
+    for b, phases in reading["by_batch"].items():
+        found += [(f"reading, {phase}, batch {b}", "s", sides, True) for phase, sides in phases.items()]
+    found += [
+        (f"reading, after the first token, batch {b}", "tokens/s", sides, False)
+        for b, sides in reading["tokens_per_second"].items()
+    ]
+    found.append(("keys and values, of an image", "MB", _megabytes(memory["cache_bytes"]), True))
+    for what, by_batch in memory["drawing"].items():
+        found += [(f"{what}, batch {b}", "MB", _megabytes(sides), True) for b, sides in by_batch.items()]
+    return found
+
+
+def _megabytes(sides: Sides) -> Sides:
+    return {name: size and size / 1e6 for name, size in sides.items()}
+
+
+def _gain(sides: Sides, name: str, less_is_better: bool) -> float | None:
+    """How many times better than the base one of the others is."""
+    if not (sides["base"] and sides[name]):
+        return None
+    gain = sides["base"] / sides[name]
+    return gain if less_is_better else 1 / gain
+
+
+def _number(value: float) -> str:
+    """Three figures, never as a power of ten."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
+def _cells(sides: Sides, name: str, less_is_better: bool) -> list[str]:
+    """One side's figure and, but for the base, its gain: both blank where it was not measured."""
+    if name not in sides:
+        return ["", ""]
+    figure = "out of memory" if sides[name] is None else _number(sides[name])
+    if name == "base":
+        return [figure]
+    gain = _gain(sides, name, less_is_better)
+    return [figure, "" if gain is None else f"{gain:.2f}"]
+
+
+def markdown(figures: dict) -> str:
+    """The figures as a table, each adapter's gain beside it, and what could not be measured."""
+    found = rows(figures)
+    names = list(found[0][2])  # of drawing, which all do
+    titles = [title for name in names for title in ([name] if name == "base" else [name, "gain"])]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for what, unit, sides, less_is_better in found:
+        cells = [cell for name in names for cell in _cells(sides, name, less_is_better)]
+        lines.append(f"| {what} ({unit}) | {' | '.join(cells)} |")
+    for way, reason in figures.get("drawing", {}).get("left_out", {}).items():
+        lines.append(f"\nLeft out: {WAYS[way]}, {reason}.")
+    for name, found in figures.get("batches", {}).items():
+        if found["out_of_memory"]:
+            failed = ", ".join(map(str, found["out_of_memory"]))
+            largest = found["largest_that_fits"]
+            lines.append(
+                f"\n{name}, batch {failed}: out of memory; the largest that fits is {largest or 'none of those asked'}."
+            )
+    return "\n".join(lines)
+
+
+def draw_chart(figures: dict, path: str) -> None:
+    """Bars of the figures, base beside adapters, four to a row; what ran out of memory is left to the table."""
+    compared = [row for row in rows(figures) if all(row[2].values())]
+    lines = -(-len(compared) // 4)
+    figure, axes = plt.subplots(lines, 4, figsize=(9, 2.8 * lines), squeeze=False)
+    for axis in axes.flat[len(compared) :]:
+        axis.set_visible(False)
+    for axis, (what, unit, sides, less_is_better) in zip(axes.flat, compared, strict=False):
+        bars = axis.bar(list(sides), list(sides.values()), color=["#999999", "#2a7f62", *["#8fbfae"] * (len(sides) - 2)])
+        axis.bar_label(bars, [_number(value) for value in sides.values()], fontsize=8)
+        gain = _gain(sides, "adapter", less_is_better)
+        axis.set_title(f"{what.replace(', ', chr(10))} ({unit}): {gain:.1f} x", fontsize=9)
+        axis.set_yticks([])
+        axis.tick_params(axis="x", labelsize=8)
+        axis.margins(y=0.15)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    settings = figures["settings"]
+    figure.suptitle(f"{settings['shape']}, {settings['dtype']}, {figures['hardware']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

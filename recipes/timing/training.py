@@ -1,0 +1,199 @@
+"""A step of training on a dense Janus and on compact images: what `benchmark.py --train` measures.
+
+Both sides are LoRA of one size in the language models of twins that share their weights. The dense side is stock PEFT and stock
+Janus; the compact side is stage 2, as `finetune.py` runs it. Where images become shorter is all that differs: each encodes the
+pixels that it reads, takes the latents of what it draws from a cache, as `finetune.py` does, runs the head of the words only
+where an answer is, and updates with AdamW.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import JanusForConditionalGeneration
+
+from uc_adapters import UniCompressModel
+from uc_adapters.families import family_of
+from uc_adapters.layers import nearest_codes
+
+ANSWER_TOKENS = 16  # learned, behind an image and a question
+MEMORY = {
+    "cpu": "kept for backward: bytes that a forward saves, each storage once, parameters excluded",
+    "cuda": "peak of a step: most GPU memory allocated in it, less what was allocated before it",
+}
+
+
+class Trainee(ABC):
+    """One side: its losses and its step.
+
+    Args:
+        model: With the adapter that trains.
+        gradient_checkpointing: Keeps the inputs of each layer, and computes the rest again in the backward pass.
+    """
+
+    def __init__(self, model: PeftModel, gradient_checkpointing: bool):
+        self.model = model.train()
+        if gradient_checkpointing:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    @abstractmethod
+    def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Of drawing images, of which the VQ tokenizer's latents (B, T, C) are given, behind prompts (B, W)."""
+
+    @abstractmethod
+    def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Of the answers that end the words (B, W); images (B, 3, H, W) stand behind the first word."""
+
+    def step(self, loss: Callable[[], torch.Tensor]) -> None:
+        """Forward, backward, update."""
+        loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _with_images(self, words: torch.Tensor, count: int, position: int) -> torch.Tensor:
+        """Words (B, W) with an image's placeholders in them, (B, W + count)."""
+        places = words.new_full((len(words), count), self.model.config.image_token_id)
+        return torch.cat([words[:, :position], places, words[:, position:]], 1)
+
+
+class DenseLora(Trainee):
+    """A Janus trained on all tokens of its images."""
+
+    def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        base = self.model.get_base_model()
+        codes = nearest_codes(latents, family_of(base).codebook)  # (B, T)
+        drawn = base.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, T - 1, D)
+        embeddings = torch.cat([base.get_input_embeddings()(words), drawn], 1)
+        hidden = base.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        logits = base.model.generation_head(hidden[:, words.shape[1] - 1 :])  # (B, T, K)
+        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+
+    def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        config = self.model.config.vision_config
+        ids = self._with_images(words, (config.image_size // config.patch_size) ** 2, 1)
+        # logits_to_keep and not labels: the base's own loss would score every word at every token of the image
+        logits = self.model(input_ids=ids, pixel_values=pixels, use_cache=False, logits_to_keep=ANSWER_TOKENS + 1).logits
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), words[:, -ANSWER_TOKENS:].flatten())
+
+
+class Compact(Trainee):
+    """An adapter in stage 2."""
+
+    def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        side, config = self.model.family.geometry.draw_side, self.model.active_peft_config
+        ids = self._with_images(words, config.num_drawn_tokens((side, side)), words.shape[1])
+        drawn = (torch.arange(ids.shape[1], device=ids.device) >= words.shape[1]).expand_as(ids)
+        labels = ids.masked_fill(~drawn, -100)
+        labels[:, words.shape[1] + config.num_global_codes] = -100  # the separator
+        return self.model(input_ids=ids, labels=labels, drawn_latents=latents, drawn_mask=drawn).loss
+
+    def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        ids = self._with_images(words, self.model.num_image_tokens, 1)
+        labels = torch.full_like(ids, -100)
+        labels[:, -ANSWER_TOKENS:] = ids[:, -ANSWER_TOKENS:]
+        return self.model(input_ids=ids, labels=labels, pixel_values=pixels, fused_lm_head=True).loss  # as TRL calls it
+
+
+def with_same_lora(base: JanusForConditionalGeneration, adapter: UniCompressModel) -> PeftModel:
+    """A base with stock LoRA of the adapter's rank, in the same layers."""
+    config = adapter.active_peft_config
+    layers = [name for name, module in adapter.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    return get_peft_model(base, LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=layers))
+
+
+def trainees(models: dict[str, nn.Module], gradient_checkpointing: bool) -> dict[str, Trainee]:
+    """The dense side on the bare base, the compact side on the adapter of stage 2."""
+    models["adapter"].train_only("language model")
+    return {
+        "base": DenseLora(with_same_lora(models["base"], models["adapter"]), gradient_checkpointing),
+        "adapter": Compact(models["adapter"], gradient_checkpointing),
+    }
+
+
+def training_figures(
+    models: dict[str, nn.Module],
+    prompts: torch.Tensor,
+    pixels: torch.Tensor,
+    gradient_checkpointing: bool,
+    timed: Callable[..., dict[str, float]],
+) -> dict:
+    """Seconds, images a second and bytes of a step that learns to draw images, and of one that learns to read them.
+
+    Args:
+        models: The bare base, and the adapter on a twin of it; both are trained.
+        prompts: Words before each image to draw, (B, W).
+        pixels: The images, (B, 3, H, W).
+        gradient_checkpointing: See `Trainee`.
+        timed: Works by name -> the seconds of each. Told `what` they are.
+    """
+    sides = trainees(models, gradient_checkpointing)
+    with torch.no_grad():
+        latents = models["adapter"].family.latents(pixels)
+    questions = torch.cat([prompts, prompts[:, -ANSWER_TOKENS:]], 1)  # an answer's words are as good as any
+    losses = {
+        "drawing": {name: partial(side.drawing_loss, prompts, latents) for name, side in sides.items()},
+        "reading": {name: partial(side.reading_loss, questions, pixels) for name, side in sides.items()},
+    }
+    training = {}
+    for what, loss in losses.items():
+        seconds = timed({name: partial(side.step, loss[name]) for name, side in sides.items()}, what=f"train {what} in turn")
+        training[what] = {
+            "seconds": seconds,
+            "ratio": seconds["base"] / seconds["adapter"],
+            "images_per_second": {name: len(pixels) / taken for name, taken in seconds.items()},
+            "activation_bytes": {name: activation_bytes(side, loss[name]) for name, side in sides.items()},
+        }
+    return {"training": training, "activation_bytes_are": MEMORY[pixels.device.type]}
+
+
+def table_rows(figures: dict) -> list[tuple[str, str, dict[str, float]]]:
+    """For a table: what is compared, its unit, and the figures of both sides."""
+    counted, rows = figures["activation_bytes_are"].partition(":")[0], []
+    for what, found in figures["training"].items():
+        rows.append((f"training, {what}, a step", "s", found["seconds"]))
+        rows.append(
+            (f"training, {what}, {counted}", "MB", {name: size / 1e6 for name, size in found["activation_bytes"].items()})
+        )
+    return rows
+
+
+def activation_bytes(side: Trainee, loss: Callable[[], torch.Tensor]) -> int:
+    """What a step needs beside weights and the optimiser's state, measured as `MEMORY` says for the device.
+
+    With gradient checkpointing, the CPU's count leaves out the one layer at a time that the backward pass computes again.
+    """
+    if side.model.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side.step(loss)
+        return torch.cuda.max_memory_allocated() - before
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*side.model.parameters(), *side.model.buffers())}
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()  # less what was saved for parts of the graph that are gone
+
+    def pack(tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        output = loss()  # holds the graph, and the graph what it saved
+    storages = {saved.storage.data_ptr(): saved.storage.nbytes() for saved in kept}  # views share one
+    del output
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+class _Saved:
+    """A tensor that autograd saved; lives as long as autograd needs it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.storage = tensor, tensor.untyped_storage()

@@ -1,0 +1,66 @@
+"""What is Janus's own in pretraining the tiny base: its VQ tokenizer's shapes, its vision tower, its two losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiny_world.scene_pool import ImagePool, NamingHead, answer_labels
+from torch import nn
+from transformers import JanusForConditionalGeneration, JanusProcessor
+
+
+class JanusPretraining:
+    """A tiny Janus as `pretrain_tiny.py` sees it."""
+
+    has_vision_tower = True
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, pool: ImagePool):
+        self.model, self.processor, self.pool = model, processor, pool
+        self.vqmodel = model.model.vqmodel
+
+    def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, 64, 64) -> latents on the unit sphere, (B, T, 8)."""
+        latents = self.vqmodel.quant_conv(self.vqmodel.encoder(pixel_values))  # (B, 8, 8, 8)
+        return F.normalize(latents.flatten(2).transpose(1, 2), dim=-1)
+
+    def restore(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, T, 8) -> pixels (B, 3, 64, 64)."""
+        grid = latents.transpose(1, 2).unflatten(2, (8, 8))  # (B, 8, 8, 8)
+        return self.vqmodel.decoder(self.vqmodel.post_quant_conv(grid))
+
+    def joint_parameters(self) -> list[nn.Parameter]:
+        """What the joint stage trains: the VQ tokenizer and the vision tower are frozen (CHANGELOG: what went wrong)."""
+        with torch.no_grad():  # the drawing side starts from the codes' own geometry
+            codebook = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)
+            self.model.model.generation_embeddings.weight.copy_(codebook)
+        self.model.model.vision_model.requires_grad_(False)
+        frozen = (".vqmodel.", ".vision_model.")
+        return [p for name, p in self.model.named_parameters() if not any(part in name for part in frozen)]
+
+    def reading_loss(self, rows: np.ndarray, head: NamingHead) -> torch.Tensor:
+        """Cross-entropy of the answers."""
+        tokenizer = self.processor.tokenizer
+        texts = [self.pool.conversation(row, self.processor.replace_image_token({}, 0)) for row in rows]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        labels = answer_labels(batch["input_ids"], tokenizer)
+        return self.model(**batch, labels=labels, pixel_values=self.pool.pixel_values(rows)).loss
+
+    def drawing_losses(self, rows: np.ndarray, head: NamingHead) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of the dense codes, and the binding loss: the hidden states name what is to be drawn."""
+        tokenizer, model = self.processor.tokenizer, self.model
+        texts = [self.pool.prompt(row, self.processor.image_start_token) for row in rows]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        ids, dropped = batch["input_ids"], self.pool.dropped(len(rows))
+        kept = (ids == tokenizer.bos_token_id) | (torch.arange(ids.shape[1]) == ids.shape[1] - 1)
+        ids = ids.masked_fill(dropped[:, None] & ~kept, tokenizer.pad_token_id)
+        codes = self.pool.codes[rows]  # (B, 64)
+        prompt = model.get_input_embeddings()(ids)  # (B, P, D)
+        drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, 63, D)
+        hidden = model.model.language_model(
+            inputs_embeds=torch.cat([prompt, drawn], 1),
+            attention_mask=F.pad(batch["attention_mask"], (0, drawn.shape[1]), value=1),
+            use_cache=False,
+        ).last_hidden_state[:, prompt.shape[1] - 1 :]  # (B, 64, D)
+        code_loss = F.cross_entropy(model.model.generation_head(hidden).flatten(0, 1), codes.flatten())
+        return code_loss, head.loss(hidden[~dropped], rows[~dropped.numpy()])

@@ -1,0 +1,154 @@
+"""What the tiny bases train on: a pool of images with their codes; and the pool of digit scenes, which know their cells."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiny_world.digits import COLOURS, DESCRIBE, QUESTION_KINDS, Scene, random_scene
+from torch import nn
+from tqdm.auto import tqdm
+
+from uc_adapters.layers import raster_to_cells
+
+
+class ImagePool(ABC):
+    """Images (N, 64, 64, 3) uint8 and the dense codes of each (set once the VQ tokenizer is trained)."""
+
+    def __init__(self, pixels: np.ndarray, rng: np.random.Generator):
+        self.pixels, self.rng = torch.from_numpy(pixels), rng
+        self.codes = torch.empty(0)
+
+    @abstractmethod
+    def conversation(self, row: int, image: str) -> str:
+        """What is asked about an image and answered, in the chat template's words, behind `image`'s."""
+
+    @abstractmethod
+    def caption(self, row: int) -> str:
+        """A prompt to draw an image."""
+
+    @abstractmethod
+    def head(self, width: int) -> NamingHead:
+        """A fresh head on hidden states of `width`."""
+
+    def restoration_loss(self, restored: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Of what a VQ tokenizer gives back of pixels (B, 3, 64, 64)."""
+        error = restored - pixels
+        return error.square().mean() + 0.3 * error.abs().mean()
+
+    def draw(self, count: int) -> np.ndarray:
+        """`count` rows, at random."""
+        return self.rng.integers(len(self.pixels), size=count)
+
+    def pixel_values(self, rows: np.ndarray) -> torch.Tensor:
+        """(B, 3, 64, 64) in [-1, 1], as the processor gives them."""
+        return self.pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def encode(self, latents: Callable[[torch.Tensor], torch.Tensor], codebook: torch.Tensor) -> None:
+        """Sets the codes of all images; `latents` turns pixels into unit-norm latents (B, T, C)."""
+        batches = np.array_split(np.arange(len(self.pixels)), math.ceil(len(self.pixels) / 64))
+        codes = [nearest_codes(latents(self.pixel_values(rows)), codebook) for rows in tqdm(batches, desc="encode the pool")]
+        self.codes = torch.cat(codes)  # (N, 64)
+
+    def prompt(self, row: int, begin: str) -> str:
+        """A request to draw an image, in the chat template's words, up to the image's begin."""
+        return f"<bos><|User|>: {self.caption(row)}\n\n<|Assistant|>:{begin}"
+
+    def dropped(self, count: int, share: float = 0.1) -> torch.Tensor:
+        """Which of `count` prompts lose their words, so that guidance has its unconditional model, (B,)."""
+        return torch.from_numpy(self.rng.random(count) < share)
+
+
+class NamingHead(nn.Module, ABC):
+    """Names what an image shows from hidden states; used in training, then dropped."""
+
+    @abstractmethod
+    def loss(self, hidden: torch.Tensor, rows: np.ndarray, in_order: bool = False) -> torch.Tensor:
+        """Hidden states (B, 64, D) against what the images at `rows` show.
+
+        `in_order`: the states have read the image code by code, so that only later ones can know.
+        """
+
+    def report(self, tower: nn.Module) -> dict[str, float]:
+        """How well a vision tower, trained with this head, names what it never saw."""
+        return {}
+
+
+class ScenePool(ImagePool):
+    """Scenes of handwritten digits, rendered once."""
+
+    def __init__(self, size: int, rng: np.random.Generator, split: str = "train"):
+        self.scenes = [random_scene(rng, split) for _ in range(size)]
+        super().__init__(np.stack([scene.render(split) for scene in self.scenes]), rng)
+
+    def conversation(self, row: int, image: str) -> str:
+        """Several questions about a scene, in any order."""
+        scene = self.scenes[row]
+        pairs = [scene.question(kind, self.rng) for kind in ("digit", *QUESTION_KINDS, "colour")]
+        pairs = [pair for pair in pairs if pair] + [(DESCRIBE, scene.caption())]
+        turns = [pairs[i] for i in self.rng.permutation(len(pairs))]
+        text = "".join(f"<|User|>: {question}\n\n<|Assistant|>: {answer}<eos>" for question, answer in turns)
+        return "<bos>" + text.replace("<|User|>: ", f"<|User|>: {image}", 1)
+
+    def caption(self, row: int) -> str:
+        """The cells in any order."""
+        return self.scenes[row].shuffled_caption(self.rng)
+
+    def head(self, width: int) -> CellHead:
+        return CellHead(width, self.scenes)
+
+
+def answer_labels(ids: torch.Tensor, tokenizer) -> torch.Tensor:
+    """The ids (B, L) at the answers alone, -100 elsewhere: from behind "<|Assistant|> :" through the answer's <eos>."""
+    starts = ids == tokenizer.convert_tokens_to_ids("<|Assistant|>")
+    started = starts.cumsum(1)
+    ended = F.pad((ids == tokenizer.eos_token_id).cumsum(1), (1, -1))  # the eos itself still belongs to it
+    prefix = starts | F.pad(starts, (1, -1))
+    return ids.masked_fill(~((started > ended) & ~prefix), -100)
+
+
+def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Indices of the nearest codes by cosine, (B, T)."""
+    return (latents @ F.normalize(codebook, dim=-1).T).argmax(-1)
+
+
+def by_cell(x: torch.Tensor) -> torch.Tensor:
+    """Groups an 8 x 8 raster by the scene's four cells: (B, 64, ...) -> (B, 4, 16, ...)."""
+    return raster_to_cells(x, 4, (8, 8))
+
+
+def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands in the cell of each patch, (B, 4, 16): digits with 10 for empty, colours with 6 for empty."""
+    names = list(COLOURS)
+    digits = [[10 if cell is None else cell.digit for cell in scene.cells] for scene in scenes]
+    colours = [[len(names) if cell is None else names.index(cell.colour) for cell in scene.cells] for scene in scenes]
+    return tuple(torch.tensor(labels).unsqueeze(-1).expand(-1, -1, 16) for labels in (digits, colours))
+
+
+class CellHead(NamingHead):
+    """Names the digit and the colour of the cell that a hidden state stands in."""
+
+    def __init__(self, width: int, scenes: list[Scene]):
+        super().__init__()
+        self.scenes = scenes
+        self.digit, self.colour = nn.Linear(width, 11), nn.Linear(width, len(COLOURS) + 1)
+
+    def loss(self, hidden: torch.Tensor, rows: np.ndarray, in_order: bool = False) -> torch.Tensor:
+        """`in_order`: only the last state of a cell has read all of it."""
+        hidden = by_cell(hidden)  # (B, 4, 16, D)
+        digits, colours = patch_labels([self.scenes[row] for row in rows])  # (B, 4, 16)
+        if in_order:
+            hidden, digits, colours = hidden[:, :, -1:], digits[:, :, -1:], colours[:, :, -1:]
+        digit_loss = F.cross_entropy(self.digit(hidden).flatten(0, -2), digits.flatten())
+        return digit_loss + F.cross_entropy(self.colour(hidden).flatten(0, -2), colours.flatten())
+
+    def report(self, tower: nn.Module) -> dict[str, float]:
+        held = ScenePool(500, np.random.default_rng(1), "held-out")
+        digits, _ = patch_labels(held.scenes)
+        named = self.digit(by_cell(tower(held.pixel_values(np.arange(500))).last_hidden_state)).argmax(-1)
+        return {"held_out_digits": round((named == digits)[digits < 10].float().mean().item(), 4)}

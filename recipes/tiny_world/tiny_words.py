@@ -1,0 +1,63 @@
+"""The tiny world's words: the tokenizer and the chat template that the tiny bases share."""
+
+from __future__ import annotations
+
+import re
+
+from tiny_world.digits import COLOURS, DESCRIBE, PLACES
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+}
+ROLES = ["<|User|>", "<|Assistant|>"]
+_SENTENCES = [*COLOURS, *PLACES, DESCRIBE, "a and at the ?.:!,"]
+_SENTENCES += ["What digit is at the", "What colour is the", "How many digits are there", "Draw an image of"]
+_WORDS = {word for sentence in _SENTENCES for word in re.findall(r"\w+|[^\w\s]", sentence.lower())}
+DIGITS = [str(digit) for digit in range(10)]
+DIGITS_AND_WORDS = [*DIGITS, *sorted(_WORDS)]
+_LOWERCASE = normalizers.Lowercase()
+_SPLIT = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
+
+
+def split_words(text: str) -> list[str]:
+    """A text's words, digits and punctuation, as the tokenizer splits them."""
+    return [word for word, _ in _SPLIT.pre_tokenize_str(_LOWERCASE.normalize_str(text))]
+
+
+def chat_template(image_token: str, begin: str = "{{ bos_token }}") -> str:
+    """A conversation as text: "<|User|>: ...", a blank line, "<|Assistant|>: ..." and the end of the sequence."""
+    return (
+        f"{begin}"
+        "{% for message in messages %}"
+        "{{ '<|User|>: ' if message['role'] == 'user' else '<|Assistant|>: ' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}" + image_token + "{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ '\n\n' }}{% else %}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
+    )
+
+
+def word_tokenizer(image_tokens: dict[str, str], words: list[str]) -> PreTrainedTokenizerFast:
+    """One token a word, one a digit; `image_tokens` are the family's special ones, by the attribute they are asked for by."""
+    vocabulary = dict.fromkeys([*SPECIAL_TOKENS.values(), *image_tokens.values(), *ROLES, *words])
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.normalizer = _LOWERCASE
+    backend.pre_tokenizer = _SPLIT
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **SPECIAL_TOKENS,
+        extra_special_tokens=image_tokens,
+        padding_side="left",
+        model_max_length=1024,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ROLES}, replace_extra_special_tokens=False)
+    return tokenizer

@@ -1,0 +1,97 @@
+"""Shared by the tests of finetune.py, and what they run in processes of their own: python finetune_runs.py ARGUMENTS (JSON)."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import finetune
+from finetuning import stages
+from helpers import rng
+from tiny_world.digits import random_scene
+from transformers import TrainerCallback
+
+ARGUMENTS = {
+    "stage_1_steps": 4,
+    "stage_1_batch_size": 4,
+    "decompressor_width": 64,
+    "decompressor_layers": 1,
+    "num_global_tokens": 1,
+    "r": 2,
+}
+TRAINING = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+def train(base, output_dir, *, training: dict | None = None, **arguments) -> Path:
+    """Runs finetune.py in this process."""
+    finetune.main(
+        finetune.FinetuneArguments(base=str(base), **{**ARGUMENTS, **arguments}),
+        finetune.TrainingConfig(output_dir=str(output_dir), **{**TRAINING, **(training or {})}),
+    )
+    return Path(output_dir)
+
+
+def write_captioned(folder: Path, count: int = 12) -> Path:
+    """An imagefolder of scenes, with their captions as `text`."""
+    folder.mkdir()
+    lines = []
+    for seed in range(count):
+        scene = random_scene(rng(seed), "train")
+        scene.image("train").save(folder / f"{seed}.png")
+        lines.append(json.dumps({"file_name": f"{seed}.png", "text": scene.caption()}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def say(text: str | None) -> dict:
+    """A part of a turn."""
+    return {"type": "text", "text": text}
+
+
+def turn(role: str, *parts: dict) -> dict:
+    """A turn of a conversation."""
+    return {"role": role, "content": list(parts)}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class KillAt(TrainerCallback):
+    """SIGKILL before a step of one of the stages is over."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    kill = told.pop("kill", None)  # [stage, step]
+    if kill:
+        victim = stages.ReconstructionTrainer if kill[0] == 1 else stages.JointTrainer
+
+        class Victim(victim):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.add_callback(KillAt(kill[1]))
+
+        setattr(stages, victim.__name__, Victim)
+    train(**told)

@@ -1,0 +1,86 @@
+"""Stage 2: fine-tunes the language model with LoRA on compact sequences, tokenizer side frozen (UniCompress, section 3).
+
+`finetune.py` runs it. TRL's own `SFTTrainer`: the model hands it the scores of words and drawn codes alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from ..data import UniCompressCollator
+from ..errors import InputError
+from ..joint_loss import CELL, GLOBAL_CODE, WORD, JointOutput
+from ..model import UniCompressModel
+from .resumable import ResumableTrainer
+
+PARTS = {"loss_words": WORD, "loss_global_codes": GLOBAL_CODE, "loss_cells": CELL}
+
+
+class NamingCollator:
+    """A collator whose batches name their rows."""
+
+    def __init__(self, collator: UniCompressCollator):
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.collator(rows) | {"origins": [row["origin"] for row in rows if "origin" in row]}
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the collator the epoch: other rows lose their captions in the next."""
+
+    def __init__(self, collator: UniCompressCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int(state.epoch or 0)
+
+
+class JointTrainer(ResumableTrainer, SFTTrainer):
+    """Trains an adapter's language side on what it reads and draws; logs the loss of words, global codes and cells apart."""
+
+    parts = tuple(PARTS)
+
+    def __init__(self, model: UniCompressModel, args: SFTConfig, *, data_collator: UniCompressCollator, **kwargs: Any):
+        if not isinstance(args, SFTConfig):
+            raise InputError(f"args={type(args).__name__}; expected a trl.SFTConfig: transformers' arguments lack TRL's own.")
+        args = copy.copy(args)
+        args.max_length, args.packing = None, False
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        # TRL turns what trains on a quantised base into bfloat16, where AdamW's steps vanish beside any weight of size
+        model.requires_grad_(False)
+        super().__init__(model, args, data_collator=NamingCollator(data_collator), **kwargs)
+        self.eval_collator = NamingCollator(replace(data_collator, caption_dropout=0.0))
+        self.add_callback(EpochCallback(data_collator))
+        self.model.train_only("language model")
+        self.model.register_forward_hook(self._record_scores)  # SFTTrainer keeps the model's output to itself
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """By labels alone: no caption is dropped, and nobody teaches."""
+        training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs.pop("origins", None)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _record_scores(self, model, inputs, output) -> None:
+        if isinstance(output, JointOutput):
+            for part, kind in PARTS.items():
+                of_kind = output.kinds == kind
+                self.record(part, -output.log_probs[of_kind].sum(), of_kind.sum())
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card would name another library: the adapter's own is written where it is saved."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.train_only("language model")  # loading makes all of the adapter trainable
