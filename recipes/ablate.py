@@ -97,6 +97,7 @@ def train(variant: Variant, seed: int, args: AblateArguments, folder: Path) -> t
     collator = make_collator(options, model, processor)
     of_stage_1, of_stage_2, _ = make_rows(options, training, model, collator, dense)
     perplexity = train_stage_1(options, training, model, processor, of_stage_1)
+    variant.begin_stage_2(model)
     train_stage_2(options, training, model, collator, dense, of_stage_2)
     return Contender("adapter", model.eval(), processor), perplexity
 

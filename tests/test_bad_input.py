@@ -82,8 +82,8 @@ def test_an_image_to_draw_of_the_wrong_size(model, short_processor, images):
     }
     batch = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)([row])
     with pytest.raises(InputError, match=r"\(1, 3, 32, 32\).*3, 64, 64"):
-        model(**{**batch, "drawn_pixel_values": torch.zeros(1, 3, 32, 32)})
-    batch["drawn_mask"][0, batch["drawn_mask"][0].nonzero()[0]] = False
+        model(**{**batch, "gen_pixel_values": torch.zeros(1, 3, 32, 32)})
+    batch["gen_mask"][0, batch["gen_mask"][0].nonzero()[0]] = False
     with pytest.raises(InputError, match=r"16 places.*17.*UniCompressCollator"):
         model(**batch)
 
@@ -253,7 +253,7 @@ def test_places_to_draw_without_an_image(model, short_processor, images):
         "images": images[:1],
     }
     batch = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)([row])
-    del batch["drawn_pixel_values"]
+    del batch["gen_pixel_values"]
     with pytest.raises(InputError, match="17 image placeholders and no images"):
         model(**batch)
 
@@ -306,7 +306,7 @@ def test_a_count_of_drawings_that_is_none(model, prompts, value):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("drawn_latent", "drawn_latents"), ("pixel_value", "pixel_values"), ("label", "labels"), ("colour", "arguments that")],
+    [("drawn_latent", "gen_latents"), ("pixel_value", "pixel_values"), ("label", "labels"), ("colour", "arguments that")],
 )
 def test_an_argument_of_forward_that_nobody_knows(model, short_question, dense_question, name, meant):
     with pytest.raises(InputError, match=rf"{name} is unknown to the forward of .*Janus.*expected {meant}"):

@@ -18,7 +18,7 @@ BAD = [
     *[("decompressor_layers", value, INTEGER_1) for value in (0, *BAD_INTEGERS)],
     *[("decompressor_width", value, INTEGER_1) for value in (0, *BAD_INTEGERS)],
     *[("r", value, INTEGER_1) for value in (0, *BAD_INTEGERS)],
-    *[("decompressor", value, "strip, cell, phase, raster") for value in ("Cell", "", "pixel", None, 1, ["cell"])],
+    *[("decompressor", value, "strip, phase, raster") for value in ("Strip", "", "cell", None, 1, ["strip"])],
     *[("codebook_weight", value, ">= 0") for value in (-0.1, float("nan"), float("inf"), "1", None, True)],
     *[("lora_alpha", value, "") for value in (-1, "16", None)],
     *[("lora_dropout", value, "") for value in (-0.1, 1.5, "0.1", None)],
@@ -59,11 +59,11 @@ def test_defaults():
     assert config.target_modules is None
 
 
-@pytest.mark.parametrize(("decompressor", "drawn"), [("strip", 0), ("cell", 3), ("phase", 3), ("raster", 3)])
+@pytest.mark.parametrize(("decompressor", "drawn"), [("strip", 0), ("phase", 3), ("raster", 3)])
 def test_strip_draws_no_global_tokens_and_all_read_them(decompressor, drawn):
     config = UniCompressConfig(stride=4, num_global_tokens=3, decompressor=decompressor)
     assert config.num_global_codes == drawn
-    assert config.num_drawn_tokens((8, 12)) == drawn + 1 + 6
+    assert config.num_gen_tokens((8, 12)) == drawn + 1 + 6
     assert config.num_image_tokens((8, 12)) == 3 + 1 + 6
 
 

@@ -55,8 +55,8 @@ def learned(processor, batch, row: int = 0) -> list[str]:
 def test_a_reading_rows_answer_is_learned_and_nothing_else(collate, short_processor, reading_row):
     batch = collate([reading_row])
     assert learned(short_processor, batch) == ["3", "<eos>"]
-    assert "drawn_mask" not in batch
-    assert "drawn_pixel_values" not in batch
+    assert "gen_mask" not in batch
+    assert "gen_pixel_values" not in batch
     assert batch["pixel_values"].shape == (1, 3, 64, 64)
 
 
@@ -70,13 +70,13 @@ def test_content_may_be_a_plain_string(collate, short_processor):
     assert learned(short_processor, collate([row])) == ["2", "<eos>"]
 
 
-@pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("cell", 4)])
+@pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("phase", 4)])
 def test_a_drawing_rows_places_are_learned_but_not_the_separator_nor_the_images_begin_and_end(
     short_processor, drawing_row, decompressor, drawn_globals
 ):
     collate = UniCompressCollator(short_processor, small_config(decompressor=decompressor), caption_dropout=0.0)
     batch, count = collate([drawing_row]), drawn_globals + 1 + 16
-    tokens, labels, drawn = (batch[name][0] for name in ("input_ids", "labels", "drawn_mask"))
+    tokens, labels, drawn = (batch[name][0] for name in ("input_ids", "labels", "gen_mask"))
     first = words(short_processor, tokens).index("<begin_of_image>") + 1
     expected = torch.full_like(labels, -100)
     expected[first : first + count] = short_processor.tokenizer.convert_tokens_to_ids("<image_placeholder>")
@@ -85,13 +85,13 @@ def test_a_drawing_rows_places_are_learned_but_not_the_separator_nor_the_images_
     assert torch.equal(labels, expected)
     assert drawn.nonzero().flatten().tolist() == list(range(first, first + count))
     assert "pixel_values" not in batch
-    assert batch["drawn_pixel_values"].shape == (1, 3, 64, 64)
+    assert batch["gen_pixel_values"].shape == (1, 3, 64, 64)
 
 
 def test_without_global_tokens_the_separator_comes_first(drawing_row):
     processor = make_processor(17)
     batch = UniCompressCollator(processor, small_config(num_global_tokens=0), caption_dropout=0.0)([drawing_row])
-    places = batch["drawn_mask"][0].nonzero().flatten()
+    places = batch["gen_mask"][0].nonzero().flatten()
     assert len(places) == 17
     assert (batch["labels"][0][places] == -100).tolist() == [True] + [False] * 16
 
@@ -106,8 +106,8 @@ def test_an_image_is_read_in_a_user_turn_and_drawn_in_an_assistant_turn(collate,
     batch = collate([editing_row])
     pixels = short_processor.image_processor(images[2:4], return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], pixels[:1])
-    assert torch.equal(batch["drawn_pixel_values"], pixels[1:])
-    assert batch["drawn_mask"].sum() == DRAWN
+    assert torch.equal(batch["gen_pixel_values"], pixels[1:])
+    assert batch["gen_mask"].sum() == DRAWN
     assert (batch["input_ids"] == 4).sum() == SHORT + DRAWN
     assert learned(short_processor, batch) == ["<image_placeholder>"] * (DRAWN - 1) + ["<eos>"]
 
@@ -119,14 +119,14 @@ def test_an_image_in_a_later_user_turn_is_read(collate, short_processor, images)
     }
     batch, rows = collate.with_rows([row])
     pixels = short_processor.image_processor(images[:2], return_tensors="pt")["pixel_values"]
-    assert torch.equal(batch["drawn_pixel_values"], pixels[:1])
+    assert torch.equal(batch["gen_pixel_values"], pixels[:1])
     assert torch.equal(batch["pixel_values"], pixels)  # what was drawn is read, too, where the conversation goes on
     assert rows == [0, 0]  # two sequences: the one draws, the other answers
 
 
 def test_each_of_two_images_in_a_turn_is_drawn_in_a_sequence_of_its_own(collate, short_processor, images):
     batch = collate([{"messages": turns([say("a red 3")], [IMAGE, IMAGE]), "images": images[:2]}])
-    assert batch["drawn_mask"].sum(1).tolist() == [DRAWN, DRAWN]
+    assert batch["gen_mask"].sum(1).tolist() == [DRAWN, DRAWN]
     for row in (0, 1):
         assert learned(short_processor, batch, row) == ["<image_placeholder>"] * (DRAWN - 1) + ["<eos>"]
     assert len(batch["pixel_values"]) == 1
@@ -142,8 +142,8 @@ def test_a_batch_is_padded_on_the_right_and_padding_is_neither_seen_nor_learned(
         assert torch.equal(batch["labels"][index, :length], alone["labels"][0])
         assert batch["attention_mask"][index].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
         assert (batch["labels"][index, length:] == -100).all()
-        assert not batch["drawn_mask"][index, length:].any()
-    assert (len(batch["pixel_values"]), len(batch["drawn_pixel_values"])) == (2, 2)
+        assert not batch["gen_mask"][index, length:].any()
+    assert (len(batch["pixel_values"]), len(batch["gen_pixel_values"])) == (2, 2)
 
 
 def test_a_dropped_caption_is_the_prompt_of_the_unconditional_model(short_processor, drawing_row, base):
@@ -159,7 +159,7 @@ def test_a_dropped_caption_is_the_prompt_of_the_unconditional_model(short_proces
 def test_a_dropped_prompt_loses_its_images_to_read(short_processor, editing_row, base):
     batch = UniCompressCollator(short_processor, small_config(), caption_dropout=1.0)([editing_row])
     assert "pixel_values" not in batch
-    assert (batch["input_ids"] == 4).sum() == batch["drawn_mask"].sum() == DRAWN
+    assert (batch["input_ids"] == 4).sum() == batch["gen_mask"].sum() == DRAWN
     assert attach(base)(**batch).loss.isfinite()
 
 
@@ -276,13 +276,13 @@ def test_latents_stand_in_for_the_images_to_draw(short_processor, collate, base,
     collate.config = model.active_peft_config
     packed = [{**row, "latents": pack_latents(model.family, short_processor, row["images"])} for row in rows]
     plain, cached = collate(rows), collate(packed)
-    pixels, latents = plain.pop("drawn_pixel_values"), cached.pop("drawn_latents")
+    pixels, latents = plain.pop("gen_pixel_values"), cached.pop("gen_latents")
     assert plain.keys() == cached.keys()
     assert all(torch.equal(plain[name], cached[name]) for name in plain)
     assert latents.shape == (2, 64, 8)
     with torch.no_grad():
         torch.testing.assert_close(latents, model.family.latents(pixels))
-        expected, found = model(**plain, drawn_pixel_values=pixels), model(**cached, drawn_latents=latents)
+        expected, found = model(**plain, gen_pixel_values=pixels), model(**cached, gen_latents=latents)
     torch.testing.assert_close(found.log_probs, expected.log_probs)
 
 
@@ -290,11 +290,11 @@ def test_latents_that_cannot_be_are_refused(short_processor, collate, base, draw
     model = attach(base)
     collate.config = model.active_peft_config
     batch = collate([{**drawing_row, "latents": pack_latents(model.family, short_processor, drawing_row["images"])}])
-    latents = batch.pop("drawn_latents")
-    with pytest.raises(InputError, match=r"drawn_latents of shape \(1, 63, 8\); expected \(images, 64, 8\)"):
-        model(**batch, drawn_latents=latents[:, 1:])
+    latents = batch.pop("gen_latents")
+    with pytest.raises(InputError, match=r"gen_latents of shape \(1, 63, 8\); expected \(images, 64, 8\)"):
+        model(**batch, gen_latents=latents[:, 1:])
     with pytest.raises(InputError, match=r"at once; expected one of them"):
-        model(**batch, drawn_latents=latents, drawn_pixel_values=torch.zeros(1, 3, 64, 64))
+        model(**batch, gen_latents=latents, gen_pixel_values=torch.zeros(1, 3, 64, 64))
 
 
 def test_rows_are_left_as_they_were(collate, editing_row):

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from uc_adapters import UniCompressCollator
-from uc_adapters.compression import CompactCodes
+from uc_adapters.code_head import CompactCodes
 from uc_adapters.errors import BaseModelError, InputError
-from uc_adapters.joint_loss import CELL
-from uc_adapters.layers import raster_to_cells
+from uc_adapters.joint_loss import CODES
 
 each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 with_and_without_globals = pytest.mark.parametrize("num_global_tokens", [0, 4])
@@ -292,21 +291,23 @@ def test_training_scores_what_drawing_saw(base, short_processor, decompressor, n
     model = attach(base, decompressor=decompressor, num_global_tokens=num_global_tokens)
     inputs, record = drawing_inputs(short_processor, CAPTIONS[:1]), Record()
     dense = draw(model, inputs, guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
-    drawing, count = model.drawing, model.active_peft_config.num_global_codes
-    steps = 64 if drawing.module.in_loop else 16  # codes that the language model's loop drew behind the global ones
-    codes, log_probs = (torch.cat(x[: count + steps]) for x in (record.codes, record.log_probs))
-    cells = codes[count:].view(1, 16, -1)
-    if drawing.module.in_loop:
-        assert torch.equal(cells, raster_to_cells(dense, 2, (8, 8)) if decompressor == "cell" else dense.view(1, 16, 4))
-    compact = CompactCodes(codes[None, :count], cells, dense, (8, 8))
+    head, count = model.code_head, model.active_peft_config.num_global_codes
+    drawn = 16 * head.codes_per_step  # codes that the language model's loop drew behind the global ones
+    codes, log_probs = (torch.cat(x[: count + drawn]) for x in (record.codes, record.log_probs))
+    steps = codes[count:].view(1, 16, -1)
+    if decompressor == "strip":
+        assert torch.equal(steps, dense.view(1, 16, 4))
+    compact = CompactCodes(codes[None, :count], steps, dense, (8, 8))
     with torch.no_grad():
         prompt = base.get_input_embeddings()(inputs["input_ids"])
-        embeddings = torch.cat([prompt, drawing.embed(compact)], 1)
-        advances = torch.cat([torch.ones(prompt.shape[1], dtype=torch.long), drawing.advances((8, 8))])
-        hidden = drawing.family.language_model(
-            inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]), position_ids=advances.cumsum(0)[None] - 1
+        embeddings = torch.cat([prompt, head.embed(compact)], 1)
+        deltas = torch.cat([torch.ones(prompt.shape[1], dtype=torch.long), head.position_deltas((8, 8))])
+        hidden = head.family.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones(embeddings.shape[:2]),
+            position_ids=deltas.cumsum(0)[None] - 1,
         ).last_hidden_state
-        scores = drawing.score(hidden[:, prompt.shape[1] - 1 : -1], compact)
+        scores = head.score(hidden[:, prompt.shape[1] - 1 : -1], compact)
     expected = torch.cat([log_probs[:count], torch.zeros(1), log_probs[count:].view(16, -1).sum(1)])
     torch.testing.assert_close(scores.log_probs[0], expected, atol=1e-4, rtol=1e-5)
     assert scores.accuracy[0].tolist() == [1.0] * count + [0.0] + [1.0] * 16
@@ -330,7 +331,7 @@ def test_a_batch_of_training_scores_drawn_strips_as_drawing_saw_them(base, short
     batch = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)(rows)
     with torch.no_grad():
         scores = model(**batch)
-    cells = scores.kinds == CELL
+    cells = scores.kinds == CODES
     drawn = torch.stack(record.log_probs).view(16, 4, 3).sum(1).T  # of each prompt's strips
     torch.testing.assert_close(scores.log_probs[cells].view(3, 16), drawn, atol=1e-4, rtol=1e-5)
     assert (scores.is_top1[cells] == 1).all()
@@ -376,11 +377,11 @@ def test_the_decompressor_after_the_loop_scores_what_it_drew(base, short_process
     model = attach(base, decompressor=decompressor)
     inputs, record = drawing_inputs(short_processor, CAPTIONS[:1]), Record()
     dense = draw(model, inputs, guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
-    drawing = model.drawing
+    head = model.code_head
     globals_, cells = torch.cat(record.codes[:4])[None], torch.cat(record.codes[4:20])[None]
     with torch.no_grad():
         compact = CompactCodes(globals_, cells.unsqueeze(-1), dense, (8, 8))
-        scores = drawing.reconstruction_logits(compact, drawing.entries(cells), drawing.entries(globals_))
+        scores = head.reconstruction_logits(compact, head.entries(cells), head.entries(globals_))
     assert torch.equal(scores.argmax(-1), dense)
 
 

@@ -10,7 +10,7 @@ from tiny_world.tiny_janus import make_processor
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.errors import InputError, UnsupportedError
-from uc_adapters.joint_loss import CELL
+from uc_adapters.joint_loss import CODES
 
 each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 FIELDS = ("log_probs", "entropy", "is_top1", "label_mask")
@@ -59,7 +59,7 @@ def test_every_labelled_position_is_scored_and_no_other(base, rows, collate, dec
     assert (output.log_probs[labelled] < 0).all()
     assert (output.entropy[labelled] > 0).all()
     assert ((output.is_top1 >= 0) & (output.is_top1 <= 1)).all()
-    places = model.active_peft_config.num_drawn_tokens((8, 8))
+    places = model.active_peft_config.num_gen_tokens((8, 8))
     assert labelled[1].sum() == places - 1 + 1  # the image's places but the separator, and the turn's end
 
 
@@ -107,19 +107,19 @@ def test_rows_of_a_batch_score_as_they_do_alone(base, rows, collate, decompresso
 @each_decompressor
 def test_a_places_score_is_the_sum_over_its_codes(base, rows, collate, decompressor):
     model = attach(base, decompressor=decompressor)
-    drawing, batch = model.drawing, collate(model, rows[1:2])
-    codes = drawing.compress(batch["drawn_pixel_values"])
-    first, in_loop = codes.globals.shape[1] + 1, drawing.module.in_loop  # of the cells, behind the separator
-    hidden = torch.randn(1, first + 16, drawing.family.geometry.hidden_size)
+    head, batch = model.code_head, collate(model, rows[1:2])
+    codes = head.compress(batch["gen_pixel_values"])
+    first = codes.globals.shape[1] + 1  # of the steps, behind the separator
+    hidden = torch.randn(1, first + 16, head.family.geometry.hidden_size)
     with torch.no_grad():
-        scores = drawing.score(hidden, codes)
+        scores = head.score(hidden, codes)
         features = hidden[0, first:]  # (16, D)
-        if in_loop:
-            globals_ = drawing.entries(codes.globals).expand(16, -1, -1)
-            features = drawing.module.decompressor(drawing.entries(codes.cells[0]), features, globals_)
-        all_log_probs = drawing.family.code_logits(features).log_softmax(-1).view(16, -1, 512)
-    of_codes = all_log_probs.gather(2, codes.cells[0].unsqueeze(2)).squeeze(2)  # (16, codes of a place)
-    assert of_codes.shape[1] == (4 if in_loop else 1)
+        if decompressor == "strip":
+            globals_ = head.entries(codes.globals).expand(16, -1, -1)
+            features = head.module.decompressor(head.entries(codes.steps[0]), features, globals_)
+        all_log_probs = head.family.code_logits(features).log_softmax(-1).view(16, -1, 512)
+    of_codes = all_log_probs.gather(2, codes.steps[0].unsqueeze(2)).squeeze(2)  # (16, codes of a place)
+    assert of_codes.shape[1] == head.codes_per_step
     torch.testing.assert_close(scores.log_probs[0, first:], of_codes.sum(1), atol=1e-5, rtol=1e-5)
     assert scores.log_probs[0, first - 1] == 0  # the separator
 
@@ -145,7 +145,7 @@ def test_the_loss_trains_the_adapter_and_nothing_of_the_base(base, rows, decompr
     assert lora <= gradients
     assert any("aligner.lora_uc.default.separator" in name for name in gradients)
     assert any("generation_head.lora_uc.default.separator" in name for name in gradients)
-    assert any("decompressor" in name for name in gradients) == model.drawing.module.in_loop
+    assert any("decompressor" in name for name in gradients) == (decompressor == "strip")
     assert any("aligner.lora_uc.default.extractor" in name for name in gradients) == (num_global_tokens > 0)
 
 
@@ -213,17 +213,17 @@ def test_text_behind_drawn_strips_stands_where_it_stands_in_the_bases_own_sequen
     batch = collate(model, [row])
     config = replace(model.active_peft_config, stride=1, num_global_tokens=0)
     dense = UniCompressCollator(processor, config, caption_dropout=0.0)([row])
-    assert dense["drawn_mask"].sum() == 64
-    words, of_base = (one["input_ids"][~one["drawn_mask"]] for one in (batch, dense))
+    assert dense["gen_mask"].sum() == 64
+    words, of_base = (one["input_ids"][~one["gen_mask"]] for one in (batch, dense))
     assert torch.equal(words, of_base)
-    assert torch.equal(positions_seen(model, batch)[~batch["drawn_mask"]], (~dense["drawn_mask"]).nonzero()[:, 1])
+    assert torch.equal(positions_seen(model, batch)[~batch["gen_mask"]], (~dense["gen_mask"]).nonzero()[:, 1])
     codes = torch.arange(3, 64, 4)  # the last of each strip
     of_image = torch.cat([torch.zeros(1, dtype=torch.long), codes])  # the separator where the first one stands
-    first = dense["drawn_mask"].nonzero()[0, 1]
-    assert torch.equal(positions_seen(model, batch)[batch["drawn_mask"]], first + of_image)
+    first = dense["gen_mask"].nonzero()[0, 1]
+    assert torch.equal(positions_seen(model, batch)[batch["gen_mask"]], first + of_image)
 
 
-@pytest.mark.parametrize("decompressor", ["cell", "phase", "raster"])
+@pytest.mark.parametrize("decompressor", ["phase", "raster"])
 def test_other_decompressors_count_compact_tokens(base, images, collate, decompressor):
     model = attach(base, decompressor=decompressor)
     batch = collate(model, [answer_and_drawing(images)])
@@ -257,12 +257,12 @@ def test_a_teachers_states_are_learned_code_by_code(base, rows, collate):
     states = torch.randn(2, 64, base.config.text_config.hidden_size)
     base.model.language_model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
     with torch.no_grad():
-        plain, taught = model(**batch), model(**batch, drawn_states=states)
-        cells = plain.kinds == CELL
+        plain, taught = model(**batch), model(**batch, teacher_states=states)
+        cells = plain.kinds == CODES
         hidden = seen[0][:, :-1][cells]  # (32, D)
-        codes = model.family.dense_codes(batch["drawn_pixel_values"]).view(32, 4)
-        drawing = model.drawing
-        features = drawing.module.decompressor(drawing.entries(codes), hidden, drawing.entries(codes[:, :0]))
+        codes = model.family.dense_codes(batch["gen_pixel_values"]).view(32, 4)
+        head = model.code_head
+        features = head.module.decompressor(head.entries(codes), hidden, head.entries(codes[:, :0]))
         ours, theirs = (base.model.generation_head.base_layer(x).log_softmax(-1) for x in (features, states.view(32, 4, -1)))
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)  # (32, 4)
     before = states.view(32, 4, -1)[:, 0]
@@ -273,31 +273,31 @@ def test_a_teachers_states_are_learned_code_by_code(base, rows, collate):
     assert torch.equal(taught.entropy, plain.entropy)
     assert torch.equal(taught.is_top1, plain.is_top1)
     with torch.no_grad():
-        alone = model(**collate(model, rows[1:2]), drawn_states=states[:1]).log_probs[0]
+        alone = model(**collate(model, rows[1:2]), teacher_states=states[:1]).log_probs[0]
     torch.testing.assert_close(alone, taught.log_probs[0, : len(alone)], atol=1e-3, rtol=1e-4)  # whatever is in its batch
 
 
 def test_a_pupil_that_is_its_teacher_has_nothing_to_learn(base):
-    drawing = attach(base).drawing
+    head = attach(base).code_head
     states = torch.randn(5, 4, base.config.text_config.hidden_size)
-    logits = drawing.family.code_logits(states)
-    assert torch.equal(drawing.divergence(logits, states[:, 0], states), torch.zeros(5, 4))
-    other = drawing.divergence(logits.roll(1, 0), states[:, 0], states)
+    logits = head.family.code_logits(states)
+    assert torch.equal(head.divergence(logits, states[:, 0], states), torch.zeros(5, 4))
+    other = head.divergence(logits.roll(1, 0), states[:, 0], states)
     assert (other > 0).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 192), (2, 63, 192), (2, 64, 191), (128, 192)])
 def test_a_teachers_states_of_another_shape_are_refused(base, rows, collate, shape):
     model = attach(base)
-    with pytest.raises(InputError, match=rf"drawn_states of shape {re.escape(str(shape))}; expected \(2, 64, 192\)"):
-        model(**collate(model, rows[1:3]), drawn_states=torch.zeros(shape))
+    with pytest.raises(InputError, match=rf"teacher_states of shape {re.escape(str(shape))}; expected \(2, 64, 192\)"):
+        model(**collate(model, rows[1:3]), teacher_states=torch.zeros(shape))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_of_the_teacher_out_of_range_is_refused(base, rows, collate, share):
     model = attach(base)
-    with pytest.raises(InputError, match=rf"drawn_states_share={share}; expected a number from 0 to 1"):
-        model(**collate(model, rows[1:3]), drawn_states=torch.zeros(2, 64, 192), drawn_states_share=share)
+    with pytest.raises(InputError, match=rf"teacher_states_weight={share}; expected a number from 0 to 1"):
+        model(**collate(model, rows[1:3]), teacher_states=torch.zeros(2, 64, 192), teacher_states_weight=share)
 
 
 @pytest.mark.parametrize("change", [lambda probs: probs[:1], lambda probs: probs[1:], lambda probs: probs[:, :1]])
@@ -306,28 +306,28 @@ def test_a_teachers_words_of_another_shape_are_refused(base, rows, collate, chan
     batch = collate(model, rows[:1])
     words = int((batch["labels"][:, 1:] != -100).sum())
     probs = torch.full((words, base.config.text_config.vocab_size), 1 / base.config.text_config.vocab_size)
-    assert model(**batch, word_probs=probs).loss.isfinite()
-    with pytest.raises(InputError, match=rf"word_probs of shape .*; expected \({words}, {probs.shape[1]}\)"):
-        model(**batch, word_probs=change(probs))
+    assert model(**batch, teacher_probs=probs).loss.isfinite()
+    with pytest.raises(InputError, match=rf"teacher_probs of shape .*; expected \({words}, {probs.shape[1]}\)"):
+        model(**batch, teacher_probs=change(probs))
 
 
 def test_a_teachers_states_without_an_image_to_draw_are_refused(base, rows, collate):
     model = attach(base)
-    with pytest.raises(InputError, match=r"drawn_states of shape \(1, 64, 192\); expected \(0, 0, 192\)"):
-        model(**collate(model, rows[:1]), drawn_states=torch.zeros(1, 64, 192))
+    with pytest.raises(InputError, match=r"teacher_states of shape \(1, 64, 192\); expected \(0, 0, 192\)"):
+        model(**collate(model, rows[:1]), teacher_states=torch.zeros(1, 64, 192))
 
 
-@pytest.mark.parametrize("decompressor", ["cell", "phase", "raster"])
+@pytest.mark.parametrize("decompressor", ["phase", "raster"])
 def test_decompressors_of_another_order_cannot_have_the_teachers_states(base, rows, collate, decompressor):
     model = attach(base, decompressor=decompressor)
-    with pytest.raises(UnsupportedError, match=rf"drawn_states with the '{decompressor}' decompressor; expected 'strip'"):
-        model(**collate(model, rows[1:3]), drawn_states=torch.zeros(2, 64, 192))
+    with pytest.raises(UnsupportedError, match=rf"teacher_states with the '{decompressor}' decompressor; expected 'strip'"):
+        model(**collate(model, rows[1:3]), teacher_states=torch.zeros(2, 64, 192))
 
 
 def test_the_disabled_model_refuses_images_to_draw(base, rows, processor):
     model = attach(base)
     batch = UniCompressCollator(processor, model.active_peft_config, caption_dropout=0.0)(rows[1:2])
-    with pytest.raises(ValueError, match=r"drawn_pixel_values.*disabled"), model.disable_adapter():
+    with pytest.raises(ValueError, match=r"gen_pixel_values.*disabled"), model.disable_adapter():
         model(**batch)
 
 

@@ -175,7 +175,7 @@ def test_one_spoilt_code_refuses_the_drawing(model, prompts, do_sample, value, s
 def test_a_decompressor_that_is_not_finite_refuses_the_drawing(base, prompts, decompressor):
     model = attach(base, decompressor=decompressor)
     with torch.no_grad():
-        model.drawing.module.decompressor.decoder.out.weight[0, 0] = float("nan")
+        model.code_head.module.decompressor.decoder.out.weight[0, 0] = float("nan")
     for do_sample in (False, True):
         with pytest.raises(InputError, match=r"NaN or infinite.*Nothing is returned.*weights"):
             sampled(model, prompts, do_sample=do_sample)

@@ -104,7 +104,7 @@ def test_a_static_cache_draws_the_same(base, short_processor, decompressor, guid
 
 
 @guided_and_not
-def test_a_static_cache_draws_the_same_with_row_ends(emu3, guidance_scale):
+def test_a_static_cache_draws_the_same_with_has_eol(emu3, guidance_scale):
     model, inputs = emu3
     assert not inputs["attention_mask"].all()
     dynamic = draw(model, inputs, guidance_scale=guidance_scale)
@@ -138,7 +138,7 @@ def test_compiled_it_draws_the_same_and_compiles_only_what_is_new(base, short_pr
         assert compiled.max() < (256 if processors else 512)
 
 
-def test_compiled_it_draws_the_same_with_row_ends(emu3):
+def test_compiled_it_draws_the_same_with_has_eol(emu3):
     model, inputs = emu3
     graphs = Graphs()
     compiled = draw(model, inputs, guidance_scale=3.0, **graphs.options())

@@ -1,8 +1,6 @@
-"""The two modules that an adapter puts into a base: what shortens reading, and what shortens drawing."""
+"""The modules that an adapter puts into a base: one shortens what is read, the other what is generated."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,16 +9,14 @@ from .config import UniCompressConfig
 from .families import Geometry
 from .layers import (
     AveragePool,
-    CellDecompressor,
-    CompactDecompressor,
+    ExpansionDecompressor,
     GlobalExtractor,
     Grid,
     PhaseDecompressor,
     RasterDecompressor,
     StripDecompressor,
     average_pool,
-    nearest_codes,
-    raster_to_cells,
+    raster_to_windows,
 )
 
 
@@ -45,10 +41,10 @@ class ReadCompressor(nn.Module):
 
 
 class CodeReadCompressor(nn.Module):
-    """The same where codes are read: embeddings of codes -> {G, separator, X_cont} as inputs of the language model.
+    """The same for bases that read codes: embeddings of codes -> {G, separator, X_cont} as inputs of the language model.
 
-    The mean of a cell's embeddings forgets which code stood where, so a linear map of the codebook entries in their places
-    is added; at zero, it starts as AvgPool.
+    The mean of a window's embeddings loses the order of its codes. A linear map of the codebook entries in their order is
+    added. It starts at zero, so the module starts as AvgPool.
     """
 
     tokenizer_parts = ("extractor",)
@@ -64,47 +60,19 @@ class CodeReadCompressor(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, entries: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Embeddings (B, T, D) and entries (B, T, C) of the codes -> (B, N_g + 1 + T', D)."""
-        places = self.places_in(raster_to_cells(entries, self.stride, grid).flatten(2))  # (B, T', s^2, C) -> (B, T', D)
-        cells = average_pool(embeddings, self.stride, grid) + places
-        parts = [self.separator.expand(len(cells), 1, -1), cells]
+        places = self.places_in(raster_to_windows(entries, self.stride, grid).flatten(2))  # (B, T', s^2, C) -> (B, T', D)
+        windows = average_pool(embeddings, self.stride, grid) + places
+        parts = [self.separator.expand(len(windows), 1, -1), windows]
         if self.extractor is not None:
             parts.insert(0, self.extractor(embeddings, grid))
         return torch.cat(parts, 1)
 
 
-@dataclass
-class CompactCodes:
-    """One batch of images of one size, as the language model draws them.
-
-    `globals` are codes Z_g (B, N), N = 0 with "strip", else N_g. `cells` are what each further step draws: for the
-    decompressors after the loop the pooled codes Z_x (B, T', 1), for those inside it dense codes (B, T', s^2). `dense` are the
-    base's codes, (B, T), of a `grid` of H x W.
-    """
-
-    globals: torch.Tensor
-    cells: torch.Tensor
-    dense: torch.Tensor
-    grid: Grid
-
-
-def after_loop(kind: type[CompactDecompressor], config: UniCompressConfig, geometry: Geometry) -> CompactDecompressor:
-    """A fresh decompressor that works after the language model's loop, as an adapter's config and its base shape it."""
-    width, layers = config.decompressor_width, config.decompressor_layers
-    return kind(config.stride, geometry.draw_side, geometry.code_width, width, geometry.hidden_size, layers)
-
-
-def inside_loop(kind: type[StripDecompressor], config: UniCompressConfig, geometry: Geometry) -> StripDecompressor:
-    """Likewise one that works inside the loop."""
-    width, layers = config.decompressor_width, config.decompressor_layers
-    return kind(config.stride, geometry.code_width, width, geometry.hidden_size, layers)
-
-
-INSIDE_LOOP = {"strip": StripDecompressor, "cell": CellDecompressor}
-AFTER_LOOP = {"phase": PhaseDecompressor, "raster": RasterDecompressor}
+DECOMPRESSORS = {"strip": StripDecompressor, "phase": PhaseDecompressor, "raster": RasterDecompressor}
 
 
 class DrawCompressor(nn.Module):
-    """Latents of the base's VQ tokenizer -> compact codes, and the decompressor back to dense codes."""
+    """What an adapter adds to generation: an extractor of global tokens, a separator, and the decompressor to dense codes."""
 
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
@@ -113,36 +81,29 @@ class DrawCompressor(nn.Module):
         self.pool = AveragePool(config.stride)
         self.extractor = GlobalExtractor(code_width, width, self.num_global_codes, side) if self.num_global_codes else None
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
-        if config.decompressor in INSIDE_LOOP:
-            self.decompressor = inside_loop(INSIDE_LOOP[config.decompressor], config, geometry)
-        else:
-            self.decompressor = after_loop(AFTER_LOOP[config.decompressor], config, geometry)
-
-    @property
-    def in_loop(self) -> bool:
-        """Whether dense codes come back inside the language model's loop."""
-        return isinstance(self.decompressor, StripDecompressor)
+        self.decompressor = make_decompressor(DECOMPRESSORS[config.decompressor], config, geometry)
 
     @property
     def tokenizer_parts(self) -> tuple[str, ...]:
-        """What stage 1 trains; the rest is stage 2's."""
-        return ("extractor",) if self.in_loop else ("extractor", "pool", "decompressor")
-
-    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
-        """By how many positions each token of `G [IMG_SEP] X` stands behind the one before it, N + 1 + T' of them."""
-        return [1] * (self.num_global_codes + 1) + self.decompressor.advances(grid, row_ends)
+        """What stage 1 trains; stage 2 trains the rest. "strip" learns from hidden states, which stage 1 does not have."""
+        return ("extractor",) if isinstance(self.decompressor, StripDecompressor) else ("extractor", "pool", "decompressor")
 
     def globals_of(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Global tokens before quantisation: (B, T, C) -> (B, N_g, C)."""
+        """Global tokens before quantisation: (B, T, C) -> (B, N, C)."""
         if self.extractor is None:
             return latents[:, :0]
         return self.extractor(latents.to(self.separator.dtype), grid).float()
 
-    def compress(self, latents: torch.Tensor, codebook: torch.Tensor, grid: Grid) -> CompactCodes:
-        """Latents (B, T, C) -> compact codes, with the base's codebook (K, C)."""
-        dense = nearest_codes(latents, codebook)  # (B, T)
-        if self.in_loop:
-            cells = self.decompressor.order(dense, grid)  # (B, T', s^2)
-        else:
-            cells = nearest_codes(self.pool(latents, grid), codebook).unsqueeze(-1)  # (B, T', 1)
-        return CompactCodes(nearest_codes(self.globals_of(latents, grid), codebook), cells, dense, grid)
+
+def make_decompressor(kind: type[nn.Module], config: UniCompressConfig, geometry: Geometry) -> nn.Module:
+    """A fresh decompressor, in the shapes that an adapter's config and its base give it."""
+    shape = {
+        "stride": config.stride,
+        "code_width": geometry.code_width,
+        "width": config.decompressor_width,
+        "out_width": geometry.hidden_size,
+        "layers": config.decompressor_layers,
+    }
+    if issubclass(kind, ExpansionDecompressor):  # it learns a position for each place of the grid
+        shape["side"] = geometry.draw_side
+    return kind(**shape)

@@ -14,11 +14,11 @@ from .errors import ConfigError
 from .files.folder import PEFT_TYPE, check_weights, read_config
 from .files.pull import PULL_OPTIONS, pull
 from .identity import is_fingerprint
-from .layers import Grid, cells_of
+from .layers import Grid, compact_grid
 from .version import INSTALL, __version__
 
 FORMAT_VERSION = 1  # of what is saved; raised when the same fields and weights come to mean other mathematics
-DECOMPRESSORS = ("strip", "cell", "phase", "raster")
+DECOMPRESSORS = ("strip", "phase", "raster")
 
 
 class UCPeftType(str, Enum):
@@ -41,8 +41,8 @@ class UniCompressConfig(LoraConfig):
         num_global_tokens: Learned meta tokens N_g in front of the pooled ones (eq. 1 and 2), 0 or more. Default 4.
             "strip" reads them, and draws none.
         decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next s^2 codes of the raster from each
-            hidden state, inside the language model's loop; "cell" so draws those of a window of s x s; "phase" and "raster"
-            expand compact codes after it, in s^2 or T steps.
+            hidden state, inside the language model's loop. "raster" (the paper's) and "phase" expand compact codes after the
+            loop, in T or s^2 steps.
         decompressor_layers: Layers of the decompressor, at least 1. Default 2.
         decompressor_width: Width of the decompressor and of the drawing side's extractor. Default 512.
         codebook_weight: lambda_cb, the weight of the codebook-consistency term in stage 1 (eq. 8), 0 or more.
@@ -128,11 +128,11 @@ class UniCompressConfig(LoraConfig):
         Raises:
             InputError: The stride does not divide H and W.
         """
-        return self.num_global_tokens + 1 + math.prod(cells_of(grid, self.stride))
+        return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.stride))
 
-    def num_drawn_tokens(self, grid: Grid) -> int:
+    def num_gen_tokens(self, grid: Grid) -> int:
         """Placeholders of one image to draw, likewise; all but one of them, the separator, are steps of the language model."""
-        return self.num_global_codes + 1 + math.prod(cells_of(grid, self.stride))
+        return self.num_global_codes + 1 + math.prod(compact_grid(grid, self.stride))
 
     @property
     def num_global_codes(self) -> int:

@@ -78,10 +78,10 @@ class UniCompressCollator:
         self.dropout.epoch = epoch
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows -> input_ids, attention_mask, labels, drawn_mask (B, L), pixel_values (N, 3, H, W), drawn_pixel_values (M, ...).
+        """Rows -> input_ids, attention_mask, labels, gen_mask (B, L), pixel_values (N, 3, H, W), gen_pixel_values (M, ...).
 
-        B is the number of sequences. With latents, drawn_latents (M, T, C) in place of the last. Where images have any size,
-        also image_sizes (N, 2) and drawn_image_sizes (M, 2), in pixels.
+        B is the number of sequences. With latents, gen_latents (M, T, C) in place of the last. Where images have any size,
+        also image_sizes (N, 2) and gen_image_sizes (M, 2), in pixels.
         """
         return self.with_rows(rows)[0]
 
@@ -110,11 +110,11 @@ class UniCompressCollator:
             written = self.writer.write(of_row, blocks, drawings, self.dropout)
             places += [(index, place) for one in written for place in range(one.read)]
             sequences += [(index, one) for one in written]
-        batch, drawn_mask = self._padded([one for _, one in sequences])
+        batch, gen_mask = self._padded([one for _, one in sequences])
         if places:
             batch |= {name: value[[firsts[row] + place for row, place in places]] for name, value in read.items()}
         if drawn:
-            batch |= {f"drawn_{name}": value for name, value in drawn.items()} | {"drawn_mask": drawn_mask}
+            batch |= {f"gen_{name}": value for name, value in drawn.items()} | {"gen_mask": gen_mask}
         return batch, [row for row, _ in sequences]
 
     def _completions(self, row: dict[str, Any], images: int) -> list[Completion]:

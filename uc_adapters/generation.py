@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from .code_head import Drawing, Sampler
+from .code_head import CodeHead, Sampler
 from .errors import BaseModelError, InputError, UnsupportedError
 from .families import Family
-from .layer import ReadHost
-from .layers import Grid, cells_of
+from .layer import ReadLayer
+from .layers import Grid, compact_grid
 from .sampling import CodeSampler
 from .steps import Steps
 
@@ -48,8 +48,8 @@ def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[tor
 
 @torch.no_grad()
 def draw(
-    drawing: Drawing,
-    reading: ReadHost,
+    head: CodeHead,
+    read_layer: ReadLayer,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     pixel_values: torch.Tensor | None = None,
@@ -100,7 +100,7 @@ def draw(
             "dynamic" nor "static", or a model in training that checkpoints its gradients.
         BaseModelError: The language model's states are no finite numbers.
     """
-    family, base = drawing.family, drawing.family.base
+    family, base = head.family, head.family.base
     if base.training and base.is_activation_checkpointing:
         raise UnsupportedError("Drawing while training with gradient checkpointing keeps no cache; call model.eval() first.")
     config = _drawing_config(base, generation_config, kwargs)
@@ -112,21 +112,21 @@ def draw(
     _check_prompts(family, input_ids, attention_mask, config)
     grids = family.prompt_grids(len(input_ids), image_sizes)
     for grid in set(grids):
-        cells_of(grid, drawing.module.stride)  # raises where the stride does not divide it
+        compact_grid(grid, head.module.stride)  # raises where the stride does not divide it
     negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
     generators = _generators(generator, input_ids)
     if isinstance(generator, list) and len(input_ids) > 1 and input_ids.device.type == "cpu":
         options = {"generation_config": generation_config, "logits_processor": logits_processor, "progress": progress, **kwargs}
         parts = _prompts_alone(family, input_ids, attention_mask, pixel_values, image_sizes, negative)
         drawn = [
-            draw(drawing, reading, **part, generator=[own], **options) for part, own in zip(parts, generators, strict=True)
+            draw(head, read_layer, **part, generator=[own], **options) for part, own in zip(parts, generators, strict=True)
         ]
         return _padded([tokens for of_prompt in drawn for tokens in of_prompt], config)
     guidance = family.default_guidance if config.guidance_scale is None else config.guidance_scale
     config.guidance_scale = None  # ours is the first processor; a second one must not be made of it
     guided = guidance > 1
 
-    prompts = reading.embed_prompt(input_ids, pixel_values, None, input_ids == family.image_token_id)  # (B, L, D)
+    prompts = read_layer.embed_prompt(input_ids, pixel_values, None, input_ids == family.image_token_id)  # (B, L, D)
     if guided:
         blank, blank_mask = negative or (family.unconditional(input_ids, config), attention_mask)  # (B, L')
         blank = base.get_input_embeddings()(blank)
@@ -146,9 +146,9 @@ def draw(
         own = [generators[row] for row in of_grid] if isinstance(generator, list) else generators
         sampling |= {"prompts": ids, "generators": own}
         guided_sample = CodeSampler(guidance=guidance if guided else None, **sampling)
-        globals_, cells, won = _draw_compact(drawing, inputs, mask, grid, guided_sample, config, progress)
+        globals_, steps, won = _draw_compact(head, inputs, mask, grid, guided_sample, config, progress)
         plain_sample = CodeSampler(guidance=None, **sampling)
-        codes = drawing.expand(globals_[: len(rows)], cells[: len(rows)], grid, _noting(plain_sample, won))
+        codes = head.expand(globals_[: len(rows)], steps[: len(rows)], grid, _noting(plain_sample, won))
         _check_won(won)
         places = [int(row) * repeats + index % repeats for index, row in enumerate(rows)]
         tokens.update(zip(places, family.to_tokens(codes, grid), strict=True))
@@ -242,7 +242,7 @@ def _prompts_alone(
 
 
 def _draw_compact(
-    drawing: Drawing,
+    head: CodeHead,
     prompts: torch.Tensor,
     mask: torch.Tensor,
     grid: Grid,
@@ -250,17 +250,17 @@ def _draw_compact(
     config: GenerationConfig,
     progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The language model's loop: global codes (B, N) and cells (B, T', k); and the scores that won them, (B,) each."""
-    family, module = drawing.family, drawing.module
-    count, (rows, columns) = module.num_global_codes, cells_of(grid, module.stride)
-    row_end = family.row_end.expand(len(prompts), 1, -1) if family.row_ends else None
-    advances = drawing.advances(grid)  # (N + 1 + T',)
-    if family.row_ends:
-        head, cells = advances[: count + 1], advances[count + 1 :].unflatten(0, (rows, columns))
-        advances = torch.cat([head, F.pad(cells, (0, 1), value=1).flatten()])  # with the end of each row of cells
-    step = Steps(family, mask, advances, config)
+    """The language model's loop: global codes (B, N) and steps (B, T', k); and the scores that won them, (B,) each."""
+    family, module = head.family, head.module
+    count, (rows, columns) = module.num_global_codes, compact_grid(grid, module.stride)
+    eol = family.eol.expand(len(prompts), 1, -1) if family.has_eol else None
+    position_deltas = head.position_deltas(grid)  # (N + 1 + T',)
+    if family.has_eol:
+        front, of_steps = position_deltas[: count + 1], position_deltas[count + 1 :].unflatten(0, (rows, columns))
+        position_deltas = torch.cat([front, F.pad(of_steps, (0, 1), value=1).flatten()])  # with the end of each row of steps
+    step = Steps(family, mask, position_deltas, config)
     # A generator cannot be compiled: its codes are then drawn as they are uncompiled, and the language model alone is
-    draw_cell = _draw_cell if sample.generators else step.compiled(_draw_cell)
+    draw_step = _draw_step if sample.generators else step.compiled(_draw_step)
     won: list[torch.Tensor] = []
 
     bar = tqdm(total=count + rows * columns, desc="draw", disable=not progress)
@@ -272,18 +272,17 @@ def _draw_compact(
         inputs = family.embed_codes(codes).unsqueeze(1)
         bar.update()
     # The separator is known, as a row's end is: it rides along with the token before it and costs no step.
-    inputs = torch.cat([inputs, drawing.separator.expand(len(inputs), 1, -1)], 1)
-    width = module.stride**2 if module.in_loop else 1
-    cells = globals_.new_empty(len(prompts), rows * columns, width)
-    entries = drawing.entries(globals_)
+    inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
+    steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
+    entries = head.entries(globals_)
     for index in range(rows * columns):
         if index:
-            inputs = drawing.embed_cells(cells[:, index - 1 : index])  # (B, 1, k) -> (B, 1, D)
-            if family.row_ends and index % columns == 0:
-                inputs = torch.cat([inputs, row_end], 1)
+            inputs = head.embed_steps(steps[:, index - 1 : index])  # (B, 1, k) -> (B, 1, D)
+            if family.has_eol and index % columns == 0:
+                inputs = torch.cat([inputs, eol], 1)
         hidden = step(inputs)
-        cells[:, index], of_cell = draw_cell(drawing, hidden, entries, sample)
-        won.append(of_cell.clone())  # a CUDA graph's output is overwritten
+        steps[:, index], of_step = draw_step(head, hidden, entries, sample)
+        won.append(of_step.clone())  # a CUDA graph's output is overwritten
         bar.update()
     bar.close()
     if not bool(hidden.isfinite().all()):  # once, behind the loop: keys and values that are no numbers spoil all that follows
@@ -291,15 +290,15 @@ def _draw_compact(
             f"The language model's last states are no finite numbers in {hidden.dtype}; expected numbers. Load the base with "
             "dtype=torch.bfloat16 or torch.float32, and check its weights."
         )
-    return globals_, cells, won
+    return globals_, steps, won
 
 
-def _draw_cell(
-    drawing: Drawing, hidden: torch.Tensor, entries: torch.Tensor, sample: CodeSampler
+def _draw_step(
+    head: CodeHead, hidden: torch.Tensor, entries: torch.Tensor, sample: CodeSampler
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes of the next cell (B, k), and the scores that won them, (k, B)."""
+    """The codes of the next step (B, k), and the scores that won them, (k, B)."""
     won: list[torch.Tensor] = []
-    codes = drawing.draw_cell(hidden, entries, _noting(sample, won))
+    codes = head.draw_step(hidden, entries, _noting(sample, won))
     return codes, torch.stack(won)
 
 
@@ -352,7 +351,7 @@ def _negative_prompts(
             f"negative_prompt_ids hold image placeholders (token {family.image_token_id}); expected words alone: a negative "
             "prompt has no images. Leave them out."
         )
-    begin, framed = family.image_begin(config), family.frame(input_ids, config)
+    begin, framed = family.boi_token_id(config), family.wrapper_mask(input_ids, config)
     rows = []
     for ids, frame, words, mask in zip(
         input_ids, framed, negative_ids.expand(count, -1), negative_mask.expand(count, -1), strict=True
@@ -366,11 +365,11 @@ def _negative_prompts(
 
 
 def _check_prompts(family: Family, input_ids: torch.Tensor, attention_mask: torch.Tensor, config: GenerationConfig) -> None:
-    words = attention_mask.bool() & ~family.frame(input_ids, config)
+    words = attention_mask.bool() & ~family.wrapper_mask(input_ids, config)
     empty = (~words.any(1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"Row(s) {empty} hold an empty prompt; expected at least one word before the image's begin.")
-    begin = family.image_begin(config)
+    begin = family.boi_token_id(config)
     if not bool((input_ids[:, -1] == begin).all()):
         raise InputError(
             f"A drawing prompt ends in token {input_ids[:, -1].tolist()}; expected the image's begin, {begin}. Prepare "

@@ -49,13 +49,13 @@ class Images:
                 family.check_pixels(self.pixel_values, self.image_sizes)
             return
         if self.pixel_values is not None:
-            raise InputError("drawn_pixel_values and drawn_latents at once; expected one of them: they are the same images.")
+            raise InputError("gen_pixel_values and gen_latents at once; expected one of them: they are the same images.")
         family.check_sizes(len(self.latents), self.image_sizes)
         shape, code_width = tuple(self.latents.shape), family.geometry.code_width
         longest = self.longest(family)
         if len(shape) != 3 or shape[1:] != (longest, code_width):
             raise InputError(
-                f"drawn_latents of shape {shape}; expected (images, {longest}, {code_width}), as "
+                f"gen_latents of shape {shape}; expected (images, {longest}, {code_width}), as "
                 "uc_adapters.images.pack_latents makes them of the processor's pixels."
             )
 

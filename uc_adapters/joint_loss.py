@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
-from .code_head import Drawing
-from .compression import CompactCodes
+from .code_head import CodeHead, CompactCodes
 from .errors import InputError, UnsupportedError
 from .images import Images
-from .layer import ReadHost
+from .layer import ReadLayer
 
 # What a labelled position is, in `JointOutput.kinds`; 0 is none
-WORD, GLOBAL_CODE, CELL = 1, 2, 3
+TEXT, GLOBAL_CODE, CODES = 1, 2, 3
 
 
 @dataclass
@@ -27,9 +26,9 @@ class JointOutput(ModelOutput):
         loss: Mean negative log-probability over the labelled positions (sum, where divided by `num_items_in_batch`).
         log_probs: (B, L - 1), of the label at the next position; zero where there is none.
         entropy: (B, L - 1), in nats.
-        is_top1: (B, L - 1), 1 where the label is the most probable token; a cell counts the share of its codes.
+        is_top1: (B, L - 1), 1 where the label is the most probable token; a step counts the share of its codes.
         label_mask: (B, L - 1), True where there is a label.
-        kinds: (B, L - 1), what is labelled there: 1 a word, 2 a global code, 3 a cell; 0 nothing.
+        kinds: (B, L - 1), what is labelled there: 1 text, 2 a global code, 3 the codes of a step; 0 nothing.
     """
 
     loss: torch.Tensor | None = None
@@ -53,59 +52,59 @@ class JointOutput(ModelOutput):
 
 
 def joint_loss(
-    reading: ReadHost,
-    drawing: Drawing | None,
+    read_layer: ReadLayer,
+    head: CodeHead | None,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     *,
     read: Images,
     drawn: Images,
-    drawn_mask: torch.Tensor | None,
+    gen_mask: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
-    word_probs: torch.Tensor | None,
-    word_probs_share: torch.Tensor | float,
-    drawn_states: torch.Tensor | None,
-    drawn_states_share: float,
+    teacher_probs: torch.Tensor | None,
+    teacher_probs_weight: torch.Tensor | float,
+    teacher_states: torch.Tensor | None,
+    teacher_states_weight: float,
 ) -> JointOutput:
     """Scores the labels of a batch: words by the base's head, drawn places by the adapter's decompressor.
 
     Args: as those of `UniCompressModel.forward`, checked there; `read` and `drawn` are its images.
     """
-    family = reading.family
-    if drawn_mask is None:
-        drawn_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    read_mask = (input_ids == family.image_token_id) & ~drawn_mask
-    embeddings = reading.embed_prompt(input_ids, read.pixel_values, read.image_sizes, read_mask)  # (B, L, D)
-    batches = [] if drawn.values is None else list(_compress(drawing, drawn))
+    family = read_layer.family
+    if gen_mask is None:
+        gen_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    read_mask = (input_ids == family.image_token_id) & ~gen_mask
+    embeddings = read_layer.embed_prompt(input_ids, read.pixel_values, read.image_sizes, read_mask)  # (B, L, D)
+    batches = [] if drawn.values is None else list(_compress(head, drawn))
     if batches:
-        places, advances = {}, {}
+        places, position_deltas = {}, {}
         for rows, codes in batches:
-            places.update(zip(rows, drawing.embed(codes), strict=True))  # (N + 1 + T', D) each
-            advances.update(dict.fromkeys(rows, drawing.advances(codes.grid)))  # (N + 1 + T',) each
-        places, advances = ([of_image[row] for row in range(len(of_image))] for of_image in (places, advances))
-        embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), torch.cat(places).to(embeddings.dtype))
+            places.update(zip(rows, head.embed(codes), strict=True))  # (N + 1 + T', D) each
+            position_deltas.update(dict.fromkeys(rows, head.position_deltas(codes.grid)))  # (N + 1 + T',) each
+        places, position_deltas = ([of_image[row] for row in range(len(of_image))] for of_image in (places, position_deltas))
+        embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), torch.cat(places).to(embeddings.dtype))
         if position_ids is None:
-            position_ids = torch.ones_like(input_ids).masked_scatter(drawn_mask, torch.cat(advances)).cumsum(1) - 1
+            position_ids = torch.ones_like(input_ids).masked_scatter(gen_mask, torch.cat(position_deltas)).cumsum(1) - 1
         if attention_mask is None:  # without one, transformers would take positions in steps for several packed sequences
             attention_mask = torch.ones_like(input_ids)
     hidden = family.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state[:, :-1]  # (B, L - 1, D): position t predicts t + 1
-    targets, drawn_targets = labels[:, 1:], drawn_mask[:, 1:]
+    targets, drawn_targets = labels[:, 1:], gen_mask[:, 1:]
     label_mask = targets != -100
     text = label_mask & ~drawn_targets
-    scores = _score_text(family.text_logits(hidden[text]), targets[text], word_probs, word_probs_share)
+    scores = _score_text(family.text_logits(hidden[text]), targets[text], teacher_probs, teacher_probs_weight)
     fields = [torch.zeros(targets.shape, device=hidden.device).masked_scatter(text, score) for score in scores]
-    kinds = text.long() * WORD
+    kinds = text.long() * TEXT
     if batches:
         before = hidden[drawn_targets].split([len(place) for place in places])  # M times (N + 1 + T', D)
         drawn_scores = {}
         for rows, codes in batches:
-            taught = None if drawn_states is None else drawn_states[rows, : codes.dense.shape[1]]
-            scored = drawing.score(torch.stack([before[row] for row in rows]), codes, taught, drawn_states_share)
-            of_place = torch.full_like(scored.log_probs, CELL)
+            taught = None if teacher_states is None else teacher_states[rows, : codes.dense.shape[1]]
+            scored = head.score(torch.stack([before[row] for row in rows]), codes, taught, teacher_states_weight)
+            of_place = torch.full_like(scored.log_probs, CODES)
             of_place[:, : codes.globals.shape[1]] = GLOBAL_CODE
             parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, of_place])  # (4, n, N + 1 + T')
             drawn_scores.update(zip(rows, parts.unbind(1), strict=True))
@@ -113,7 +112,7 @@ def joint_loss(
         fields = [field.masked_scatter(drawn_targets, part) * label_mask for field, part in zip(fields, parts, strict=True)]
         kinds = kinds.masked_scatter(drawn_targets, of_place.long()) * label_mask
     log_probs, entropy, is_top1 = fields
-    log_probs = log_probs + _touch(reading, drawing)
+    log_probs = log_probs + _touch(read_layer, head)
     count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return JointOutput(
         loss=-log_probs.sum() / count,
@@ -125,28 +124,28 @@ def joint_loss(
     )
 
 
-def _compress(drawing: Drawing, images: Images) -> Iterator[tuple[list[int], CompactCodes]]:
+def _compress(head: CodeHead, images: Images) -> Iterator[tuple[list[int], CompactCodes]]:
     """The codes to draw, of images of one size each, with their rows."""
-    family = drawing.family
+    family = head.family
     if images.latents is None:
         for rows, pixels, _ in family.by_size(images.pixel_values, images.image_sizes):
-            yield rows, drawing.compress(pixels)
+            yield rows, head.compress(pixels)
         return
     sizes = images.sizes(family)
     for size in dict.fromkeys(sizes):
         rows, grid = [row for row, own in enumerate(sizes) if own == size], family.draw_grid(size)
-        yield rows, drawing.compress_latents(images.latents[rows, : grid[0] * grid[1]], grid)
+        yield rows, head.compress_latents(images.latents[rows, : grid[0] * grid[1]], grid)
 
 
-def _touch(reading: ReadHost, drawing: Drawing | None) -> torch.Tensor:
+def _touch(read_layer: ReadLayer, head: CodeHead | None) -> torch.Tensor:
     """Zero, from every weight of the adapter's modules.
 
     A batch that only reads, or only draws, leaves some of them out; but where many processes train, each must have a gradient
     for every weight, and one process must train as two do.
     """
-    modules = [reading.active_module()] + ([] if drawing is None else [drawing.module])
+    modules = [read_layer.active_module()] + ([] if head is None else [head.module])
     weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-    return sum((weight.flatten()[0].float() * 0 for weight in weights), torch.zeros((), device=reading.family.device))
+    return sum((weight.flatten()[0].float() * 0 for weight in weights), torch.zeros((), device=read_layer.family.device))
 
 
 def _score_text(
@@ -164,8 +163,8 @@ def _score_text(
         return of_labels, entropy, hits
     if probs.shape != log_probs.shape:
         raise InputError(
-            f"word_probs of shape {tuple(probs.shape)}; expected {tuple(log_probs.shape)}: the probability of each word of the "
-            "vocabulary, at each labelled word of the batch."
+            f"teacher_probs of shape {tuple(probs.shape)}; expected {tuple(log_probs.shape)}: the probability of each "
+            "token of the vocabulary, at each labelled text token of the batch."
         )
     divergence = F.kl_div(log_probs, probs.float(), reduction="none").sum(-1)
     return (1 - share) * of_labels - share * divergence, entropy, hits

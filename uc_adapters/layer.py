@@ -72,7 +72,7 @@ class UniCompressLayer(nn.Module, BaseTunerLayer):
             return parameter.device, parameter.dtype
 
 
-class ReadHost(UniCompressLayer):
+class ReadLayer(UniCompressLayer):
     """What both ways to read share."""
 
     def __init__(self, base_layer: nn.Module, family: Family):
@@ -85,7 +85,7 @@ class ReadHost(UniCompressLayer):
 
     def _refuse_drawn(self, base: nn.Module, args: tuple, kwargs: dict) -> None:
         """The base takes any argument and looks at few: images to draw would be read, and their places learned as words."""
-        told = [name for name in kwargs if name.startswith("drawn_") or name == "word_probs"]
+        told = [name for name in kwargs if name.startswith("gen_") or name == "teacher_probs"]
         if told:
             raise UnsupportedError(
                 f"{', '.join(told)} came to the base, which knows nothing of them; expected a UniCompressModel around it: "
@@ -115,7 +115,7 @@ class ReadHost(UniCompressLayer):
         return kwargs
 
 
-class ReadLayer(ReadHost):
+class FeatureReadLayer(ReadLayer):
     """Host of an aligner: compresses the features that go in."""
 
     module_class = ReadCompressor
@@ -151,7 +151,7 @@ class CompactFeatures(BaseModelOutputWithPooling):
     """What the base takes for its own encoded images; a class of its own, so that nothing is compressed twice."""
 
 
-class CodeReadLayer(ReadHost):
+class CodeReadLayer(ReadLayer):
     """Host of a VQ tokenizer's encoder: carries the reading side, and hooks the model to compress what goes in."""
 
     module_class = CodeReadCompressor
@@ -231,17 +231,17 @@ class CodeDrawLayer(UniCompressLayer):
         return _train_beside(self, mode)
 
 
-def _train_beside(host: UniCompressLayer, mode: bool) -> UniCompressLayer:
+def _train_beside(layer: UniCompressLayer, mode: bool) -> UniCompressLayer:
     """`train(mode)` for the adapters alone: a batch norm in the frozen tokenizer would drift with every batch."""
-    nn.Module.train(host, mode)
-    host.base_layer.train(False)
-    return host
+    nn.Module.train(layer, mode)
+    layer.base_layer.train(False)
+    return layer
 
 
-def host_classes(family: Family | type[Family]) -> dict[str, type[UniCompressLayer]]:
+def layer_classes(family: Family | type[Family]) -> dict[str, type[UniCompressLayer]]:
     """The host of each of the family's roles."""
-    if not family.codes_are_words:
-        hosts = {"read": ReadLayer, "draw": DrawLayer}
+    if not family.shared_vocabulary:
+        layers = {"read": FeatureReadLayer, "draw": DrawLayer}
     else:
-        hosts = {"read": CodeReadLayer, "draw": CodeDrawLayer}
-    return {role: host for role, host in hosts.items() if role in family.module_names}
+        layers = {"read": CodeReadLayer, "draw": CodeDrawLayer}
+    return {role: layer for role, layer in layers.items() if role in family.module_names}

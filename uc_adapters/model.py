@@ -16,21 +16,21 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils.generic import TransformersKwargs
 
-from .code_head import Drawing
+from .code_head import CodeHead, code_head_of
 from .config import UniCompressConfig
 from .errors import AdapterNameError, InputError, UnsupportedError
 from .families import Family, family_of
 from .generation import check_finite, draw, left_pad
-from .hub.model import SharedModel, refuse_carrier
+from .hub.model import HubModel, refuse_carrier
 from .images import Images
 from .joint_loss import joint_loss
-from .layer import ReadHost, UniCompressLayer
+from .layer import ReadLayer, UniCompressLayer
 from .layers import Grid
 from .steps import CACHE_NAME
 from .tuner import detach
 
 
-class UniCompressModel(SharedModel):
+class UniCompressModel(HubModel):
     """A base model with UniCompress adapters, one of them active.
 
     Everything of `PeftModel` works; `generate` also draws compactly, and `forward` also takes images to draw. With
@@ -57,22 +57,22 @@ class UniCompressModel(SharedModel):
         return super().active_peft_config
 
     @property
-    def reading(self) -> ReadHost:
-        """The host of the reading side."""
+    def read_layer(self) -> ReadLayer:
+        """The layer that compresses what is read."""
         return self.get_base_model().get_submodule(self.family.module_names["read"])
 
     @property
-    def drawing(self) -> Drawing | None:
-        """The active adapter's drawing side; None while disabled, or where the base cannot draw.
+    def code_head(self) -> CodeHead | None:
+        """The active adapter's code head; None while disabled, and for a base that cannot generate images.
 
         Raises:
             UnsupportedError: Two adapters are active.
         """
         if self.family.why_no_drawing is not None:
             return None
-        host: UniCompressLayer = self.get_base_model().get_submodule(self.family.module_names["draw"])
-        module = host.active_module()
-        return None if module is None else Drawing(self.family, module)
+        layer: UniCompressLayer = self.get_base_model().get_submodule(self.family.module_names["draw"])
+        module = layer.active_module()
+        return None if module is None else code_head_of(self.family, module)
 
     @property
     def num_image_tokens(self) -> int | None:
@@ -85,7 +85,7 @@ class UniCompressModel(SharedModel):
 
     def _placeholders(self, grid: Grid) -> int:
         """Placeholders of one image to read, while enabled or disabled."""
-        if self.reading.active_module() is None:
+        if self.read_layer.active_module() is None:
             return self.family.dense_placeholders(grid)
         return self.active_peft_config.num_image_tokens(grid)
 
@@ -149,17 +149,16 @@ class UniCompressModel(SharedModel):
 
         Args:
             part: "tokenizer" (stage 1: extractors, and a decompressor that works after the loop) or
-                "language model" (stage 2: LoRA, separators, and the "strip" and "cell" decompressors, which learn from the
-                language model's hidden states).
+                "language model" (stage 2: LoRA, separators, and the "strip" decompressor, which learns from hidden states).
         """
         if part not in ("tokenizer", "language model"):
             raise InputError(f"part={part!r}; expected 'tokenizer' or 'language model'.")
         name = self.active_adapter
         self.set_requires_grad(name, part == "language model")
-        for host in self.modules():
-            if not isinstance(host, UniCompressLayer):
+        for layer in self.modules():
+            if not isinstance(layer, UniCompressLayer):
                 continue
-            module = host.lora_uc[name]
+            module = layer.lora_uc[name]
             for path, parameter in module.named_parameters():
                 of_tokenizer = path.partition(".")[0] in module.tokenizer_parts
                 parameter.requires_grad_(of_tokenizer == (part == "tokenizer"))
@@ -173,14 +172,14 @@ class UniCompressModel(SharedModel):
         *,
         image_sizes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        drawn_pixel_values: torch.Tensor | None = None,
-        drawn_latents: torch.Tensor | None = None,
-        drawn_image_sizes: torch.Tensor | None = None,
-        drawn_mask: torch.Tensor | None = None,
-        word_probs: torch.Tensor | None = None,
-        word_probs_share: torch.Tensor | float = 1.0,
-        drawn_states: torch.Tensor | None = None,
-        drawn_states_share: float = 1.0,
+        gen_pixel_values: torch.Tensor | None = None,
+        gen_latents: torch.Tensor | None = None,
+        gen_image_sizes: torch.Tensor | None = None,
+        gen_mask: torch.Tensor | None = None,
+        teacher_probs: torch.Tensor | None = None,
+        teacher_probs_weight: torch.Tensor | float = 1.0,
+        teacher_states: torch.Tensor | None = None,
+        teacher_states_weight: float = 1.0,
         fused_lm_head: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -192,20 +191,20 @@ class UniCompressModel(SharedModel):
             pixel_values: Images to read, (N, 3, H, W), in the order of their placeholders.
             attention_mask: (B, L).
             position_ids: (B, L). Default: one a token; but with "strip" a drawn image takes the places that it takes in the
-                base's own sequence, see `StripDecompressor.advances`.
+                base's own sequence, see `StripDecompressor.position_deltas`.
             image_sizes: (N, 2), height and width in pixels, where the base's images have any size.
             labels: (B, L), -100 where nothing is to learn. At a drawn image, any other value marks its places.
-            drawn_pixel_values: Images to draw, (M, 3, H, W), in the order of their placeholders.
-            drawn_latents: In place of them, their latents (M, T, C), computed once by `uc_adapters.images.pack_latents`.
-            drawn_image_sizes: (M, 2), likewise.
-            drawn_mask: (B, L), True at the places of drawn images.
-            word_probs: A teacher's probabilities of the words, (N, vocabulary), at the N labelled words in order: the joint
-                loss then learns them, as the divergence from them.
-            word_probs_share: How much of the loss of words that is, from 0 to 1, for all of them or for each, (N,); the rest is
-                learned from the labels. Default 1.
-            drawn_states: The base's own last hidden states before each dense code of the images to draw, (M, T, D): "strip"
-                then learns from them, see `Drawing.divergence`.
-            drawn_states_share: How much of the loss of drawn codes that is, from 0 to 1; the rest is learned from the codes.
+            gen_pixel_values: Images to generate, (M, 3, H, W), in the order of their placeholders.
+            gen_latents: In place of them, their latents (M, T, C), computed once by `uc_adapters.images.pack_latents`.
+            gen_image_sizes: (M, 2), likewise.
+            gen_mask: (B, L), True at the places of drawn images.
+            teacher_probs: A teacher's probabilities of text tokens, (N, vocabulary), at the N labelled ones in order. The loss
+                is then the divergence from them.
+            teacher_probs_weight: The share of that divergence in the loss of text, from 0 to 1; one for all, or (N,) for
+                each. The labels have the rest. Default 1.
+            teacher_states: The base's own last hidden states before each dense code of the images to generate, (M, T, D).
+                "strip" then learns from them, see `StripHead.divergence`.
+            teacher_states_weight: The share of that divergence in the loss of codes, from 0 to 1; the codes have the rest.
                 Default 1.
             fused_lm_head: TRL's request for per-token scores instead of logits.
             num_items_in_batch: What the summed loss is divided by; default the number of labelled positions.
@@ -218,30 +217,30 @@ class UniCompressModel(SharedModel):
             InputError: Placeholders and images disagree, placeholders are labelled as words, pixels or what a teacher says are
                 of the wrong shape, the stride does not divide an image's grid, images are to be drawn by a disabled adapter, or
                 an argument is unknown: the base would silently ignore it.
-            UnsupportedError: Images are to be drawn by a base that cannot draw, or `drawn_states` are there for a decompressor
-                other than "strip".
+            UnsupportedError: Images for a base that cannot generate them, or `teacher_states` for a decompressor other than
+                "strip".
         """
         _refuse_mixed_batch(kwargs)
         if labels is not None:
             self._warn_if_nothing_trains()
         if kwargs:
             self._check_known(kwargs)
-        read, drawn = Images(pixel_values, image_sizes), Images(drawn_pixel_values, drawn_image_sizes, drawn_latents)
-        enabled = self.reading.active_module() is not None
-        if not enabled and (drawn.values is not None or word_probs is not None):
+        read, drawn = Images(pixel_values, image_sizes), Images(gen_pixel_values, gen_image_sizes, gen_latents)
+        enabled = self.read_layer.active_module() is not None
+        if not enabled and (drawn.values is not None or teacher_probs is not None):
             raise InputError(
-                "drawn_pixel_values or word_probs with the adapter disabled; expected an enabled one: only it draws compactly "
+                "gen_pixel_values or teacher_probs with the adapter disabled; expected an enabled one: only it draws compactly "
                 "and is taught."
             )
-        self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, drawn_mask)
+        self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask)
         if labels is not None and enabled:
-            self._check_labels(labels, drawn_mask)
-        if drawn_states is not None:
-            self._check_drawn_states(drawn_states, drawn)
-        for name, share in (("word_probs_share", word_probs_share), ("drawn_states_share", drawn_states_share)):
+            self._check_labels(labels, gen_mask)
+        if teacher_states is not None:
+            self._check_teacher_states(teacher_states, drawn)
+        for name, share in (("teacher_probs_weight", teacher_probs_weight), ("teacher_states_weight", teacher_states_weight)):
             if not isinstance(share, torch.Tensor) and not 0 <= share <= 1:  # a look into a tensor would wait for the device
                 raise InputError(f"{name}={share}; expected a number from 0 to 1.")
-        if drawn.values is None and word_probs is None and not (fused_lm_head and enabled):
+        if drawn.values is None and teacher_probs is None and not (fused_lm_head and enabled):
             if fused_lm_head:
                 kwargs["fused_lm_head"] = True
             if num_items_in_batch is not None:
@@ -262,20 +261,20 @@ class UniCompressModel(SharedModel):
                 "loss, such as label smoothing. Build batches with UniCompressCollator, and leave the trainer's loss as it is."
             )
         return joint_loss(
-            self.reading,
-            self.drawing,
+            self.read_layer,
+            self.code_head,
             input_ids,
             labels,
             read=read,
             drawn=drawn,
-            drawn_mask=drawn_mask,
+            gen_mask=gen_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             num_items_in_batch=num_items_in_batch,
-            word_probs=word_probs,
-            word_probs_share=word_probs_share,
-            drawn_states=drawn_states,
-            drawn_states_share=drawn_states_share,
+            teacher_probs=teacher_probs,
+            teacher_probs_weight=teacher_probs_weight,
+            teacher_states=teacher_states,
+            teacher_states_weight=teacher_states_weight,
         )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
@@ -298,7 +297,7 @@ class UniCompressModel(SharedModel):
         if to_draw:
             self._check_draws()
         read = Images(kwargs.get("pixel_values"), kwargs.get("image_sizes"))
-        if self.reading.active_module() is None:
+        if self.read_layer.active_module() is None:
             input_ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
             self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
             return super().generate(*args, **kwargs)
@@ -318,14 +317,14 @@ class UniCompressModel(SharedModel):
                     "image_sizes are those of the drawings here. Leave pixel_values out."
                 )
             self._check_inputs(input_ids, read, Images())
-            return draw(self.drawing, self.reading, input_ids, **kwargs)
+            return draw(self.code_head, self.read_layer, input_ids, **kwargs)
         self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
         check_finite(kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
-        if mode is None or self.family.codes_are_words:
+        if mode is None or self.family.shared_vocabulary:
             self._check_no_drawing_prompt(input_ids)
-        return super().generate(input_ids, **self.reading.encode_for_generate(kwargs))
+        return super().generate(input_ids, **self.read_layer.encode_for_generate(kwargs))
 
     def _warn_if_nothing_trains(self) -> None:
         """A trainer would run to its end, and change no weight."""
@@ -355,23 +354,23 @@ class UniCompressModel(SharedModel):
                 "a base of another family."
             )
 
-    def _check_drawn_states(self, states: torch.Tensor, drawn: Images) -> None:
+    def _check_teacher_states(self, states: torch.Tensor, drawn: Images) -> None:
         kind = self.active_peft_config.decompressor
         if kind != "strip":
             raise UnsupportedError(
-                f"drawn_states with the {kind!r} decompressor; expected 'strip': it alone draws in the base's order, and so "
+                f"teacher_states with the {kind!r} decompressor; expected 'strip': it alone draws in the base's order, and so "
                 "is to have the base's states."
             )
         expected = (len(drawn.sizes(self.family)), drawn.longest(self.family), self.family.geometry.hidden_size)
         if tuple(states.shape) != expected:
             raise InputError(
-                f"drawn_states of shape {tuple(states.shape)}; expected {expected}: the base's last hidden state before each "
+                f"teacher_states of shape {tuple(states.shape)}; expected {expected}: the base's last hidden state before each "
                 "dense code of each image to draw."
             )
 
-    def _check_labels(self, labels: torch.Tensor, drawn_mask: torch.Tensor | None) -> None:
+    def _check_labels(self, labels: torch.Tensor, gen_mask: torch.Tensor | None) -> None:
         as_words = labels == self.family.image_token_id
-        count = int((as_words if drawn_mask is None else as_words & ~drawn_mask).sum())
+        count = int((as_words if gen_mask is None else as_words & ~gen_mask).sum())
         if count:  # another collator's: it would teach to write placeholders, and would read the images to draw
             raise InputError(
                 f"{count} image placeholder(s) labelled as words; expected the batches of UniCompressCollator(processor, "
@@ -382,7 +381,7 @@ class UniCompressModel(SharedModel):
         # The base would write words behind it; or, where images are words, draw dense ones, with a model for compact ones
         if self.family.why_no_drawing is not None:
             return
-        begin = self.family.image_begin(self.generation_config)
+        begin = self.family.boi_token_id(self.generation_config)
         if bool((input_ids[:, -1] == begin).any()):
             raise InputError(
                 f"A prompt ends in token {begin}, an image's begin, without generation_mode; expected generate(..., "
@@ -390,7 +389,7 @@ class UniCompressModel(SharedModel):
             )
 
     def _check_inputs(
-        self, input_ids: torch.Tensor | None, read: Images, drawn: Images, drawn_mask: torch.Tensor | None = None
+        self, input_ids: torch.Tensor | None, read: Images, drawn: Images, gen_mask: torch.Tensor | None = None
     ) -> None:
         """Images to read and to draw against the placeholders."""
         family = self.family
@@ -401,7 +400,7 @@ class UniCompressModel(SharedModel):
         if input_ids is None:
             return
         of_read = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
-        of_drawn = [self.active_peft_config.num_drawn_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
+        of_drawn = [self.active_peft_config.num_gen_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
         placeholders = int((input_ids == family.image_token_id).sum())
         if placeholders and not (of_read or of_drawn):
             raise InputError(
@@ -409,7 +408,7 @@ class UniCompressModel(SharedModel):
                 "processor(text=..., images=...) or the collator returns."
             )
         if placeholders != sum(of_read) + sum(of_drawn):
-            enabled = self.reading.active_module() is not None
+            enabled = self.read_layer.active_module() is not None
             counts = ", ".join(map(str, dict.fromkeys([*of_read, *of_drawn])))
             raise InputError(
                 f"{placeholders} image placeholders for {len(of_read) + len(of_drawn)} image(s); with the adapter "
@@ -417,10 +416,10 @@ class UniCompressModel(SharedModel):
                 f"{'adapter' if enabled else 'base'}: AutoProcessor.from_pretrained(...); a new adapter's is "
                 "model.compact_processor(processor)."
             )
-        marked = 0 if drawn_mask is None else int(drawn_mask.sum())
+        marked = 0 if gen_mask is None else int(gen_mask.sum())
         if marked != sum(of_drawn):
             raise InputError(
-                f"drawn_mask marks {marked} places; expected {sum(of_drawn)} for the images to draw. "
+                f"gen_mask marks {marked} places; expected {sum(of_drawn)} for the images to draw. "
                 "Build batches with UniCompressCollator."
             )
 

@@ -24,7 +24,7 @@ class Steps:
     Args:
         family: The base.
         mask: Of the prompts, (B, L), padding on their left: it takes no position.
-        advances: By how many positions each token behind the prompts stands behind the one before it, (places,).
+        position_deltas: By how many positions each token behind the prompts stands behind the one before it, (places,).
         config: As transformers' own `generate` reads it. `cache_implementation="static"` makes room for all keys and values at
             the start, and compiles the steps on a GPU, into CUDA graphs unless `compile_config` says otherwise;
             `disable_compile` leaves them as they are. Default "dynamic": the cache grows, nothing is compiled.
@@ -33,7 +33,7 @@ class Steps:
         UnsupportedError: Another `cache_implementation`.
     """
 
-    def __init__(self, family: Family, mask: torch.Tensor, advances: torch.Tensor, config: GenerationConfig):
+    def __init__(self, family: Family, mask: torch.Tensor, position_deltas: torch.Tensor, config: GenerationConfig):
         chosen = config.cache_implementation or "dynamic"
         if chosen not in CACHES:
             raise UnsupportedError(f"cache_implementation={chosen!r} cannot hold a drawing; expected {' or '.join(CACHES)}.")
@@ -41,7 +41,7 @@ class Steps:
         self.text_config = family.base.config.get_text_config()
         self.padded = not bool(mask.all())
         self.static = chosen == "static"
-        length = mask.shape[1] + len(advances)
+        length = mask.shape[1] + len(position_deltas)
         if self.static:
             length = -(-length // ROUND) * ROUND
             self.cache: Cache = StaticCache(self.text_config, max_cache_len=length)
@@ -49,7 +49,7 @@ class Steps:
             self.cache = DynamicCache(config=self.text_config)
         self.mask = F.pad(mask, (0, length - mask.shape[1]), value=1)  # (B, length)
         prompts = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-        positions = torch.cat([prompts, prompts[:, -1:] + advances.cumsum(0)], 1)  # (B, L + places)
+        positions = torch.cat([prompts, prompts[:, -1:] + position_deltas.cumsum(0)], 1)  # (B, L + places)
         self.positions = F.pad(positions, (0, length - positions.shape[1]))  # (B, length): steps of one layout compile once
         compiles = family.base._valid_auto_compile_criteria({CACHE_NAME: self.cache}, config)
         # Of fixed shapes unless the user says otherwise: one token, or two where a known one rides along

@@ -13,7 +13,7 @@ from .config import UniCompressConfig
 from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError, UnsupportedError
 from .families import Family, Geometry, family_of
 from .identity import identify
-from .layer import CONTAINER, ONE_ANSWER, UniCompressLayer, host_classes
+from .layer import CONTAINER, ONE_ANSWER, UniCompressLayer, layer_classes
 from .lora import ReversibleLora, is_of
 
 WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
@@ -48,9 +48,9 @@ class UniCompressTuner(ReversibleLora):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @property
-    def _hosts(self) -> dict[str, type[UniCompressLayer]]:
+    def _layer_classes(self) -> dict[str, type[UniCompressLayer]]:
         """The host of each module that gets one, by the module's path."""
-        return {self._family.module_names[role]: host for role, host in host_classes(self._family).items()}
+        return {self._family.module_names[role]: layer for role, layer in layer_classes(self._family).items()}
 
     def _check_targets(self, config: UniCompressConfig, model: nn.Module) -> None:
         # The hosts always match, so PEFT's own "no target module found" would never be raised.
@@ -76,21 +76,21 @@ class UniCompressTuner(ReversibleLora):
 
     def _check_target_module_exists(self, peft_config: UniCompressConfig, key: str):
         """A host, or a module of the language model that LoRA targets: never one of the vision tower's or the VQ's."""
-        if key in self._hosts:
+        if key in self._layer_classes:
             return True
         if not key.startswith(self._family.module_names["language model"] + ".") or not peft_config.target_modules:
             return False
         return LoraModel._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
-        host = self._hosts.get(current_key)
-        if host is None:
+        layer = self._layer_classes.get(current_key)
+        if layer is None:
             layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             with align_module_device(layer):  # an offloaded layer's LoRA goes where the layer computes
                 super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
         if not isinstance(target, UniCompressLayer):
-            target = host(target, self._family)
+            target = layer(target, self._family)
             setattr(parent, target_name, target)
         target.add_adapter(adapter_name, target.module_class(config, self._family.geometry))
         if adapter_name not in self.active_adapters:
@@ -98,7 +98,7 @@ class UniCompressTuner(ReversibleLora):
 
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """PEFT's own, around every forward and `generate`; raises UnsupportedError where images would be repeated wrongly."""
-        if self._family.codes_are_words and kwargs.get("pixel_values") is not None:
+        if self._family.shared_vocabulary and kwargs.get("pixel_values") is not None:
             for name in ("num_beams", "num_return_sequences"):
                 if (kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None) or 1) > 1:
                     raise UnsupportedError(ONE_ANSWER.format(f"{name} above 1"))
@@ -197,7 +197,7 @@ def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompre
     The older adapters' names are checked too: the new adapter may bring modules that one of them is named after.
     """
     with torch.device("meta"):
-        modules = [host.module_class(config, family.geometry) for host in host_classes(family).values()]
+        modules = [layer.module_class(config, family.geometry) for layer in layer_classes(family).values()]
     taken = _path_segments(model) - (set(names) - {new})  # less the older adapters' own containers
     taken = taken.union(*map(_path_segments, modules), {"base_layer", "base_model", CONTAINER, "lora_A", "lora_B"})
     bad = [name for name in names if not name or "." in name or name in "lora_" or name in taken]

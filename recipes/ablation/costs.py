@@ -19,7 +19,9 @@ TURNS = 5
 
 def fresh(name: str, dense: Contender, variant: Variant) -> Contender:
     """The variant as it starts, on a bare base's weights."""
-    model = variant.attach(twin_of(dense.model)).eval()
+    model = variant.attach(twin_of(dense.model))
+    variant.begin_stage_2(model)
+    model.eval()
     return Contender(name, model, model.compact_processor(dense.processor))
 
 

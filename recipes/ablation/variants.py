@@ -1,7 +1,7 @@
 """What `ablate.py` varies: the paper's ablations (UniCompress, section 4), one change each; and the way to "strip", by steps.
 
-All axes but "drawing" start from "cell", which draws global codes as the paper does. Modules that the package does not have,
-since they did not win, live here alone.
+All axes but "drawing" start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as in
+the paper. Modules that did not win are not in the package; they live here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from finetuning.arguments import FinetuneArguments
 from torch import nn
 
 from uc_adapters import UniCompressModel, get_uc_model
-from uc_adapters.compression import after_loop, inside_loop
-from uc_adapters.layers import CellDecompressor, Grid, RasterDecompressor, StripDecompressor, raster_to_cells
+from uc_adapters.compression import make_decompressor
+from uc_adapters.layers import (
+    Grid,
+    RasterDecompressor,
+    StripDecompressor,
+    compact_grid,
+    raster_to_windows,
+    windows_to_raster,
+)
 from uc_adapters.layers.attention import Attention
 
 
@@ -30,7 +37,7 @@ class MaxPool(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         """(B, T, C) -> (B, T', C)."""
-        return raster_to_cells(x, self.stride, grid).amax(2)  # (B, T', s^2, C) -> (B, T', C)
+        return raster_to_windows(x, self.stride, grid).amax(2)  # (B, T', s^2, C) -> (B, T', C)
 
 
 class StridedConv(nn.Module):
@@ -42,7 +49,7 @@ class StridedConv(nn.Module):
         self.weight = nn.Parameter(torch.eye(width).repeat(stride**2, 1) / stride**2)  # (s^2 * C, C)
 
     def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        return raster_to_cells(x, self.stride, grid).flatten(2) @ self.weight  # (B, T', s^2 * C) -> (B, T', C)
+        return raster_to_windows(x, self.stride, grid).flatten(2) @ self.weight  # (B, T', s^2 * C) -> (B, T', C)
 
 
 class GatedPool(nn.Module):
@@ -54,7 +61,7 @@ class GatedPool(nn.Module):
         self.gate = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        cells = raster_to_cells(x, self.stride, grid)  # (B, T', s^2, C)
+        cells = raster_to_windows(x, self.stride, grid)  # (B, T', s^2, C)
         shares = (cells @ self.gate).softmax(2)  # (B, T', s^2)
         return (shares.unsqueeze(-1) * cells).sum(2)
 
@@ -100,10 +107,30 @@ class ClsToken(nn.Module):
         return self.norm(token + self.attention(token, self.attention.keys_values(torch.cat([token, dense], 1))))
 
 
+class CellDecompressor(StripDecompressor):
+    """Draws the codes of one s x s window from each hidden state; it attends to the global codes, too."""
+
+    def __init__(self, stride: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__(stride, code_width, width, out_width, layers)
+        self.global_in = nn.Linear(code_width, width)
+
+    def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return raster_to_windows(x, self.stride, grid)
+
+    def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return windows_to_raster(x, self.stride, grid)
+
+    def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
+        return [1] * math.prod(compact_grid(grid, self.stride))  # positions count compact tokens
+
+    def memory(self, state: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
+        return torch.cat([state, self.global_in(globals_)], 1)
+
+
 class CellAtDensePlaces(CellDecompressor):
     """A window stands at the mean of its codes' places in the base's own sequence."""
 
-    def advances(self, grid: Grid, row_ends: bool) -> list[int]:
+    def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
         places = torch.arange(math.prod(grid)).view(1, -1)  # (1, T), in the raster
         of_cells = self.order(places, grid)[0].float().mean(-1).round().long()  # (T',)
         return of_cells.diff(prepend=of_cells.new_zeros(1)).tolist()
@@ -120,7 +147,7 @@ class StripOfLast(StripDecompressor):
 class StripOfLastAtCompactPlaces(StripOfLast):
     """Positions count compact tokens, as those of "cell" do."""
 
-    advances = CellDecompressor.advances
+    position_deltas = CellDecompressor.position_deltas
 
 
 class OneShotDecompressor(RasterDecompressor):
@@ -135,30 +162,32 @@ Change = Callable[[UniCompressModel], None]
 
 def read_with(make: Callable[[int, int], nn.Module], model: UniCompressModel) -> None:
     """Another pooling of what is read. `cell` has no pooling of its own in what is drawn."""
-    reader = model.reading.active_module()
+    reader = model.read_layer.active_module()
     reader.pool = make(reader.pool.stride, model.family.geometry.read_width)
 
 
 def pool_drawn_with(make: Callable[[int, int], nn.Module], model: UniCompressModel) -> None:
     """Another pooling of what is drawn, where a decompressor after the loop has one. Stage 1 trains it."""
-    module = model.drawing.module
+    module = model.code_head.module
     module.pool = make(module.stride, model.family.geometry.code_width)
 
 
 def summarise_with(make: Callable[[int], nn.Module], model: UniCompressModel) -> None:
     """Another global token, of what is read and of what is drawn."""
-    model.reading.active_module().extractor = make(model.family.geometry.read_width)
-    model.drawing.module.extractor = make(model.family.geometry.code_width)
+    model.read_layer.active_module().extractor = make(model.family.geometry.read_width)
+    model.code_head.module.extractor = make(model.family.geometry.code_width)
 
 
 def decompress_at_once(model: UniCompressModel) -> None:
     """One step, in the place of `raster`'s T."""
-    model.drawing.module.decompressor = after_loop(OneShotDecompressor, model.active_peft_config, model.family.geometry)
+    config, geometry = model.active_peft_config, model.family.geometry
+    model.code_head.module.decompressor = make_decompressor(OneShotDecompressor, config, geometry)
 
 
 def draw_with(kind: type[StripDecompressor], model: UniCompressModel) -> None:
     """Another decompressor inside the loop."""
-    model.drawing.module.decompressor = inside_loop(kind, model.active_peft_config, model.family.geometry)
+    device, module = model.device, model.code_head.module
+    module.decompressor = make_decompressor(kind, model.active_peft_config, model.family.geometry).to(device)
 
 
 @dataclass(frozen=True)
@@ -169,6 +198,8 @@ class Variant:
     """Of `finetune.py`."""
     change: Change | None = None
     """Of a fresh adapter, where no option does it."""
+    after_stage_1: Change | None = None
+    """Of the adapter between the stages."""
 
     def attach(self, base: nn.Module) -> UniCompressModel:
         """A fresh adapter of it on a base."""
@@ -177,14 +208,19 @@ class Variant:
             self.change(model)
         return model
 
+    def begin_stage_2(self, model: UniCompressModel) -> None:
+        """Makes the change between the stages."""
+        if self.after_stage_1 is not None:
+            self.after_stage_1(model)
 
-def cell(change: Change | None = None, **options) -> Variant:
-    """An adapter that draws with "cell"."""
-    return Variant({"decompressor": "cell", **options}, change)
+
+def cell(change: Change | None = None, kind: type[CellDecompressor] = CellDecompressor, **options) -> Variant:
+    """An adapter with a `CellDecompressor`. Its global codes learn in stage 1 with "phase", which is then replaced."""
+    return Variant({"decompressor": "phase", **options}, change, partial(draw_with, kind))
 
 
 def strip(change: Change | None = None, **options) -> Variant:
-    """An adapter that draws with "strip"."""
+    """An adapter with "strip"."""
     return Variant({"decompressor": "strip", **options}, change)
 
 
@@ -194,7 +230,7 @@ def strip_of_last(**options) -> Variant:
 
 
 START = cell()
-DENSE = cell(stride=1, num_global_tokens=0)  # "cell" draws the base's own codes then, one a step
+DENSE = strip(stride=1, num_global_tokens=0)  # a step draws one of the base's own codes
 PAPER = Variant({"decompressor": "raster"})
 AXES: dict[str, dict[str, Variant]] = {
     "global tokens": {
@@ -236,7 +272,7 @@ AXES: dict[str, dict[str, Variant]] = {
         "raster, the paper's path": PAPER,
         "raster, strided conv in place of the average": Variant(PAPER.options, partial(pool_drawn_with, StridedConv)),
         "cell": START,
-        "cell, no global codes, at the dense places": cell(partial(draw_with, CellAtDensePlaces), num_global_tokens=0),
+        "cell, no global codes, at the dense places": cell(kind=CellAtDensePlaces, num_global_tokens=0),
         "strip of the last code, at the compact places": strip(partial(draw_with, StripOfLastAtCompactPlaces)),
         "strip of the last code": strip_of_last(),
         "strip": strip(),

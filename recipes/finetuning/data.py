@@ -55,7 +55,7 @@ def make_rows(
             seed=training.seed,
             fill_in=None if not args.distill else lambda source: filled_in(source, model, dense, training.seed),
             encode=None
-            if model.drawing is None or streaming
+            if model.code_head is None or streaming
             else lambda source: with_latents(source, model, collator.processor),
         )
 

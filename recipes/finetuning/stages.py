@@ -68,7 +68,7 @@ def train_stage_1(
         )
     checkpoint = last_checkpoint(folder) if args.resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if model.drawing is None or not model.drawing.module.num_global_codes:
+    if model.code_head is None or not model.code_head.module.num_global_codes:
         return None
     return stage.least_perplexity(list(islice(rows, 512)), trainer.data_collator)
 

@@ -40,14 +40,14 @@ def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
         DatasetError: An image to draw, for a base that only reads.
     """
     family, places = model.family, batch["attention_mask"].sum(1)  # (B,)
-    drawn = Images(batch.get("drawn_pixel_values"), batch.get("drawn_image_sizes"))
+    drawn = Images(batch.get("gen_pixel_values"), batch.get("gen_image_sizes"))
     if drawn.values is None:
         return int(places.max())
     if family.why_no_drawing is not None:
         raise DatasetError(f"an image to draw, for a base that cannot: {family.why_no_drawing}")
-    advances = [model.drawing.advances(family.draw_grid(size)) for size in drawn.sizes(family)]
-    draws = batch["drawn_mask"].any(1)  # one image a sequence
-    places[draws] += torch.stack([(of_image - 1).sum() for of_image in advances]).to(places.device)
+    position_deltas = [model.code_head.position_deltas(family.draw_grid(size)) for size in drawn.sizes(family)]
+    draws = batch["gen_mask"].any(1)  # one image a sequence
+    places[draws] += torch.stack([(of_image - 1).sum() for of_image in position_deltas]).to(places.device)
     return int(places.max())
 
 

@@ -8,6 +8,7 @@ from scoring.contenders import Contender, grid_of
 from scoring.stock_calls import calls_of, drawing_inputs
 
 from uc_adapters import UniCompressCollator, UniCompressModel
+from uc_adapters.code_head import ExpansionHead
 from uc_adapters.families import family_of
 
 
@@ -27,8 +28,8 @@ def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[st
     prompt = base.get_input_embeddings()(inputs["input_ids"])
     drawn = family.embed_codes(codes)  # (B, T, D)
     before_code = torch.ones(rows * columns, dtype=torch.bool)
-    if family.row_ends:  # what ends a row is given: it stands behind each, and is not scored
-        ends = family.row_end.expand(len(codes), rows, 1, -1)
+    if family.has_eol:  # what ends a row is given: it stands behind each, and is not scored
+        ends = family.eol.expand(len(codes), rows, 1, -1)
         drawn = torch.cat([drawn.unflatten(1, (rows, columns)), ends], 2).flatten(1, 2)  # (B, H * (W + 1), D)
         before_code = (torch.arange(rows * (columns + 1)) + 1) % (columns + 1) != 0
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, drawn.shape[1] - 1), value=1)
@@ -42,8 +43,8 @@ def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[st
 def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
     """Nats of each image's dense codes under an adapter, (B,).
 
-    -log p(compact codes | text) - log p(dense codes | compact codes). With `strip` and `cell` both are one: the dense codes are
-    what is sampled (with `cell`, behind the global codes), and this is their exact likelihood.
+    -log p(compact codes | text) - log p(dense codes | compact codes). With `strip` both are one: the dense codes are what
+    is sampled, and this is their exact likelihood.
     """
     model = contender.model
     collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0)
@@ -59,11 +60,11 @@ def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[
     ]
     batch = {name: value.to(model.device) for name, value in collator(rows).items()}
     output = model(**batch)
-    nats = -(output.log_probs * batch["drawn_mask"][:, 1:]).sum(1)  # (B,)
-    drawing = model.drawing
-    if not drawing.module.in_loop:
-        codes = drawing.compress(batch["drawn_pixel_values"])
-        logits = drawing.reconstruction_logits(codes, drawing.entries(codes.cells.squeeze(2)), drawing.entries(codes.globals))
+    nats = -(output.log_probs * batch["gen_mask"][:, 1:]).sum(1)  # (B,)
+    head = model.code_head
+    if isinstance(head, ExpansionHead):
+        codes = head.compress(batch["gen_pixel_values"])
+        logits = head.dense_logits(codes)
         nats += _code_nats(logits, codes.dense)
     return nats
 

@@ -157,7 +157,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
         "feature_distance" of the restored scenes from the real ones.
     """
     model = contender.model
-    drawing = model.drawing if isinstance(model, UniCompressModel) else None
+    drawing = model.code_head if isinstance(model, UniCompressModel) else None
     family, calls, grid = family_of(base_of(model)), calls_of(model), grid_of(contender)
     restored = []
     for first in tqdm(range(0, len(scenes), _BATCH), desc=f"{contender.name}: reconstruction", leave=False):

@@ -52,13 +52,13 @@ class Emu3Calls:
         if guidance_scale > 1:  # what caption dropout trained on
             blank = family.unconditional(ids, model.generation_config)
             sampling |= {"negative_prompt_ids": blank, "negative_prompt_attention_mask": inputs["attention_mask"]}
-        codes = family.words.tolist()
-        row_end, *end = family.to_tokens(torch.zeros(1, rows * columns, dtype=torch.long), (rows, columns))[0, -4:].tolist()
+        codes = family.code_token_ids.tolist()
+        eol, *end = family.to_tokens(torch.zeros(1, rows * columns, dtype=torch.long), (rows, columns))[0, -4:].tolist()
 
         def allowed(_, sequence: torch.Tensor) -> list[int]:
             drawn = len(sequence) - ids.shape[1]
             if drawn < rows * (columns + 1):
-                return [row_end] if drawn % (columns + 1) == columns else codes
+                return [eol] if drawn % (columns + 1) == columns else codes
             return [end[min(drawn - rows * (columns + 1), 2)]]
 
         sequences = model.generate(

@@ -122,7 +122,7 @@ def drawing_shares(model: nn.Module, warm_up: bool) -> dict[str, float]:
         "image decoder": [base.vqmodel.post_quant_conv, base.vqmodel.decoder],
     }
     if compact:
-        decompressor = model.drawing.module.decompressor
+        decompressor = model.code_head.module.decompressor
         parts["decompressor"] = [module for module in decompressor.modules() if not list(module.children())]
     watch = Watch(parts)
     with watch.watching():
@@ -145,6 +145,6 @@ def drawing_cache_bytes(models: dict[str, nn.Module], batch: int) -> dict[str, i
     found = {}
     for name, model in models.items():
         # transformers' static cache has room for the last token, too; ours never feeds it
-        fed = side**2 if name == "base" else model.active_peft_config.num_drawn_tokens((side, side)) - 1
+        fed = side**2 if name == "base" else model.active_peft_config.num_gen_tokens((side, side)) - 1
         found[name] = 2 * batch * (TEXT_TOKENS + fed) * token_bytes(adapter)
     return found

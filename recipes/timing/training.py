@@ -90,11 +90,11 @@ class Compact(Trainee):
 
     def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         side, config = self.model.family.geometry.draw_side, self.model.active_peft_config
-        ids = self._with_images(words, config.num_drawn_tokens((side, side)), words.shape[1])
+        ids = self._with_images(words, config.num_gen_tokens((side, side)), words.shape[1])
         drawn = (torch.arange(ids.shape[1], device=ids.device) >= words.shape[1]).expand_as(ids)
         labels = ids.masked_fill(~drawn, -100)
         labels[:, words.shape[1] + config.num_global_codes] = -100  # the separator
-        return self.model(input_ids=ids, labels=labels, drawn_latents=latents, drawn_mask=drawn).loss
+        return self.model(input_ids=ids, labels=labels, gen_latents=latents, gen_mask=drawn).loss
 
     def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         ids = self._with_images(words, self.model.num_image_tokens, 1)

@@ -13,7 +13,7 @@ from tiny_world.digits import COLOURS, DESCRIBE, QUESTION_KINDS, Scene, random_s
 from torch import nn
 from tqdm.auto import tqdm
 
-from uc_adapters.layers import raster_to_cells
+from uc_adapters.layers import raster_to_windows
 
 
 class ImagePool(ABC):
@@ -119,7 +119,7 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
 
 def by_cell(x: torch.Tensor) -> torch.Tensor:
     """Groups an 8 x 8 raster by the scene's four cells: (B, 64, ...) -> (B, 4, 16, ...)."""
-    return raster_to_cells(x, 4, (8, 8))
+    return raster_to_windows(x, 4, (8, 8))
 
 
 def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -54,8 +54,8 @@ def test_text_logits_are_the_bases_with_images_masked(pristine, processor, image
         hidden = pristine.model(**inputs).last_hidden_state
     ours = family_of(pristine).text_logits(hidden)
     assert torch.equal(ours, expected)
-    assert (ours[..., family_of(pristine).words] == torch.finfo(ours.dtype).min).all()
-    assert len(family_of(pristine).words) == CODES
+    assert (ours[..., family_of(pristine).code_token_ids] == torch.finfo(ours.dtype).min).all()
+    assert len(family_of(pristine).code_token_ids) == CODES
 
 
 def test_the_joint_loss_masks_images_as_the_base_does(pristine, base, processor, images):

@@ -18,7 +18,7 @@ from uc_adapters.errors import BaseModelError, InputError
 from uc_adapters.families import family_of
 from uc_adapters.families.emu3 import CompactEmu3Processor
 from uc_adapters.images import pack_latents
-from uc_adapters.joint_loss import CELL
+from uc_adapters.joint_loss import CODES
 from uc_adapters.layers import nearest_codes
 
 RATIOS = ["1:1", "2:1", "3:4", "1:2"]
@@ -113,12 +113,12 @@ def test_codes_are_read_as_the_base_reads_them(family, processor, mixed):
     own = family.base.model.get_image_features(prepared["pixel_values"], prepared["image_sizes"], return_dict=True)
     dense = own.pooler_output[0].unflatten(0, (8, 9))  # with the row ends
     assert torch.equal(family.read_features(prepared["pixel_values"])[0].unflatten(0, (8, 8)), dense[:, :8])
-    assert torch.equal(family.row_end.expand(8, -1), dense[:, 8])
+    assert torch.equal(family.eol.expand(8, -1), dense[:, 8])
 
 
 def test_code_logits_are_the_words_own_logits(family):
     hidden = torch.randn(2, 3, 192)
-    expected = family.base.lm_head(hidden)[..., family.words]
+    expected = family.base.lm_head(hidden)[..., family.code_token_ids]
     torch.testing.assert_close(family.code_logits(hidden), expected)
 
 
@@ -134,7 +134,7 @@ def test_words_in_any_order_draw_the_same_codes(pristine, processor):
     hidden, straight, mixed_up = torch.randn(5, 192), family_of(pristine), family_of(swapped)
     order = torch.arange(512)
     order[[3, 400]] = order[[400, 3]]
-    assert torch.equal(mixed_up.words, straight.words[order])
+    assert torch.equal(mixed_up.code_token_ids, straight.code_token_ids[order])
     torch.testing.assert_close(mixed_up.code_logits(hidden), straight.code_logits(hidden)[:, order])
 
 
@@ -273,7 +273,7 @@ def test_with_seeds_prompts_of_several_ratios_draw_what_each_draws_alone(model, 
         assert (drawn[2 * seed : 2 * seed + 2, alone.shape[1] :] == model.generation_config.pad_token_id).all()
 
 
-@pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("cell", 4)])
+@pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("phase", 4)])
 def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor, drawn_globals):
     """In the loop it rides along with the next cell: the language model sees what training showed it."""
     model, seen = attach(base, decompressor=decompressor), []
@@ -284,7 +284,7 @@ def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor
     draw(model, prompt)
     steps = torch.cat(seen, 1)[0, prompt["input_ids"].shape[1] :]  # behind the prompt: globals, separator, cells and row ends
     rows, columns = (side // 2 for side in prompt["image_sizes"][0])
-    ends = (steps == model.family.row_end).all(1).nonzero().flatten().tolist()
+    ends = (steps == model.family.eol).all(1).nonzero().flatten().tolist()
     assert ends == [drawn_globals + 1 + columns + row * (columns + 1) for row in range(rows - 1)]
     assert len(seen) == drawn_globals + rows * columns
 
@@ -303,10 +303,10 @@ def test_training_scores_drawn_strips_as_drawing_saw_them(model, compact, images
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         rows.append({"messages": messages, "images": images[:1], "latents": [latents]})
     batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)(rows)
-    assert len(set(map(tuple, batch["drawn_image_sizes"].tolist()))) == 2
+    assert len(set(map(tuple, batch["gen_image_sizes"].tolist()))) == 2
     with torch.no_grad():
         scores = model(**batch)
-    cells = scores.kinds == CELL
+    cells = scores.kinds == CODES
     torch.testing.assert_close(scores.log_probs[cells], torch.cat(seen), atol=1e-4, rtol=1e-5)
     assert (scores.is_top1[cells] == 1).all()
 
@@ -326,10 +326,10 @@ def test_text_and_row_ends_of_drawn_strips_stand_where_they_stand_in_the_bases_o
         model(**batch)
     config = replace(model.active_peft_config, stride=1, num_global_tokens=0)
     dense = UniCompressCollator(processor, config, caption_dropout=0.0)(rows)
-    for row, (height, width) in enumerate((dense["drawn_image_sizes"] // 8).tolist()):
+    for row, (height, width) in enumerate((dense["gen_image_sizes"] // 8).tolist()):
         here, of_base = (one["attention_mask"][row].bool() for one in (batch, dense))
         ids, base_ids = batch["input_ids"][row][here], dense["input_ids"][row][of_base]
-        drawn, base_drawn = batch["drawn_mask"][row][here], dense["drawn_mask"][row][of_base]
+        drawn, base_drawn = batch["gen_mask"][row][here], dense["gen_mask"][row][of_base]
         ends = ids == compact.tokenizer.eol_token_id
         words = ~drawn & ~ends
         assert torch.equal(ids[words], base_ids[~base_drawn])  # the base's row ends are placeholders
@@ -362,13 +362,13 @@ def test_the_compact_prompt_of_training_is_that_of_drawing(model, compact, mixed
     }
     batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)([row])
     prompt = to_draw(compact, caption, "2:1")["input_ids"][0]
-    start = (prompt == model.family.image_begin(model.generation_config)).nonzero()[0, 0]
+    start = (prompt == model.family.boi_token_id(model.generation_config)).nonzero()[0, 0]
     trained = batch["input_ids"][0]
     size = prompt.tolist().index(compact.tokenizer.convert_tokens_to_ids("<|image start|>"))
     assert torch.equal(trained[:size], prompt[:size])
     begin = (trained == prompt[start]).nonzero()[0, 0]
-    assert not batch["drawn_mask"][0, : begin + 1].any()
-    assert batch["drawn_mask"][0, begin + 1]
+    assert not batch["gen_mask"][0, : begin + 1].any()
+    assert batch["gen_mask"][0, begin + 1]
 
 
 # Bad input
@@ -416,11 +416,11 @@ def test_latents_to_draw_without_their_sizes_are_refused(model, compact, mixed):
     ]
     rows = [{"messages": messages, "images": [image], "latents": [own]} for image, own in zip(mixed, latents, strict=False)]
     batch = UniCompressCollator(compact, model.active_peft_config)(rows)
-    sizes = batch.pop("drawn_image_sizes")
-    assert model(**batch, drawn_image_sizes=sizes).loss.isfinite()
+    sizes = batch.pop("gen_image_sizes")
+    assert model(**batch, gen_image_sizes=sizes).loss.isfinite()
     for wrong in (None, sizes[:1]):
         with pytest.raises(InputError, match=r"image sizes of shape .* for 2 image\(s\); expected \(2, 2\)"):
-            model(**batch, drawn_image_sizes=wrong)
+            model(**batch, gen_image_sizes=wrong)
 
 
 def test_images_in_a_prompt_to_draw_are_refused(model, compact, mixed):

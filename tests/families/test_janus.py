@@ -127,7 +127,7 @@ def test_published_models_shorten_576_to_149(published):
 def test_published_models_draw_in_144_steps(published):
     _, _, model = published
     assert model.family.draw_grid((384, 384)) == (24, 24)
-    assert model.active_peft_config.num_drawn_tokens((24, 24)) - 1 == 144  # the separator is known
+    assert model.active_peft_config.num_gen_tokens((24, 24)) - 1 == 144  # the separator is known
 
 
 def test_published_models_get_modules_of_these_shapes(published):
@@ -144,11 +144,11 @@ def test_published_models_get_modules_of_these_shapes(published):
 
 
 def test_drawn_global_codes_have_an_extractor_of_these_shapes():
-    drawer = module_of(get_uc_model(janus_pro("janus-pro-1b"), UniCompressConfig(decompressor="cell")), DrawCompressor)
+    drawer = module_of(get_uc_model(janus_pro("janus-pro-1b"), UniCompressConfig(decompressor="phase")), DrawCompressor)
     assert drawer.extractor.queries.shape == (4, 512)
     assert drawer.globals_of(torch.zeros(2, 576, 8, device="meta"), (24, 24)).shape == (2, 4, 8)
-    cells = [torch.zeros(shape, device="meta") for shape in ((6, 4, 8), (6, 2048), (6, 4, 8))]
-    assert drawer.decompressor(*cells).shape == (6, 4, 2048)
+    compact = [torch.zeros(shape, device="meta") for shape in ((2, 576, 8), (2, 144, 8), (2, 4, 8))]
+    assert drawer.decompressor(*compact, (24, 24)).shape == (2, 576, 2048)
 
 
 def test_published_models_gain_at_most_three_per_cent(published):
@@ -186,4 +186,4 @@ def test_a_batch_for_another_geometry_has_its_own_length(images):
         "images": images[:1],
     }
     batch = UniCompressCollator(make_processor(2 + 1 + 4), config, caption_dropout=0.0)([row])
-    assert batch["drawn_mask"].sum() == 1 + 4
+    assert batch["gen_mask"].sum() == 1 + 4

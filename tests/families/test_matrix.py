@@ -248,7 +248,7 @@ def test_several_answers_through_a_plain_peft_model(fresh, model, compact, pictu
     plain = PeftModel.from_pretrained(fresh(), str(tmp_path)).eval()
     inputs = question_inputs(compact, QUESTIONS[:2], [pictures[0], pictures[0].rotate(90)])
     options = {**options, "max_new_tokens": 2, "min_new_tokens": 2}
-    if not model.family.codes_are_words:
+    if not model.family.shared_vocabulary:
         torch.manual_seed(0)
         expected = model.generate(**inputs, **options)
         torch.manual_seed(0)
@@ -266,7 +266,7 @@ def test_a_trainable_adapter_answers_without_a_graph(model, compact, pictures):
     """A graph of the images would stay in memory, and candidates' arguments could not be copied."""
     assert any(weight.requires_grad for weight in model.parameters())
     inputs = question_inputs(compact, QUESTIONS[:1], pictures[:1])
-    kept = model.reading.encode_for_generate(dict(inputs)).get("mm_encoder_outputs", {}).get("image")
+    kept = model.read_layer.encode_for_generate(dict(inputs)).get("mm_encoder_outputs", {}).get("image")
     assert kept is None or not any(embeddings.requires_grad for embeddings in kept.pooler_output)
     told = model.generate(**inputs, do_sample=False, max_new_tokens=4)
     base = copy.deepcopy(model).unload()
@@ -357,7 +357,7 @@ def test_two_active_adapters_are_refused(model, compact, pictures):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("decompressor", ["strip", "cell", "phase"])
+@pytest.mark.parametrize("decompressor", ["strip", "phase"])
 def test_a_prompt_draws_the_same_alone_and_beside_others(drawing, base, processor, decompressor, guidance_scale):
     model = attach(base, decompressor=decompressor)
     compact = model.compact_processor(processor)
@@ -420,9 +420,9 @@ def test_a_mixed_batch_scores_what_its_rows_score_alone(model, compact, rows):
 def test_what_frames_an_image_is_not_learned(drawing, model, compact, pictures):
     row = conversation(pictures[0], pictures[1])
     batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)([row])
-    places = int(batch["drawn_mask"].sum())
-    assert (batch["labels"][batch["drawn_mask"]] != -100).sum() == places - 1  # the separator is known
-    words = batch["labels"][(batch["labels"] != -100) & ~batch["drawn_mask"]]
+    places = int(batch["gen_mask"].sum())
+    assert (batch["labels"][batch["gen_mask"]] != -100).sum() == places - 1  # the separator is known
+    words = batch["labels"][(batch["labels"] != -100) & ~batch["gen_mask"]]
     assert words.tolist() == [compact.tokenizer.eos_token_id]
 
 
@@ -479,8 +479,8 @@ def test_a_family_that_cannot_draw_says_why(spec, model, compact, pictures):
     with pytest.raises(UnsupportedError, match=r"cannot draw.*no decoder"):
         model.generate(**inputs, generation_mode="image")
     with pytest.raises(UnsupportedError, match=r"cannot draw.*no decoder"):
-        model(**inputs, drawn_pixel_values=inputs["pixel_values"], labels=inputs["input_ids"])
-    assert model.drawing is None
+        model(**inputs, gen_pixel_values=inputs["pixel_values"], labels=inputs["input_ids"])
+    assert model.code_head is None
 
 
 def test_the_bases_placeholders_are_refused_while_enabled(model, processor, pictures):
@@ -516,7 +516,7 @@ def test_drawing_prompts_that_cannot_be_are_refused(drawing, model, compact):
     with pytest.raises(InputError, match="expected the image's begin"):
         draw(model, short)
     blank = model.family.unconditional(inputs["input_ids"], model.generation_config)
-    frame = model.family.frame(inputs["input_ids"], model.generation_config)
+    frame = model.family.wrapper_mask(inputs["input_ids"], model.generation_config)
     with pytest.raises(InputError, match=r"Row\(s\) \[0, 1, 2\] hold an empty prompt"):
         draw(model, {**inputs, "input_ids": blank, "attention_mask": frame.long()})
     with pytest.raises(UnsupportedError, match="num_beams=2"):

@@ -145,7 +145,7 @@ def check(bench: Bench, processor, messages: list[dict], collator: UniCompressCo
     images = pictures(messages)
     batch = collator([{"messages": messages, "images": images}])
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    drawn = batch["drawn_mask"].tolist() if "drawn_mask" in batch else [[False] * len(row) for row in ids]
+    drawn = batch["gen_mask"].tolist() if "gen_mask" in batch else [[False] * len(row) for row in ids]
     eos, learned = processor.tokenizer.eos_token_id, 0
     for prompt, words in expected(bench, processor, messages, images):
         first = len(prompt)

@@ -67,11 +67,11 @@ def rows(images):
 
 def by_hand(pristine, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Of one row: the bare base's last hidden states (L, D), and the places of each image's codes."""
-    ids, drawn = batch["input_ids"].clone(), batch.get("drawn_mask")
+    ids, drawn = batch["input_ids"].clone(), batch.get("gen_mask")
     places = []
     if drawn is not None:
-        sizes = batch["drawn_image_sizes"]
-        words = pristine.model.get_image_tokens(batch["drawn_pixel_values"], sizes)  # with the ends of rows
+        sizes = batch["gen_image_sizes"]
+        words = pristine.model.get_image_tokens(batch["gen_pixel_values"], sizes)  # with the ends of rows
         ids[drawn] = words.flatten().long()
         [[rows, columns]] = (sizes // 8).tolist()
         places = [drawn[0].nonzero().view(rows, columns + 1)[:, :columns].flatten()]
@@ -82,18 +82,18 @@ def by_hand(pristine, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def test_the_teacher_says_what_the_bare_base_says_of_each_row(distiller, pristine, rows):
     told = distiller.taught(distiller.data_collator(rows)["teacher"], 1.0)
-    assert told["drawn_states"].shape == (2, 48, 192)  # images of 4 x 8 and 8 x 6 codes
+    assert told["teacher_states"].shape == (2, 48, 192)  # images of 4 x 8 and 8 x 6 codes
     states, probs = [], []
     for row in rows:
         batch = distiller.data_collator.dense([row])
         hidden, places = by_hand(pristine, batch)
         states += [hidden[of_image - 1] for of_image in places]
         words = batch["labels"][0] != -100
-        words &= ~batch.get("drawn_mask", torch.zeros(1, len(words), dtype=torch.bool))[0]
+        words &= ~batch.get("gen_mask", torch.zeros(1, len(words), dtype=torch.bool))[0]
         probs.append(pristine.lm_head(hidden[:-1][words[1:]]).softmax(-1))
-    for found, expected in zip(told["drawn_states"], states, strict=True):
+    for found, expected in zip(told["teacher_states"], states, strict=True):
         torch.testing.assert_close(found[: len(expected)], expected, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(told["word_probs"], torch.cat(probs), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(told["teacher_probs"], torch.cat(probs), atol=1e-4, rtol=1e-3)
 
 
 def test_a_step_learns_from_it(distiller, rows):
@@ -107,7 +107,7 @@ def test_a_step_learns_from_it(distiller, rows):
 
 def test_codes_of_images_of_several_sizes_are_their_own(distiller, rows):
     teacher, family = distiller.data_collator(rows)["teacher"], distiller.model.family
-    pixels, sizes = teacher["drawn_pixel_values"], teacher["drawn_image_sizes"]
+    pixels, sizes = teacher["gen_pixel_values"], teacher["gen_image_sizes"]
     found = dense_codes(family, Images(pixels, sizes))
     assert [len(codes) for codes in found] == [4 * 8, 8 * 6]
     alone = [family.latents(image[None, :, :height, :width])[0] for image, (height, width) in zip(pixels, sizes, strict=True)]

@@ -289,7 +289,7 @@ def test_a_local_base_that_looks_like_an_id(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stride", "num_global_tokens", "decompressor"),
-    [(2, 4, "strip"), (2, 4, "cell"), (4, 0, "cell"), (1, 1, "strip"), (8, 3, "phase")],
+    [(2, 4, "strip"), (2, 4, "phase"), (4, 0, "raster"), (1, 1, "strip"), (8, 3, "phase")],
 )
 def test_tokens_before_and_after(base, processor, tmp_path, stride, num_global_tokens, decompressor):
     model = attach(base, stride=stride, num_global_tokens=num_global_tokens, decompressor=decompressor)

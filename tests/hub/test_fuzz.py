@@ -129,7 +129,7 @@ byte_edits = st.tuples(
 )
 integers = st.integers(-2, 20) | st.integers(10**4, 10**20)
 words = st.sampled_from(
-    ["q_proj", "cell", "raster", "all-linear", "gaussian", "none", "(", "*", ".*", "model", "lora_", "1", ""]
+    ["q_proj", "phase", "raster", "all-linear", "gaussian", "none", "(", "*", ".*", "model", "lora_", "1", ""]
 )
 leaves = st.none() | st.booleans() | integers | st.floats() | words | st.text(max_size=5)
 values = st.recursive(

@@ -4,14 +4,13 @@ from helpers import DECOMPRESSORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uc_adapters.compression import AFTER_LOOP, INSIDE_LOOP
+from uc_adapters.compression import DECOMPRESSORS as CLASSES
 from uc_adapters.layers import (
-    CellDecompressor,
     PhaseDecompressor,
     RasterDecompressor,
     StripDecompressor,
-    cells_to_raster,
     unit,
+    windows_to_raster,
 )
 
 CODES, CODE_WIDTH, OUT_WIDTH = 23, 4, 12
@@ -28,6 +27,7 @@ geometries = given(
 SMALL = {"stride": 2, "cells": (2, 2), "side": 2, "layers": 1, "seed": 0}
 few = settings(max_examples=15)
 each = pytest.mark.parametrize("kind", DECOMPRESSORS)
+each_expansion = pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
 
 
 class Case:
@@ -42,12 +42,12 @@ class Case:
         torch.manual_seed(seed)
         self.kind, self.grid = kind, (cells[0] * stride, cells[1] * stride)
         dense, compact = self.grid[0] * self.grid[1], cells[0] * cells[1]
-        if kind in INSIDE_LOOP:
-            self.module = INSIDE_LOOP[kind](stride, layers=layers, **SHAPE)
+        if kind == "strip":
+            self.module = StripDecompressor(stride, layers=layers, **SHAPE)
             self.length, self.block = stride**2, 1
             condition = torch.randn(batch, OUT_WIDTH)  # hidden states
         else:
-            self.module = AFTER_LOOP[kind](stride, side * stride, layers=layers, **SHAPE)
+            self.module = CLASSES[kind](stride, side * stride, layers=layers, **SHAPE)
             self.length, self.block = dense, compact if kind == "phase" else 1
             condition = torch.randn(batch, compact, CODE_WIDTH)  # compact entries
         self.conditions = (condition, torch.randn(batch, count, CODE_WIDTH))
@@ -58,13 +58,13 @@ class Case:
     @property
     def of_grid(self) -> tuple:
         """The argument that decompressors after the loop take, and those inside it do not: they know the codes of one step."""
-        return () if self.kind in INSIDE_LOOP else (self.grid,)
+        return () if self.kind == "strip" else (self.grid,)
 
     def order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind in INSIDE_LOOP else self.module.order(x, self.grid)
+        return x if self.kind == "strip" else self.module.order(x, self.grid)
 
     def unorder(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.kind in INSIDE_LOOP else self.module.unorder(x, self.grid)
+        return x if self.kind == "strip" else self.module.unorder(x, self.grid)
 
     @torch.no_grad()
     def features(self, codes: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_the_compact_tokens_and_the_global_tokens_count(kind, which):
     assert not torch.allclose(case.features(case.codes), before)
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("raster", 16), ("phase", 4), ("cell", 4), ("strip", 4)])
+@pytest.mark.parametrize(("kind", "steps"), [("raster", 16), ("phase", 4), ("strip", 4)])
 def test_number_of_steps(kind, steps):
     case = Case(kind, count=1, **SMALL)
     codes, _, count = case.draw()
@@ -148,14 +148,14 @@ def test_rows_do_not_see_each_other(kind):
 
 
 @given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
-def test_a_phase_draws_one_sub_position_of_every_cell(stride, rows, columns):
+def test_a_phase_draws_one_sub_position_of_every_window(stride, rows, columns):
     module, grid = PhaseDecompressor(stride, 2 * stride, layers=1, **SHAPE), (rows * stride, columns * stride)
     sub_positions = torch.arange(stride**2).expand(1, rows * columns, -1)
-    ordered = module.order(cells_to_raster(sub_positions, stride, grid), grid)
+    ordered = module.order(windows_to_raster(sub_positions, stride, grid), grid)
     assert ordered[0].tolist() == sorted(sub_positions.flatten().tolist())
 
 
-@pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
+@each_expansion
 @given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
 def test_the_order_is_undone_exactly(module, stride, rows, columns):
     grid = (rows * stride, columns * stride)
@@ -164,34 +164,33 @@ def test_the_order_is_undone_exactly(module, stride, rows, columns):
     assert torch.equal(module.unorder(module.order(raster, grid), grid), raster)
 
 
-@pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
+@each_expansion
 @given(stride=st.integers(1, 3), side=st.integers(1, 3))
 def test_the_grid_that_positions_were_learned_on_gets_them_as_they_are(module, stride, side):
     module = module(stride, side * stride, layers=1, **SHAPE)
     assert torch.equal(module.positions((side * stride, side * stride)), module.decoder.positions)
 
 
-@pytest.mark.parametrize("module", [PhaseDecompressor, RasterDecompressor])
+@each_expansion
 def test_a_stretched_position_is_near_those_that_it_lies_between(module):
     """Each place of a grid twice as wide takes after its neighbours in the same column of the learned one."""
     module = module(2, 4, layers=1, **SHAPE)
     columns = torch.arange(4.0).expand(4, 4).flatten()  # of each place, in raster order
     with torch.no_grad():
         module.decoder.positions.copy_(module.order(columns[None], (4, 4))[0].unsqueeze(1).expand(-1, 16))
-    stretched = module.unorder(module.positions((4, 8))[None], (4, 8)).view(4, 8, 16)[..., 0]
-    assert (stretched.diff(dim=1)[:, ::2] >= 0).all()
-    assert (stretched[:, -1] > stretched[:, 0]).all()
+    interpolated = module.unorder(module.positions((4, 8))[None], (4, 8)).view(4, 8, 16)[..., 0]
+    assert (interpolated.diff(dim=1)[:, ::2] >= 0).all()
+    assert (interpolated[:, -1] > interpolated[:, 0]).all()
 
 
-@pytest.mark.parametrize("kind", INSIDE_LOOP)
 @given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
-def test_what_each_step_draws_is_undone_exactly(kind, stride, rows, columns):
-    module, grid = INSIDE_LOOP[kind](stride, layers=1, **SHAPE), (rows * stride, columns * stride)
+def test_what_each_step_draws_is_undone_exactly(stride, rows, columns):
+    module, grid = StripDecompressor(stride, layers=1, **SHAPE), (rows * stride, columns * stride)
     raster = torch.arange(2 * grid[0] * grid[1] * 3).view(2, -1, 3)
-    cells = module.order(raster, grid)
-    assert cells.shape == (2, rows * columns, stride**2, 3)
-    assert torch.equal(module.unorder(cells, grid), raster)
-    assert torch.equal(module.order(module.unorder(cells, grid), grid), cells)
+    steps = module.order(raster, grid)
+    assert steps.shape == (2, rows * columns, stride**2, 3)
+    assert torch.equal(module.unorder(steps, grid), raster)
+    assert torch.equal(module.order(module.unorder(steps, grid), grid), steps)
 
 
 @given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
@@ -201,50 +200,48 @@ def test_strips_cut_the_raster_and_change_nothing_of_its_order(stride, rows, col
     assert torch.equal(module.order(raster, grid).flatten(1), raster)
 
 
-@given(stride=st.integers(1, 4), rows=st.integers(1, 5), columns=st.integers(1, 5), row_ends=st.booleans())
-def test_a_strip_stands_where_its_last_code_stands_in_the_bases_own_sequence(stride, rows, columns, row_ends):
+@given(stride=st.integers(1, 4), rows=st.integers(1, 5), columns=st.integers(1, 5), has_eol=st.booleans())
+def test_a_strip_stands_where_its_last_code_stands_in_the_bases_own_sequence(stride, rows, columns, has_eol):
     grid = (rows * stride, columns * stride)
     base = []  # the base's own sequence: its codes by number, and where there are some, the ends of its rows
     for row in range(grid[0]):
         base += range(row * grid[1], (row + 1) * grid[1])
-        base += [("end", row)] * row_ends
-    steps = iter(StripDecompressor(stride, layers=1, **SHAPE).advances(grid, row_ends))
+        base += [("end", row)] * has_eol
+    steps = iter(StripDecompressor(stride, layers=1, **SHAPE).position_deltas(grid, has_eol))
     place = 0  # of the separator: where the first code stands
     for row in range(rows):  # of strips: as many codes as s rows of the raster hold
         for column in range(columns):
             place += next(steps)
             assert base[place] == (row * columns + column + 1) * stride**2 - 1
-        if row_ends:  # one word, behind every s rows
+        if has_eol:  # one word, behind every s rows
             place += 1
             assert base[place] == ("end", (row + 1) * stride - 1)
     assert next(steps, None) is None
     assert place + 1 == len(base)  # what follows the image stands where it stands in the base's
 
 
-@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3), row_ends=st.booleans())
-def test_cells_stand_one_behind_the_other(stride, rows, columns, row_ends):
-    module = CellDecompressor(stride, layers=1, **SHAPE)
-    assert module.advances((rows * stride, columns * stride), row_ends) == [1] * (rows * columns)
+@each_expansion
+@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3), has_eol=st.booleans())
+def test_compact_codes_stand_one_after_the_other(module, stride, rows, columns, has_eol):
+    module = module(stride, 2 * stride, layers=1, **SHAPE)
+    assert module.position_deltas((rows * stride, columns * stride), has_eol) == [1] * (rows * columns)
 
 
-@pytest.mark.parametrize("kind", INSIDE_LOOP)
-def test_features_start_from_the_hidden_state(kind):
-    case = Case(kind, count=1, **SMALL)
+def test_features_start_from_the_hidden_state():
+    case = Case("strip", count=1, **SMALL)
     for weight in case.module.decoder.out.parameters():
         torch.nn.init.zeros_(weight)
     assert torch.equal(case.features(case.codes), case.conditions[0].unsqueeze(1).expand(-1, 4, -1))
 
 
-@pytest.mark.parametrize("kind", INSIDE_LOOP)
-def test_an_untrained_steps_input_is_the_mean_of_its_codes_embeddings(kind):
-    module = INSIDE_LOOP[kind](2, layers=1, **SHAPE)
+def test_an_untrained_steps_input_is_the_mean_of_its_codes_embeddings():
+    module = StripDecompressor(2, layers=1, **SHAPE)
     embeddings, entries = torch.randn(3, 5, 4, OUT_WIDTH), torch.randn(3, 5, 4, CODE_WIDTH)
     assert torch.equal(module.embed(embeddings, entries), embeddings.mean(-2))
 
 
-@pytest.mark.parametrize("kind", INSIDE_LOOP)
-def test_a_trained_input_tells_where_a_code_stood(kind):
-    module = INSIDE_LOOP[kind](2, layers=1, **SHAPE)
+def test_a_trained_input_tells_where_a_code_stood():
+    module = StripDecompressor(2, layers=1, **SHAPE)
     torch.nn.init.normal_(module.places_in.weight)
     embeddings, entries = torch.randn(3, 4, OUT_WIDTH), torch.randn(3, 4, CODE_WIDTH)
     swapped = [1, 0, 2, 3]

@@ -4,7 +4,7 @@ import ablate
 import pytest
 import torch
 from ablation import costs as ablation_costs
-from ablation.variants import AXES, START, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK, pool_drawn_with
+from ablation.variants import AXES, START, ClsToken, GatedPool, MaxPool, MeanToken, StridedConv, TopK, pool_drawn_with, strip
 from helpers import attach
 from safetensors.torch import load_file
 from scoring.contenders import Contender, contenders, draw
@@ -52,7 +52,7 @@ def test_stage_1_trains_a_learned_pooling_of_what_is_drawn_and_stage_2_leaves_it
     model = attach(base, decompressor="raster")
     pool_drawn_with(StridedConv, model)
     stage = ReconstructionStage(model)
-    pool = model.drawing.module.pool
+    pool = model.code_head.module.pool
     assert pool in stage.trained.values()
     stage(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))["loss"].backward()
     assert pool.weight.grad.abs().sum() > 0
@@ -73,13 +73,14 @@ def test_every_variant_fits_an_adapter_which_then_scores_and_draws(base, process
     model = attach(base, **{name: value for name, value in variant.options.items() if name != "distill"})
     if variant.change is not None:
         variant.change(model)
+    variant.begin_stage_2(model)
     compact = model.compact_processor(processor)
     batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)(
         [scene_row(0, "train"), scene_row(1, "train")]
     )
     model.train_only("language model")
     model(**batch).loss.backward()
-    assert model.reading.active_module().separator.grad.abs().sum() > 0
+    assert model.read_layer.active_module().separator.grad.abs().sum() > 0
     (images, _) = draw(Contender("adapter", model.eval(), compact), ["a red 3 at the top left"], do_sample=False)
     assert images[0].size == (64, 64)
 
@@ -132,7 +133,7 @@ def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_bud
 
 def test_a_variant_costs_what_its_repo_holds(base_folder, tmp_path):
     (dense,) = contenders(str(base_folder), None)
-    model = ablation_costs.fresh("default", dense, START).model
+    model = ablation_costs.fresh("strip", dense, strip()).model
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert ablation_costs.megabytes(model) == sum(weight.nbytes for weight in stored.values()) / 1e6

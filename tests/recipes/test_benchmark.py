@@ -53,15 +53,15 @@ def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
 
 def test_further_decompressors_draw_in_the_same_turns_and_are_told_beside(tmp_path, capsys):
     chart = str(tmp_path / "figures.png")
-    arguments = {"repeats": 1, "warm_up": False, "also": ["phase", "cell"], "alternatives": ["static"], "chart": chart}
+    arguments = {"repeats": 1, "warm_up": False, "also": ["phase", "raster"], "alternatives": ["static"], "chart": chart}
     figures = benchmark.main(benchmark.BenchmarkArguments(**arguments))
-    everyone = {*SIDES, "phase", "cell"}
+    everyone = {*SIDES, "phase", "raster"}
     drawing = figures["drawing"]
     assert drawing["seconds"].keys() == drawing["shares"].keys() == figures["batches"].keys() == everyone
     assert all(taken > 0 for taken in drawing["seconds"].values())
     assert drawing["alternatives"]["static"]["1"].keys() == figures["reading"]["seconds"]["prefill"].keys() == set(SIDES)
     kept = figures["memory"]["drawing"]["keys and values, of a drawing"]["1"]
-    assert kept["adapter"] < kept["phase"] == kept["cell"] < kept["base"]  # phase and cell feed their global codes, too
+    assert kept["adapter"] < kept["phase"] == kept["raster"] < kept["base"]  # phase and raster feed their global codes, too
     header, _, first, *rows = capsys.readouterr().out.partition("\n\n")[2].splitlines()
     assert header == "| | base | adapter | gain | phase | gain | cell | gain |"
     base, adapter, gain, *_, cell, of_cell = first.strip("| ").split(" | ")[1:]
@@ -173,7 +173,7 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
     [
         ({"shape": "huge"}, r"--shape 'huge'.*tiny, janus-pro-1b, janus-pro-7b"),
         ({"decompressor": "magic"}, r"--decompressor 'magic'.*strip, cell, phase, raster"),
-        ({"decompressor": "cell"}, r"--decompressor 'cell'.*strip with --shape tiny"),
+        ({"decompressor": "phase"}, r"--decompressor 'phase'.*strip with --shape tiny"),
         ({"dtype": "int7"}, r"--dtype 'int7'.*float32"),
         ({"device": "cuda:99"}, r"--device 'cuda:99'.*cpu"),
         ({"device": "toaster"}, r"--device 'toaster'.*cpu"),

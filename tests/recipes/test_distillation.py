@@ -178,7 +178,7 @@ def test_a_row_that_the_teacher_has_no_room_for_is_refused(base, processor, shor
         taught_rows(model, processor, short_processor, source, context=length - 1)
 
 
-@pytest.mark.parametrize("decompressor", ["strip", "cell"])
+@pytest.mark.parametrize("decompressor", ["strip", "phase"])
 def test_a_drawing_takes_the_places_of_the_context_that_it_is_given(base, short_processor, images, tmp_path, decompressor):
     """With "strip" those of the base's own sequence, far more than its tokens."""
     images[0].save(tmp_path / "0.png")
@@ -194,7 +194,7 @@ def test_a_drawing_takes_the_places_of_the_context_that_it_is_given(base, short_
         model(**batch)
     hook.remove()
     places = int(seen[0].max()) + 1
-    assert places - batch["input_ids"].shape[1] == {"strip": 47, "cell": 0}[decompressor]
+    assert places - batch["input_ids"].shape[1] == {"strip": 47, "phase": 0}[decompressor]
     source = write_rows(tmp_path / "drawn.jsonl", [{"messages": messages, "images": ["0.png"]}])
     assert len(training_rows([source], RowCheck(collator, places, partial(places_of, model)))) == 1
     with pytest.raises(DatasetError, match=rf"{places} tokens, where the base takes {places - 1}"):
@@ -211,12 +211,12 @@ def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
         alone, labels, drawn = by_hand(pristine, distiller, row)
         expected.append(pristine.lm_head(alone[:, :-1])[0, (labels != -100)[0, 1:] & ~drawn[0, 1:]].softmax(-1))
     told = distiller.taught(teacher, 1.0)
-    torch.testing.assert_close(told["word_probs"], torch.cat(expected), atol=1e-5, rtol=1e-4)
-    words = (batch["labels"] != -100) & ~batch["drawn_mask"]
-    assert len(told["word_probs"]) == words.sum()
+    torch.testing.assert_close(told["teacher_probs"], torch.cat(expected), atol=1e-5, rtol=1e-4)
+    words = (batch["labels"] != -100) & ~batch["gen_mask"]
+    assert len(told["teacher_probs"]) == words.sum()
     with torch.no_grad():
-        plain, distilled = distiller.model(**batch), distiller.model(**batch, word_probs=told["word_probs"])
-        mixed = distiller.model(**batch, word_probs=told["word_probs"], word_probs_share=told["word_probs_share"])
+        plain, distilled = distiller.model(**batch), distiller.model(**batch, teacher_probs=told["teacher_probs"])
+        mixed = distiller.model(**batch, teacher_probs=told["teacher_probs"], teacher_probs_weight=told["teacher_probs_weight"])
     of_words = words[:, 1:]
     assert torch.equal(distilled.log_probs[~of_words], plain.log_probs[~of_words])
     assert (distilled.log_probs[of_words] <= 1e-6).all()  # less a divergence
@@ -228,14 +228,14 @@ def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
 def by_hand(pristine, distiller, row: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A row's last hidden states of the bare base (1, L, D), which reads and draws all codes; its labels, and what it draws."""
     batch, family = distiller.data_collator.dense([row]), family_of(pristine)
-    drawn = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+    drawn = batch.get("gen_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
     with torch.no_grad():
         embeddings = pristine.get_input_embeddings()(batch["input_ids"])
         if "pixel_values" in batch:
             features = pristine.model.get_image_features(batch["pixel_values"]).pooler_output
             embeddings[(batch["input_ids"] == family.image_token_id) & ~drawn] = features.flatten(0, 1)
         if drawn.any():
-            codes = family.dense_codes(batch["drawn_pixel_values"])
+            codes = family.dense_codes(batch["gen_pixel_values"])
             embeddings[drawn] = pristine.prepare_embeddings_for_image_generation(codes).flatten(0, 1)
         hidden = pristine.model.language_model(inputs_embeds=embeddings).last_hidden_state
     return hidden, batch["labels"], drawn
@@ -257,15 +257,15 @@ def test_drawn_states_are_the_bare_bases_before_each_code(distiller, pristine, e
     for row in rows:
         hidden, _, drawn = by_hand(pristine, distiller, row)
         expected.append(hidden[:, :-1][drawn[:, 1:]].view(-1, 64, hidden.shape[-1]))
-    torch.testing.assert_close(told["drawn_states"], torch.cat(expected), atol=1e-4, rtol=1e-4)
-    assert len(told["drawn_states"]) == 3
+    torch.testing.assert_close(told["teacher_states"], torch.cat(expected), atol=1e-4, rtol=1e-4)
+    assert len(told["teacher_states"]) == 3
 
 
 def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
     batch = distiller.data_collator([editing, scenes_dataset(8, 1)[0] | {"taught": True}])
     batch.pop("origins")
     told = distiller.taught(dict(batch["teacher"]), 1.0)
-    assert told.keys() == {"word_probs", "word_probs_share", "drawn_states", "drawn_states_share"}
+    assert told.keys() == {"teacher_probs", "teacher_probs_weight", "teacher_states", "teacher_states_weight"}
     inputs = {name: value for name, value in batch.items() if name != "teacher"}
     with torch.no_grad():
         expected = distiller.model(**inputs, **told).loss
@@ -277,25 +277,25 @@ def test_rows_that_read_teach_no_states_and_other_orders_none(base, make_distill
     strip = make_distiller(attach(base))
     assert strip.taught(strip.data_collator([reading])["teacher"], 1.0) == {}  # nobody is asked
     assert strip.taught(strip.data_collator([reading | {"taught": True}])["teacher"], 1.0).keys() == {
-        *("word_probs", "word_probs_share")
+        *("teacher_probs", "teacher_probs_weight")
     }
-    cell = make_distiller(attach(strip.model.unload(), decompressor="cell"))
-    assert "drawn_states" not in cell.taught(cell.data_collator([reading, drawing])["teacher"], 1.0)
+    phase = make_distiller(attach(strip.model.unload(), decompressor="phase"))
+    assert "teacher_states" not in phase.taught(phase.data_collator([reading, drawing])["teacher"], 1.0)
 
 
 def test_a_teacher_of_latents_says_what_it_says_of_pixels(distiller, editing, short_processor):
     family, collator = distiller.model.family, distiller.data_collator
     packed = {**editing, "latents": pack_latents(family, short_processor, editing["images"])}
     pixels, latents = (collator([row])["teacher"] for row in (editing, packed))
-    drawn = Images(pixels["drawn_pixel_values"]), Images(latents=latents["drawn_latents"])
-    own = family.dense_codes(pixels["drawn_pixel_values"])
+    drawn = Images(pixels["gen_pixel_values"]), Images(latents=latents["gen_latents"])
+    own = family.dense_codes(pixels["gen_pixel_values"])
     for images in drawn:
         codes = dense_codes(family, images)
         assert [len(of_image) for of_image in codes] == [64, 64]
         assert torch.equal(torch.stack(codes), own)
     assert dense_codes(family, Images()) == []
     ours, theirs = (distiller.taught(batch, 0.5) for batch in (latents, pixels))
-    assert ours.pop("drawn_states_share") == theirs.pop("drawn_states_share") == 0.5
+    assert ours.pop("teacher_states_weight") == theirs.pop("teacher_states_weight") == 0.5
     assert_same(ours, theirs)
 
 

@@ -164,7 +164,7 @@ def test_another_learning_rate_goes_on_from_a_checkpoint(base_folder, captioned,
 # Rows to evaluate on
 
 
-@pytest.mark.parametrize(("metric", "greater"), [(None, False), ("eval_loss_words", False), ("eval_mean_token_accuracy", True)])
+@pytest.mark.parametrize(("metric", "greater"), [(None, False), ("eval_loss_text", False), ("eval_mean_token_accuracy", True)])
 def test_the_best_checkpoint_goes_with_the_saved_ones_and_a_loss_is_best_where_it_is_least(metric, greater):
     _, training = parsed("--load_best_model_at_end", "true", *(["--metric_for_best_model", metric] if metric else []))
     assert (training.eval_strategy, training.eval_steps) == (training.save_strategy, training.save_steps)
@@ -192,7 +192,7 @@ def test_a_share_of_the_rows_is_evaluated_on_and_the_best_checkpoint_is_kept(bas
     )
     log = log_of(folder)
     evaluations = [row for row in log if "eval_loss" in row]
-    assert all({"eval_loss_words", "eval_loss_cells", "eval_mean_token_accuracy"} <= row.keys() for row in evaluations)
+    assert all({"eval_loss_text", "eval_loss_codes", "eval_mean_token_accuracy"} <= row.keys() for row in evaluations)
     assert not any(name.startswith("eval_") for row in log if "loss" in row for name in row)
     losses = [row["eval_loss"] for row in evaluations]
     best = losses.index(min(losses)) + 1
@@ -220,7 +220,7 @@ def test_rows_of_their_own_are_evaluated_on_by_their_labels(base_folder, caption
         **dict.fromkeys(("num_global_tokens", "r", "decompressor_width", "decompressor_layers")),
     )
     [found] = [row for row in log_of(again) if "eval_loss" in row]
-    for name in ("eval_loss", "eval_loss_words", "eval_loss_cells"):
+    for name in ("eval_loss", "eval_loss_text", "eval_loss_codes"):
         assert found[name] == pytest.approx(scores[name], rel=1e-4)
 
 

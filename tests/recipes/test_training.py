@@ -73,7 +73,7 @@ def test_the_trainer_minimises_and_logs_the_joint_loss(base, make_trainer):
         after = model(**batches[0])
     log = trainer.state.log_history[0]
     labels = expected.label_mask.sum()
-    assert {"pixel_values", "drawn_pixel_values"} <= batches[0].keys()  # read and drawn rows in one batch
+    assert {"pixel_values", "gen_pixel_values"} <= batches[0].keys()  # read and drawn rows in one batch
     assert log["loss"] == pytest.approx(expected.loss.item(), rel=1e-3)
     assert log["mean_token_accuracy"] == pytest.approx((expected.is_top1.sum() / labels).item(), rel=1e-2)
     assert log["entropy"] == pytest.approx((expected.entropy.sum() / labels).item(), rel=1e-2)

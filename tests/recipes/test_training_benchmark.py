@@ -94,7 +94,7 @@ def test_the_compact_drawing_loss_is_that_of_the_collators_batch(sides, short_pr
     turns = [("user", {"type": "text", "text": CAPTIONS[1]}), ("assistant", {"type": "image"})]
     messages = [{"role": role, "content": [part]} for role, part in turns]
     batch = collate([{"messages": messages, "images": images[:1]}])
-    drawn = batch["drawn_mask"]
+    drawn = batch["gen_mask"]
     expected = -(side.model(**batch).log_probs * drawn[:, 1:]).sum() / (DRAWN - 1)  # the separator is not predicted
     prompt = batch["input_ids"][:, : drawn[0].nonzero()[0]]
     assert side.drawing_loss(prompt, shown["drawing_loss"]).item() == pytest.approx(expected.item(), rel=1e-5)

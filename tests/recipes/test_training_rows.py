@@ -218,7 +218,7 @@ def test_rows_are_still_encoded_and_make_batches_once_they_are_decoded(folder, c
     assert next(iter(rows))["images"] == [{"path": str(folder / "good.png"), "bytes": None}]
     (batch,) = DataLoader(samples(rows), batch_size=4, collate_fn=collator)
     assert len(batch["input_ids"]) == 4
-    assert len(batch["pixel_values"]) == len(batch["drawn_pixel_values"]) == 2
+    assert len(batch["pixel_values"]) == len(batch["gen_pixel_values"]) == 2
 
 
 def mixture(folder, collator, streaming=False, **options) -> list[str]:
@@ -325,7 +325,7 @@ def test_rows_are_checked_again_where_the_verdict_may_be_another(folder, collato
     with pytest.raises(DatasetError, match="where the base takes 10"):
         training_rows([source], RowCheck(collator, 10))
     training_rows([source], RowCheck(UniCompressCollator(short_processor, small_config(num_global_tokens=3)), CONTEXT))
-    training_rows([source], RowCheck(UniCompressCollator(short_processor, small_config(decompressor="cell")), CONTEXT))
+    training_rows([source], RowCheck(UniCompressCollator(short_processor, small_config(decompressor="phase")), CONTEXT))
     assert len(list(cache.iterdir())) == count + 3
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from .family import Geometry, exact
-from .shared_vocabulary import WordFamily
+from .shared_vocabulary import SharedVocabularyFamily
 
 
-class Chameleon(WordFamily):
+class Chameleon(SharedVocabularyFamily):
     """A `ChameleonForConditionalGeneration`."""
 
     model_type = "chameleon"
@@ -68,7 +68,7 @@ class Chameleon(WordFamily):
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) -> logits of the words; those of images are masked, as the base does."""
         logits = self.base.lm_head(hidden)
-        return logits.index_fill(-1, self.words, torch.finfo(logits.dtype).min)
+        return logits.index_fill(-1, self.code_token_ids, torch.finfo(logits.dtype).min)
 
     def compact_processor(self, processor: ProcessorMixin, stride: int, num_global_tokens: int) -> ProcessorMixin:
         processor = copy.deepcopy(processor)

@@ -12,12 +12,12 @@ from transformers import AutoProcessor, Emu3Processor, GenerationConfig, Process
 from ..errors import BaseModelError, InputError
 from ..layers import Grid
 from .family import Geometry, Size, exact, weight_of
-from .shared_vocabulary import WordFamily
+from .shared_vocabulary import SharedVocabularyFamily
 
-POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' are stretched from it
+POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' are interpolated from it
 
 
-class Emu3(WordFamily):
+class Emu3(SharedVocabularyFamily):
     """An `Emu3ForConditionalGeneration`."""
 
     model_type = "emu3"
@@ -29,7 +29,7 @@ class Emu3(WordFamily):
         "read": "model.vqmodel.encoder",
         "draw": "model.vqmodel.quant_conv",
     }
-    row_ends = True
+    has_eol = True
     example_grid = (90, 90)
     drawing_snippet = """\
 inputs = processor(text=[prompt], return_for_image_generation=True, ratio="1:1", return_tensors="pt").to(device)
@@ -49,7 +49,7 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
                 f"config.vocabulary_map lacks {', '.join(map(repr, missing))}; expected Emu3's image words. Load the config "
                 "that the base was published with."
             )
-        self.image_token_id, self._start, self._wrapper, self._end, self._row_end, self._file_end = map(vocabulary.get, names)
+        self.image_token_id, self._start, self._wrapper, self._end, self._eol, self._file_end = map(vocabulary.get, names)
         self._factor = base.model.vqmodel.vision_spatial_factor
         self.geometry = Geometry(
             model_type=self.model_type,
@@ -107,12 +107,12 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
     def language_model(self, **inputs):
         return self.base.model.text_model(**inputs)
 
-    def frame(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
+    def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
         start = input_ids == self._start
         last = start.flip(1).cumsum(1).flip(1) == 0  # behind the last image's start: its size, and its begin
         return start | last | (input_ids == generation_config.bos_token_id)
 
-    def image_begin(self, generation_config: GenerationConfig) -> int:
+    def boi_token_id(self, generation_config: GenerationConfig) -> int:
         return self._wrapper
 
     def prompt_grids(self, count: int, image_sizes: torch.Tensor | None) -> list[Grid]:
@@ -129,12 +129,12 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         return grids
 
     @property
-    def row_end(self) -> torch.Tensor:
-        return weight_of(self.base.get_input_embeddings())[self._row_end]
+    def eol(self) -> torch.Tensor:
+        return weight_of(self.base.get_input_embeddings())[self._eol]
 
     def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Codes (B, H * W) -> words (B, H * (W + 1) + 3): each row with its end, then the end of file, image and sequence."""
-        rows = F.pad(self.words[codes].unflatten(1, grid), (0, 1), value=self._row_end)  # (B, H, W + 1)
+        rows = F.pad(self.code_token_ids[codes].unflatten(1, grid), (0, 1), value=self._eol)  # (B, H, W + 1)
         tokens = F.pad(rows.flatten(1), (0, 3), value=self.base.config.text_config.eos_token_id)
         tokens[:, -3], tokens[:, -2] = self._file_end, self._end
         return tokens
@@ -168,13 +168,13 @@ class CompactEmu3Processor(Emu3Processor):
         self.image_processor.spatial_factor = self.downsample_ratio * stride
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The block of one image: its start and dense size, G and separator, the cells row by row, its end."""
+        """The block of one image: its start and dense size, G and separator, the compact tokens row by row, its end."""
         rows, columns = (int(side) // self.downsample_ratio for side in image_inputs["image_sizes"][image_idx])
-        cells = self.image_token * (columns // self.stride) + self.tokenizer.eol_token
+        row = self.image_token * (columns // self.stride) + self.tokenizer.eol_token
         return (
             f"{self.image_start_token}{rows}*{columns}{self.fake_token_around_image}"
             f"{self.image_token * (self.num_global_tokens + 1)}"
-            f"{cells * (rows // self.stride)}"
+            f"{row * (rows // self.stride)}"
             f"{self.eof_token}{self.image_end_token}"
         )
 

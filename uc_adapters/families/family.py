@@ -87,10 +87,10 @@ class Family(ABC):
     """
     target_modules: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """What LoRA takes in the language model by default."""
-    codes_are_words: ClassVar[bool] = False
+    shared_vocabulary: ClassVar[bool] = False
     """Whether codes are words of the vocabulary, read as word embeddings and drawn by the head of the words. Then no module
     takes the dense features in, and the hosts only carry: see `uc_adapters.layer`."""
-    row_ends: ClassVar[bool] = False
+    has_eol: ClassVar[bool] = False
     """Whether a word of its own stands behind each row of an image."""
     why_no_drawing: ClassVar[str | None] = None
     """Why the base cannot draw; None where it can."""
@@ -149,7 +149,7 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
 
     def dense_placeholders(self, grid: Grid) -> int:
         """Placeholders of an image in the base's own prompts; the ends of its rows are some, too."""
-        return grid[0] * (grid[1] + self.row_ends)
+        return grid[0] * (grid[1] + self.has_eol)
 
     def by_size(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None
@@ -226,15 +226,15 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         """Hidden states (..., D) -> logits of the codes alone (..., K), below any adapter's host."""
         raise NotImplementedError
 
-    def frame(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
+    def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
         """Which tokens of drawing prompts (B, L) are no words: the begin of the sequence, and what frames an image."""
         raise NotImplementedError
 
     def unconditional(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
         """Drawing prompts (B, L) without their words, as guidance needs them and caption dropout trains on them."""
-        return input_ids.masked_fill(~self.frame(input_ids, generation_config), generation_config.pad_token_id)
+        return input_ids.masked_fill(~self.wrapper_mask(input_ids, generation_config), generation_config.pad_token_id)
 
-    def image_begin(self, generation_config: GenerationConfig) -> int:
+    def boi_token_id(self, generation_config: GenerationConfig) -> int:
         """The token that a drawing prompt ends in."""
         raise NotImplementedError
 
@@ -243,8 +243,8 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         return [(self.geometry.draw_side, self.geometry.draw_side)] * count
 
     @property
-    def row_end(self) -> torch.Tensor:
-        """What the language model reads behind each row of an image, (D,), where `row_ends`."""
+    def eol(self) -> torch.Tensor:
+        """What the language model reads behind each row of an image, (D,), where `has_eol`."""
         raise NotImplementedError
 
     def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -88,10 +88,10 @@ image = Image.fromarray(pixels.permute(1, 2, 0).numpy())"""
     def language_model(self, **inputs):
         return self.base.model.language_model(**inputs)
 
-    def frame(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
-        return (input_ids == generation_config.bos_token_id) | (input_ids == self.image_begin(generation_config))
+    def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
+        return (input_ids == generation_config.bos_token_id) | (input_ids == self.boi_token_id(generation_config))
 
-    def image_begin(self, generation_config: GenerationConfig) -> int:
+    def boi_token_id(self, generation_config: GenerationConfig) -> int:
         return generation_config.generation_kwargs["boi_token_id"]
 
     def compact_processor(self, processor: ProcessorMixin, stride: int, num_global_tokens: int) -> ProcessorMixin:

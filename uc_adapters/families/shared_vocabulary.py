@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from .family import Family, weight_of
 
 
-class WordFamily(Family):
+class SharedVocabularyFamily(Family):
     """What is the same for all of them."""
 
-    codes_are_words = True
-    _words: torch.Tensor | None = None
+    shared_vocabulary = True
+    _code_token_ids: torch.Tensor | None = None
 
     @property
-    def words(self) -> torch.Tensor:
+    def code_token_ids(self) -> torch.Tensor:
         """The word of each code, (K,), where the embeddings are."""
-        if self._words is None or self._words.device != self.device:
-            self._words = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(self.device)
-        return self._words
+        if self._code_token_ids is None or self._code_token_ids.device != self.device:
+            self._code_token_ids = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(self.device)
+        return self._code_token_ids
 
     def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.embed_codes(self.dense_codes(pixel_values))
@@ -36,12 +36,12 @@ class WordFamily(Family):
         return weight_of(self.base.model.vqmodel.quantize.embedding).detach().float()
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        return self.base.get_input_embeddings()(self.words[codes])
+        return self.base.get_input_embeddings()(self.code_token_ids[codes])
 
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The words' own head, where it stands for codes: only an image's words can be drawn where an image is due."""
         weight = weight_of(self.base.lm_head)
-        words = weight[self._run] if self._run is not None else weight[self.words]  # a slice copies nothing
+        words = weight[self._run] if self._run is not None else weight[self.code_token_ids]  # a slice copies nothing
         return F.linear(hidden.to(weight.dtype), words)
 
     @cached_property

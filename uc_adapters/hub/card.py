@@ -109,13 +109,13 @@ def _token_rows(config: dict) -> str:
     family = FAMILIES[geometry["model_type"]]
     image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
 
-    def row(what: str, side: int, more: int, row_ends: bool) -> tuple[str, int, int]:
+    def row(what: str, side: int, more: int, has_eol: bool) -> tuple[str, int, int]:
         rows, columns = family.example_grid or (side, side)
-        cells = rows * columns // stride**2
-        return what, rows * (columns + family.row_ends), more + cells + row_ends * (rows // stride)
+        compact = rows * columns // stride**2
+        return what, rows * (columns + family.has_eol), more + compact + has_eol * (rows // stride)
 
     # the separator and row ends are read; they are known, and no steps of their own in drawing
-    table = [row(f"tokens to read {image}", geometry["read_side"], count + 1, family.row_ends)]
+    table = [row(f"tokens to read {image}", geometry["read_side"], count + 1, family.has_eol)]
     if family.why_no_drawing is None:
         table.append(row("steps of the language model to draw one", geometry["draw_side"], drawn, False))
     return _table(("", "base", "with this adapter"), table)
@@ -296,9 +296,9 @@ def _read_json(path: Path) -> Mapping:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    lines = [f"| {' | '.join(map(_table_cell, row))} |" for row in rows]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""
 
 
-def _cell(value: object) -> str:
+def _table_cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")

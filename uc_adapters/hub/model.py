@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 OF_TRAINING = {"base_fingerprint", "codebook_weight", "init_lora_weights", "lora_dropout"}
 
 
-class SharedModel(PeftModel):
+class HubModel(PeftModel):
     """Loading and saving, from a folder and from the Hub alike: all of an adapter, or an error that says why not."""
 
     def __init__(self, *args, **kwargs):

@@ -7,14 +7,14 @@ from torch import nn
 
 from .attention import Attention
 from .grid import Grid
-from .positions import stretch
+from .positions import interpolate
 
 
 class GlobalExtractor(nn.Module):
     """N_g learned queries cross-attend to the dense tokens; `G = LayerNorm(Q + MHA(Q, X, X))`.
 
     Dense tokens are only read. The queries carry the global tokens' own positions, the dense positions are learned on a
-    square grid and stretched to others.
+    square grid and interpolated to others.
 
     Args:
         in_width: Width of the dense tokens.
@@ -35,6 +35,6 @@ class GlobalExtractor(nn.Module):
 
     def forward(self, dense: torch.Tensor, grid: Grid) -> torch.Tensor:
         """(B, T, in_width) -> (B, N_g, in_width)."""
-        keys = self.project_in(dense) + stretch(self.dense_positions, self.side, grid)  # (B, T, W)
+        keys = self.project_in(dense) + interpolate(self.dense_positions, self.side, grid)  # (B, T, W)
         queries = self.queries.expand(dense.shape[0], -1, -1)  # (B, N_g, W)
         return self.project_out(self.norm(queries + self.attention(queries, self.attention.keys_values(keys))))

@@ -11,7 +11,7 @@ from ..errors import InputError
 Grid = tuple[int, int]
 
 
-def cells_of(grid: Grid, stride: int) -> Grid:
+def compact_grid(grid: Grid, stride: int) -> Grid:
     """The compact grid of a dense one.
 
     Raises:
@@ -26,22 +26,22 @@ def cells_of(grid: Grid, stride: int) -> Grid:
     return rows // stride, columns // stride
 
 
-def raster_to_cells(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
-    """Groups a raster (B, T, ...) of T = H * W by window: (B, T', s^2, ...), cells and sub-positions in raster order."""
-    rows, columns = cells_of(grid, stride)
+def raster_to_windows(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
+    """Groups a raster (B, T, ...) of T = H * W by window: (B, T', s^2, ...), windows and sub-positions in raster order."""
+    rows, columns = compact_grid(grid, stride)
     x = x.unflatten(1, (rows, stride, columns, stride))  # (B, H/s, s, W/s, s, ...)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, H/s * W/s, s * s, ...)
 
 
-def cells_to_raster(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
-    """The inverse of `raster_to_cells`: (B, T', s^2, ...) -> (B, T, ...)."""
-    x = x.unflatten(2, (stride, stride)).unflatten(1, cells_of(grid, stride))  # (B, H/s, W/s, s, s, ...)
+def windows_to_raster(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
+    """The inverse of `raster_to_windows`: (B, T', s^2, ...) -> (B, T, ...)."""
+    x = x.unflatten(2, (stride, stride)).unflatten(1, compact_grid(grid, stride))  # (B, H/s, W/s, s, s, ...)
     return x.transpose(2, 3).flatten(1, 4)  # (B, H * W, ...)
 
 
 def average_pool(x: torch.Tensor, stride: int, grid: Grid) -> torch.Tensor:
     """X_cont = AvgPool(X, s): (B, T, d) -> (B, T', d)."""
-    return raster_to_cells(x, stride, grid).mean(2)
+    return raster_to_windows(x, stride, grid).mean(2)
 
 
 class AveragePool(nn.Module):

@@ -1,4 +1,4 @@
-"""Learned positions of a square reference grid, stretched to images of other sizes."""
+"""Learned positions of a square reference grid, interpolated to images of other sizes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from .grid import Grid
 
 
-def stretch(positions: torch.Tensor, side: int, grid: Grid) -> torch.Tensor:
+def interpolate(positions: torch.Tensor, side: int, grid: Grid) -> torch.Tensor:
     """Positions of a `side` x `side` grid (side^2, W) -> of another grid (H * W, W), bilinearly; the same grid's are exact."""
     if grid == (side, side):
         return positions
     square = positions.T.unflatten(1, (1, side, side)).transpose(0, 1)  # (W, side^2) -> (1, W, side, side)
-    stretched = F.interpolate(square.float(), size=grid, mode="bilinear", align_corners=False)
-    return stretched.to(positions.dtype).flatten(2).squeeze(0).T  # (1, W, H, W) -> (H * W, W)
+    interpolated = F.interpolate(square.float(), size=grid, mode="bilinear", align_corners=False)
+    return interpolated.to(positions.dtype).flatten(2).squeeze(0).T  # (1, W, H, W) -> (H * W, W)

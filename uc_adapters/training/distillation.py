@@ -86,51 +86,51 @@ class DistillationTrainer(JointTrainer):
         """What the dense base says of a batch of its own inputs, for the adapter to learn with a weight from 0 to 1.
 
         Returns:
-            Where some answers are the base's own: `word_probs`, its probabilities of the N labelled words, (N, vocabulary), and
-            `word_probs_share`, (N,), 1 in those answers and 0 elsewhere. Where "strip" draws: `drawn_states`, its last hidden
-            states before each dense code of the images to draw, (M, T, D), and `drawn_states_share`, the weight.
+            If some answers are the base's own: `teacher_probs`, its probabilities at the N labelled text tokens, (N,
+            vocabulary), and `teacher_probs_weight`, (N,), 1 in those answers and 0 elsewhere. If "strip" generates:
+            `teacher_states`, its last hidden states before each dense code, (M, T, D), and `teacher_states_weight`, the weight.
         """
         model, family = self.model, self.model.family
-        drawn_mask = batch.get("drawn_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
-        words = ((batch["labels"] != -100) & ~drawn_mask)[:, 1:]  # (B, L - 1)
+        gen_mask = batch.get("gen_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+        words = ((batch["labels"] != -100) & ~gen_mask)[:, 1:]  # (B, L - 1)
         own = batch["taught"].unsqueeze(1).expand_as(words)[words].float()  # (N,)
-        drawn = Images(*(batch.get(f"drawn_{name}") for name in ("pixel_values", "image_sizes", "latents")))
+        drawn = Images(*(batch.get(f"gen_{name}") for name in ("pixel_values", "image_sizes", "latents")))
         teaches_codes = drawn.values is not None and model.active_peft_config.decompressor == "strip"
         if not teaches_codes and not own.any():
             return {}
         codes, grids = dense_codes(family, drawn), [family.draw_grid(size) for size in drawn.sizes(family)]
         with model.disable_adapter():
-            hidden = self._dense_hidden(batch, drawn_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
+            hidden = self._dense_hidden(batch, gen_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
             told = {}
             if own.any():
-                told |= {"word_probs": family.text_logits(hidden[words]).float().softmax(-1), "word_probs_share": own}
+                told |= {"teacher_probs": family.text_logits(hidden[words]).float().softmax(-1), "teacher_probs_weight": own}
         if teaches_codes:
-            before = hidden[drawn_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
+            before = hidden[gen_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
             states = [  # M times (T, D): those before the ends of rows are left out
                 of_image.unflatten(0, (rows, -1))[:, :columns].flatten(0, 1)
                 for of_image, (rows, columns) in zip(before, grids, strict=True)
             ]
-            told |= {"drawn_states": pad_sequence(states, batch_first=True), "drawn_states_share": weight}
+            told |= {"teacher_states": pad_sequence(states, batch_first=True), "teacher_states_weight": weight}
         return told
 
     def _dense_hidden(
-        self, batch: dict[str, torch.Tensor], drawn_mask: torch.Tensor, codes: list[torch.Tensor], grids: list[Grid]
+        self, batch: dict[str, torch.Tensor], gen_mask: torch.Tensor, codes: list[torch.Tensor], grids: list[Grid]
     ) -> torch.Tensor:
         """The dense base's last hidden states, (B, L, D), the codes of drawn images at their places."""
         family, ids, mask = self.model.family, batch["input_ids"], batch["attention_mask"]
         read = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
-        if family.codes_are_words:
+        if family.shared_vocabulary:
             for_images = [  # as the base draws them: with the ends of rows, but not that of the image
                 family.to_tokens(of_image[None], grid)[0, : family.dense_placeholders(grid)]
                 for of_image, grid in zip(codes, grids, strict=True)
             ]
-            ids = ids.masked_scatter(drawn_mask, torch.cat(for_images)) if codes else ids
+            ids = ids.masked_scatter(gen_mask, torch.cat(for_images)) if codes else ids
             return family.base.model(input_ids=ids, attention_mask=mask, use_cache=False, **read).last_hidden_state
-        to_read = (ids == family.image_token_id) & ~drawn_mask
-        embeddings = self.model.reading.embed_prompt(ids, read.get("pixel_values"), None, to_read)  # (B, L, D)
+        to_read = (ids == family.image_token_id) & ~gen_mask
+        embeddings = self.model.read_layer.embed_prompt(ids, read.get("pixel_values"), None, to_read)  # (B, L, D)
         if codes:
             drawn = family.embed_codes(torch.cat(codes)[None])[0]  # (M * T, D)
-            embeddings = embeddings.masked_scatter(drawn_mask.unsqueeze(-1), drawn.to(embeddings.dtype))
+            embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), drawn.to(embeddings.dtype))
         return family.language_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
 

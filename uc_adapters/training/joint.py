@@ -14,11 +14,11 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data import UniCompressCollator
 from ..errors import InputError
-from ..joint_loss import CELL, GLOBAL_CODE, WORD, JointOutput
+from ..joint_loss import CODES, GLOBAL_CODE, TEXT, JointOutput
 from ..model import UniCompressModel
 from .resumable import ResumableTrainer
 
-PARTS = {"loss_words": WORD, "loss_global_codes": GLOBAL_CODE, "loss_cells": CELL}
+PARTS = {"loss_text": TEXT, "loss_global_codes": GLOBAL_CODE, "loss_codes": CODES}
 
 
 class NamingCollator:
@@ -42,7 +42,7 @@ class EpochCallback(TrainerCallback):
 
 
 class JointTrainer(ResumableTrainer, SFTTrainer):
-    """Trains an adapter's language side on what it reads and draws; logs the loss of words, global codes and cells apart."""
+    """Trains an adapter's language side on what it reads and draws; logs the loss of text, global codes and codes apart."""
 
     parts = tuple(PARTS)
 

@@ -1,15 +1,14 @@
-"""Stage 1: fits an adapter's tokenizer side by reconstruction, the language model frozen (UniCompress, eq. 8).
+"""Stage 1: an adapter's tokenizer side learns by reconstruction, while the language model is frozen (UniCompress, eq. 8).
 
-`finetune.py` runs it. What is learned:
-- drawing: the extractor of global codes and the decompressor, from the VQ tokenizer's latents,
+- generation: the extractor of global codes and the decompressor, from the VQ tokenizer's latents,
   L = L_reg + codebook_weight * L_cb, with L_cb the cross-entropy of the true dense codes and L_reg the distance of the
   expected codebook entry to the true one. Global tokens pass the codebook straight through; a commitment term keeps
   them near their codes and a usage term (what a code tells of its image, over the batch) keeps them from collapsing.
-- reading: the extractor of global tokens, by regression of the dense features (of the vision tower, or the embeddings of
-  the codes) from {G, X_cont} with a readout that is thrown away. It is all there is for a base that cannot draw.
-With decompressor="strip" or "cell" the decoder learns from the language model's hidden states, which stage 1 does not have:
-it is left for stage 2. Of drawing, "strip" then has nothing to learn here; the extractor of "cell" learns with a "phase"
-decompressor that is thrown away.
+- understanding: the extractor of global tokens, by regression of the dense features (of the vision tower, or the embeddings of
+  the codes) from {G, X_cont} with a readout that is thrown away. A base that cannot generate images trains this alone.
+
+With decompressor="strip" stage 1 trains nothing of generation: the decoder learns from the language model's hidden states, in
+stage 2.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
-from ..code_head import Drawing
-from ..compression import after_loop
+from ..code_head import CodeHead
 from ..images import unpack_latents
-from ..layers import Grid, PhaseDecompressor, average_pool, cells_to_raster, nearest_codes, straight_through
+from ..layers import Grid, average_pool, nearest_codes, straight_through, windows_to_raster
 from ..layers.attention import Attention
-from ..layers.positions import stretch
+from ..layers.positions import interpolate
 from ..model import UniCompressModel
 from .resumable import ResumableTrainer
 
@@ -49,8 +47,8 @@ class FeatureReadout(nn.Module):
 
     def forward(self, globals_: torch.Tensor, pooled: torch.Tensor, grid: Grid) -> torch.Tensor:
         """G (B, N_g, C), X_cont (B, T', C) -> (B, T, C)."""
-        spread = cells_to_raster(pooled.unsqueeze(2).expand(-1, -1, self.stride**2, -1), self.stride, grid)  # (B, T, C)
-        x = self.norm(spread + stretch(self.positions, self.side, grid))
+        spread = windows_to_raster(pooled.unsqueeze(2).expand(-1, -1, self.stride**2, -1), self.stride, grid)  # (B, T, C)
+        x = self.norm(spread + interpolate(self.positions, self.side, grid))
         x = x + self.attention(x, self.attention.keys_values(globals_))
         return spread + self.mlp(x)
 
@@ -93,20 +91,18 @@ class ReconstructionStage(nn.Module):
         super().__init__()
         model.train_only("tokenizer")
         self.unregistered = (model,)  # in a tuple: the base is no part of what is saved and trained
-        config, geometry, reader = model.active_peft_config, model.family.geometry, model.reading.active_module()
+        config, geometry, reader = model.active_peft_config, model.family.geometry, model.read_layer.active_module()
         self.trained = nn.ModuleDict()
         if reader.extractor is not None:
             self.trained["read_extractor"] = reader.extractor
             self.trained["readout"] = FeatureReadout(geometry.read_width, geometry.read_side, config.stride)
-        if model.drawing is not None:
-            module = model.drawing.module
+        if model.code_head is not None:
+            module = model.code_head.module
             if module.extractor is not None:
                 self.trained["draw_extractor"] = module.extractor
-            if not module.in_loop:
+            if "decompressor" in module.tokenizer_parts:
                 self.trained["pool"] = module.pool  # the average has no weights; ablate.py's have
                 self.trained["decompressor"] = module.decompressor
-            elif module.extractor is not None:
-                self.trained["decompressor"] = after_loop(PhaseDecompressor, config, geometry)
 
     @property
     def model(self) -> UniCompressModel:
@@ -137,11 +133,11 @@ class ReconstructionStage(nn.Module):
 
     def drawing_losses(self, latents: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
         """Eq. 8 for the drawing side, from latents (B, T, C)."""
-        drawing: Drawing = self.model.drawing
-        codebook = drawing.codebook
+        head: CodeHead = self.model.code_head
+        codebook = head.codebook
         scale = scale_of(codebook)
         dense = nearest_codes(latents, codebook)  # (B, T)
-        globals_ = drawing.globals_of(latents, grid)  # (B, N_g, C)
+        globals_ = head.globals_of(latents, grid)  # (B, N_g, C)
         logits = self.reconstruct(latents, globals_, grid)  # (B, T, K)
         expected = logits.softmax(-1) @ codebook  # (B, T, C)
         losses = {
@@ -157,25 +153,25 @@ class ReconstructionStage(nn.Module):
 
     def reconstruct(self, latents: torch.Tensor, globals_: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Teacher-forced logits of the dense codes, (B, T, K), from global tokens (B, N_g, C) and pooled latents."""
-        drawing = self.model.drawing
-        codebook = drawing.codebook
+        head = self.model.code_head
+        codebook = head.codebook
         g_hat = straight_through(globals_, codebook)
-        x_deq = straight_through(drawing.module.pool(latents, grid), codebook)  # (B, T', C)
-        entries = drawing.entries(nearest_codes(latents, codebook))  # (B, T, C)
-        return drawing.family.code_logits(self.trained["decompressor"](entries, x_deq, g_hat, grid)).float()
+        x_deq = straight_through(head.module.pool(latents, grid), codebook)  # (B, T', C)
+        entries = head.entries(nearest_codes(latents, codebook))  # (B, T, C)
+        return head.family.code_logits(self.trained["decompressor"](entries, x_deq, g_hat, grid)).float()
 
     @torch.no_grad()
     def give_back(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Images (B, 3, H, W) through their compact codes and the decompressor again: dense codes (B, T), the likeliest."""
-        drawing = self.model.drawing
-        codebook, latents = drawing.codebook, drawing.family.latents(pixels)
-        pooled = drawing.module.pool(latents, grid)
+        head = self.model.code_head
+        codebook, latents = head.codebook, head.family.latents(pixels)
+        pooled = head.module.pool(latents, grid)
         return self.trained["decompressor"].draw(
-            drawing.codebook.to(drawing.dtype),
-            drawing.entries(nearest_codes(pooled, codebook)),
-            drawing.entries(nearest_codes(drawing.globals_of(latents, grid), codebook)),
+            head.codebook.to(head.dtype),
+            head.entries(nearest_codes(pooled, codebook)),
+            head.entries(nearest_codes(head.globals_of(latents, grid), codebook)),
             grid,
-            lambda features: drawing.family.code_logits(features).argmax(-1),
+            lambda features: head.family.code_logits(features).argmax(-1),
         )
 
     def reading_loss(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -190,15 +186,15 @@ class ReconstructionStage(nn.Module):
     @torch.no_grad()
     def least_perplexity(self, rows: Sequence[dict], collator: ImageCollator, images: int = 512) -> float:
         """Of the codes of the least used global token, over images of the rows: 1 is collapse."""
-        drawing, device = self.model.drawing, self.model.device
+        head, device = self.model.code_head, self.model.device
         codes = []
         for first in range(0, min(images, len(rows)), 32):
             batch = collator([rows[row] for row in range(first, min(first + 32, len(rows)))])
             pixel_values = batch["pixel_values"].to(device)
-            by_size = drawing.family.by_size(pixel_values, batch.get("image_sizes"))
-            codes += [drawing.compress(pixels).globals for _, pixels, _ in by_size]
+            by_size = head.family.by_size(pixel_values, batch.get("image_sizes"))
+            codes += [head.compress(pixels).globals for _, pixels, _ in by_size]
         codes = torch.cat(codes)  # (N, N_g)
-        counts = torch.stack([torch.bincount(codes[:, i], minlength=len(drawing.codebook)) for i in range(codes.shape[1])])
+        counts = torch.stack([torch.bincount(codes[:, i], minlength=len(head.codebook)) for i in range(codes.shape[1])])
         shares = counts / len(codes)
         return (-(shares * shares.clamp(min=1e-9).log()).sum(-1)).exp().min().item()
 
