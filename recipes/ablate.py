@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, set_seed
 from trl import TrlParser
 
-SCORES = {"reading": "reading", "cells": "cells drawn right", "scenes": "whole scenes", "nats": "nats an image"}
+SCORES = {"reading": "reading", "quarters": "quarters drawn right", "scenes": "whole scenes", "nats": "nats an image"}
 COSTS = {"milliseconds": "ms a drawing", "megabytes": "MB of weights"}
 SAMPLING = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}  # evaluate.py's
 BATCH = 25  # prompts drawn at once, as there
@@ -109,7 +109,7 @@ def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, f
     drawing = score_drawing([contender], scenes, seed, BATCH, **SAMPLING)[contender.name].estimates
     return {
         "reading": score_reading(contender, scenes, seed).estimates["mean"].value,
-        "cells": drawing["cells"].value,
+        "quarters": drawing["quarters"].value,
         "scenes": drawing["scenes"].value,
         "nats": float(score_nats(contender, scenes).mean()),
     }

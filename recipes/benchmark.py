@@ -2,7 +2,7 @@
 
     python recipes/benchmark.py --shape tiny --batch_sizes 1 8                     # two minutes: the shipped base and adapter
     python recipes/benchmark.py --shape janus-pro-1b --repeats 1 --warm_up false   # 20 to 40 minutes on two cores, 14 GiB
-    python recipes/benchmark.py --shape tiny --also phase cell                     # other decompressors in the same turns
+    python recipes/benchmark.py --shape tiny --also phase raster                    # other decompressors in the same turns
     python recipes/benchmark.py --shape tiny --fused true                          # also the adapter with its LoRA merged
     python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8 --alternatives compiled
     python recipes/benchmark.py --shape janus-pro-1b --train                       # a step of training: six minutes, 14 GiB

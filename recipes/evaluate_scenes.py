@@ -145,7 +145,7 @@ def score_scenes(pair: list[Contender], scenes: list[Scene], args: EvaluateArgum
         real = render(scenes)
         scores["tokens"]["drawn"] = {contender.name: drawn_steps(contender) for contender in pair}
         scores |= {
-            "drawing": {name: score.estimates["cells"].value for name, score in drawn.items()},
+            "drawing": {name: score.estimates["quarters"].value for name, score in drawn.items()},
             "whole_scenes": {name: score.estimates["scenes"].value for name, score in drawn.items()},
             "nats_per_image": {name: float(values.mean()) for name, values in nats.items()},
             "feature_distance": {name: feature_distance(real, score.images) for name, score in drawn.items()},

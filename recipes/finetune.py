@@ -20,7 +20,7 @@ from finetuning.arguments import FinetuneArguments, FinetuneParser, TrainingConf
 from finetuning.base import load_base
 from finetuning.data import make_collator, make_rows
 from finetuning.run import begin_run, check_options, check_warm_up, stage_1_is_done
-from finetuning.stages import check_global_codes, steps_of, train_stage_1, train_stage_2
+from finetuning.stages import check_global_codes, save_adapter, steps_of, train_stage_1, train_stage_2
 from transformers import AutoProcessor, set_seed
 
 from uc_adapters import UniCompressModel, check_push, get_uc_model, push_folder
@@ -61,7 +61,8 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
         model.save_pretrained(stage_1, processor=processor, base_model=args.base_id, is_main_process=training.should_save)
     if args.stage == 1:
         return
-    train_stage_2(args, training, model, collator, dense, rows, held_out)
+    trainer, seconds = train_stage_2(args, training, model, collator, dense, rows, held_out)
+    save_adapter(args, training, trainer, processor, seconds)
     if push and training.should_save:
         print(push_folder(folder, repo_id, private=training.hub_private_repo, token=training.hub_token))
 

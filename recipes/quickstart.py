@@ -25,7 +25,7 @@ from rows.conversations import to_rgb
 from rows.unknown_words import unknown_words
 from scoring.contenders import Contender, answer, check_sampling, contenders, draw, drawn_steps, read_tokens
 from scoring.scene_scores import SPLIT
-from tiny_world.digits import QUESTION_KINDS, judge, random_scene, right_cells
+from tiny_world.digits import QUESTION_KINDS, judge, random_scene, right_quarters
 from tqdm.auto import tqdm
 from trl import TrlParser
 
@@ -63,7 +63,7 @@ class Reading:
 
 @dataclass
 class Drawn:
-    """A prompt and what each contender drew; `right` counts its right cells where the prompt is of the tiny world."""
+    """A prompt and what each contender drew; `right` counts its right quarters where the prompt is of the tiny world."""
 
     prompt: str
     images: dict[str, Image.Image] = field(default_factory=dict)
@@ -118,7 +118,7 @@ def print_table(pair: list[Contender], readings: list[Reading], drawings: list[D
     scored = [drawn for drawn in drawings if drawn.right]
     if scored:
         right = [sum(d.right[name] for d in scored) / (4 * len(scored)) for name in (base, adapter)]
-        rows.append((f"right cells drawn (of {4 * len(scored)})", *right, "{:.0%}"))
+        rows.append((f"right quarters drawn (of {4 * len(scored)})", *right, "{:.0%}"))
     if seconds:
         rows.append(("seconds an image, batch 1", seconds[base], seconds[adapter], "{:.3f}"))
     print(f"\n{'':32}{base:>10}{adapter:>10}{'ratio':>10}")
@@ -142,7 +142,7 @@ def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn
     for column, drawn in enumerate(drawings):
         for row, contender in enumerate(pair):
             axes[row][column].imshow(drawn.images[contender.name])
-            label = f"{contender.name} draws" + (f": {drawn.right[contender.name]}/4 cells right" if drawn.right else "")
+            label = f"{contender.name} draws" + (f": {drawn.right[contender.name]}/4 quarters right" if drawn.right else "")
             axes[row][column].set_title(wrap(drawn.prompt) + f"\n{label}" if row == 0 else label, fontsize=9)
     for column, reading in enumerate(readings):
         axis = axes[rows - 1][column]
@@ -215,7 +215,7 @@ def main(args: QuickstartArguments) -> None:
     seconds = draw_all(pair, drawings, args) if drawings else {}
     for drawn, scene in zip(drawings, asked, strict=False):
         for name, image in drawn.images.items():
-            drawn.right[name] = right_cells(scene, judge(np.asarray(image)[None])[0])
+            drawn.right[name] = right_quarters(scene, judge(np.asarray(image)[None])[0])
     for reading in readings:
         told = ", ".join(f"{name}: {said!r}" for name, said in reading.told.items())
         print(f"{reading.question} {told}" + ("" if reading.truth is None else f" (truth: {reading.truth!r})"))

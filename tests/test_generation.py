@@ -331,10 +331,10 @@ def test_a_batch_of_training_scores_drawn_strips_as_drawing_saw_them(base, short
     batch = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)(rows)
     with torch.no_grad():
         scores = model(**batch)
-    cells = scores.kinds == CODES
+    steps = scores.kinds == CODES
     drawn = torch.stack(record.log_probs).view(16, 4, 3).sum(1).T  # of each prompt's strips
-    torch.testing.assert_close(scores.log_probs[cells].view(3, 16), drawn, atol=1e-4, rtol=1e-5)
-    assert (scores.is_top1[cells] == 1).all()
+    torch.testing.assert_close(scores.log_probs[steps].view(3, 16), drawn, atol=1e-4, rtol=1e-5)
+    assert (scores.is_top1[steps] == 1).all()
 
 
 def test_strips_are_drawn_at_the_bases_own_positions(base, prompts):
@@ -378,10 +378,10 @@ def test_the_decompressor_after_the_loop_scores_what_it_drew(base, short_process
     inputs, record = drawing_inputs(short_processor, CAPTIONS[:1]), Record()
     dense = draw(model, inputs, guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
     head = model.code_head
-    globals_, cells = torch.cat(record.codes[:4])[None], torch.cat(record.codes[4:20])[None]
+    globals_, steps = torch.cat(record.codes[:4])[None], torch.cat(record.codes[4:20])[None]
     with torch.no_grad():
-        compact = CompactCodes(globals_, cells.unsqueeze(-1), dense, (8, 8))
-        scores = head.reconstruction_logits(compact, head.entries(cells), head.entries(globals_))
+        compact = CompactCodes(globals_, steps.unsqueeze(-1), dense, (8, 8))
+        scores = head.dense_logits(compact)
     assert torch.equal(scores.argmax(-1), dense)
 
 

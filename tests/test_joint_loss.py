@@ -258,8 +258,8 @@ def test_a_teachers_states_are_learned_code_by_code(base, rows, collate):
     base.model.language_model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
     with torch.no_grad():
         plain, taught = model(**batch), model(**batch, teacher_states=states)
-        cells = plain.kinds == CODES
-        hidden = seen[0][:, :-1][cells]  # (32, D)
+        steps = plain.kinds == CODES
+        hidden = seen[0][:, :-1][steps]  # (32, D)
         codes = model.family.dense_codes(batch["gen_pixel_values"]).view(32, 4)
         head = model.code_head
         features = head.module.decompressor(head.entries(codes), hidden, head.entries(codes[:, :0]))
@@ -268,8 +268,8 @@ def test_a_teachers_states_are_learned_code_by_code(base, rows, collate):
     before = states.view(32, 4, -1)[:, 0]
     distance = (hidden - before).square().mean(1) / before.square().mean(1)
     expected = -divergence.sum(1) - 4 * distance
-    torch.testing.assert_close(taught.log_probs[cells], expected, atol=1e-3, rtol=1e-4)
-    assert torch.equal(taught.log_probs[~cells], plain.log_probs[~cells])
+    torch.testing.assert_close(taught.log_probs[steps], expected, atol=1e-3, rtol=1e-4)
+    assert torch.equal(taught.log_probs[~steps], plain.log_probs[~steps])
     assert torch.equal(taught.entropy, plain.entropy)
     assert torch.equal(taught.is_top1, plain.is_top1)
     with torch.no_grad():

@@ -16,10 +16,10 @@ from transformers.generation import GenerationMode
 from .code_head import CodeHead, Sampler
 from .errors import BaseModelError, InputError, UnsupportedError
 from .families import Family
-from .layer import ReadLayer
 from .layers import Grid, compact_grid
 from .sampling import CodeSampler
 from .steps import Steps
+from .tuner_layers import ReadLayer
 
 # Fields of a generation config that ask for another way to generate than greedy decoding and sampling, with what asks for none
 MODES = {

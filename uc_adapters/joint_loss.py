@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from .code_head import CodeHead, CompactCodes
 from .errors import InputError, UnsupportedError
 from .images import Images
-from .layer import ReadLayer
+from .tuner_layers import ReadLayer
 
 # What a labelled position is, in `JointOutput.kinds`; 0 is none
 TEXT, GLOBAL_CODE, CODES = 1, 2, 3

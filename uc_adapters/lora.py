@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from torch import nn
 
 from .errors import UnsupportedError
-from .layer import CONTAINER
+from .tuner_layers import CONTAINER
 
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -24,10 +24,10 @@ from .generation import check_finite, draw, left_pad
 from .hub.model import HubModel, refuse_carrier
 from .images import Images
 from .joint_loss import joint_loss
-from .layer import ReadLayer, UniCompressLayer
 from .layers import Grid
 from .steps import CACHE_NAME
 from .tuner import detach
+from .tuner_layers import ReadLayer, UniCompressLayer
 
 
 class UniCompressModel(HubModel):

@@ -13,8 +13,8 @@ from .config import UniCompressConfig
 from .errors import AdapterFileError, AdapterNameError, BaseModelError, ConfigError, UnsupportedError
 from .families import Family, Geometry, family_of
 from .identity import identify
-from .layer import CONTAINER, ONE_ANSWER, UniCompressLayer, layer_classes
 from .lora import ReversibleLora, is_of
+from .tuner_layers import CONTAINER, ONE_ANSWER, UniCompressLayer, layer_classes
 
 WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
 

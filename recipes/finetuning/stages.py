@@ -101,8 +101,12 @@ def train_stage_2(
     dense: ProcessorMixin,
     rows: AnyDataset,
     held_out: Dataset | None = None,
-) -> None:
-    """Trains the language side, and saves the adapter in OUTPUT_DIR."""
+) -> tuple[JointTrainer, float]:
+    """Trains the language side, with checkpoints in OUTPUT_DIR.
+
+    Returns:
+        The trainer, and the seconds that it took.
+    """
     set_seed(training.seed)  # its own: the same whether stage 1 has just run or lies on the disk
     folder, processor = Path(training.output_dir), collator.processor
     make_trainer = partial(DistillationTrainer, teacher_processor=dense) if args.distill else JointTrainer
@@ -133,12 +137,20 @@ def train_stage_2(
         )
     checkpoint, start = last_checkpoint(folder) if args.resume else None, time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer, time.perf_counter() - start
+
+
+def save_adapter(
+    args: FinetuneArguments, training: TrainingConfig, trainer: JointTrainer, processor: ProcessorMixin, seconds: float
+) -> None:
+    """Saves the trained adapter in OUTPUT_DIR, with a card that says how it was trained."""
     sharded = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if trainer.is_fsdp_enabled else {}
+    model: UniCompressModel = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(
-        folder,
+        training.output_dir,
         processor=processor,
         base_model=args.base_id,
-        card=card_facts(args, training, time.perf_counter() - start, rows),
+        card=card_facts(args, training, seconds, trainer.train_dataset),
         is_main_process=training.should_save,
         **sharded,
     )

@@ -3,8 +3,8 @@
 What counts as one independent trial, here and in every figure that is made with this file:
 
 - reading: a question. Every scene is asked one of each kind that it settles.
-- drawing, by cell (digit, colour, position, emptiness, cells): a cell. The cells of a scene are drawn together, so that their
-  errors may come together; these intervals are then a little too narrow.
+- drawing, by quarter of a scene (digit, colour, position, emptiness, quarters): a quarter. The quarters of a scene are drawn
+  together, so their errors may come together; these intervals are then a little too narrow.
 - drawing, by scene (count, scenes): a scene.
 - nats, and differences of base and adapter: a scene, the same one for both.
 """

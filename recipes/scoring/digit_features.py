@@ -1,6 +1,6 @@
 """Features of scenes of digits, for a Fréchet distance where no Inception can be downloaded.
 
-A small network is trained here, within seconds, to name the digit and the colour of every cell of scenes of train scans; its
+A small network is trained here, within seconds, to name the digit and the colour of every quarter of scenes of train scans; its
 features are what it names them from.
 """
 
@@ -11,16 +11,16 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_world.digits import CELL_SIZE, COLOURS, IMAGE_SIZE, random_scene
+from tiny_world.digits import COLOURS, IMAGE_SIZE, QUARTER_SIZE, random_scene
 from tiny_world.scene_pool import patch_labels
 from torch import nn
 
-CELL_FEATURES = 16
+QUARTER_FEATURES = 16
 _STEPS, _BATCH = 200, 64
 
 
 class DigitFeatures(nn.Module):
-    """Images (B, 3, 64, 64) uint8 -> features (B, 64): 16 of each cell, in raster order.
+    """Images (B, 3, 64, 64) uint8 -> features (B, 64): 16 of each quarter, in raster order.
 
     `num_features` makes it a `feature` of torchmetrics' `FrechetInceptionDistance`.
 
@@ -28,11 +28,11 @@ class DigitFeatures(nn.Module):
         ValueError: Images of another shape or dtype.
     """
 
-    num_features = 4 * CELL_FEATURES
+    num_features = 4 * QUARTER_FEATURES
 
     def __init__(self):
         super().__init__()
-        self.of_cell = nn.Sequential(
+        self.of_quarter = nn.Sequential(
             nn.Conv2d(3, 16, 4, stride=4),
             nn.ReLU(),
             nn.Conv2d(16, 32, 3, stride=2, padding=1),
@@ -40,22 +40,25 @@ class DigitFeatures(nn.Module):
             nn.Conv2d(32, 32, 3, stride=1, padding=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(32 * 4 * 4, CELL_FEATURES),
-            nn.BatchNorm1d(CELL_FEATURES, affine=False),  # unit variance: distances do not depend on the training's scale
+            nn.Linear(32 * 4 * 4, QUARTER_FEATURES),
+            nn.BatchNorm1d(QUARTER_FEATURES, affine=False),  # unit variance: distances do not depend on the training's scale
         )
-        self.digit, self.colour = nn.Linear(CELL_FEATURES, 11), nn.Linear(CELL_FEATURES, len(COLOURS) + 1)  # the last: empty
+        self.digit, self.colour = (
+            nn.Linear(QUARTER_FEATURES, 11),
+            nn.Linear(QUARTER_FEATURES, len(COLOURS) + 1),
+        )  # the last: empty
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images of {images.dtype} and shape {tuple(images.shape)}; expected uint8, (B, 3, 64, 64).")
         # (B, 3, 64, 64) -> (B * 4, 3, 32, 32)
-        cells = images.unfold(2, CELL_SIZE, CELL_SIZE).unfold(3, CELL_SIZE, CELL_SIZE).permute(0, 2, 3, 1, 4, 5)
-        features = self.of_cell(cells.flatten(0, 2).float() / 127.5 - 1)  # (B * 4, 16)
+        quarters = images.unfold(2, QUARTER_SIZE, QUARTER_SIZE).unfold(3, QUARTER_SIZE, QUARTER_SIZE).permute(0, 2, 3, 1, 4, 5)
+        features = self.of_quarter(quarters.flatten(0, 2).float() / 127.5 - 1)  # (B * 4, 16)
         return features.unflatten(0, (-1, 4)).flatten(1)
 
     def names(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of each cell's digit, (B, 4, 11), and colour, (B, 4, 7)."""
-        features = self(images).unflatten(1, (4, CELL_FEATURES))
+        """Logits of each quarter's digit, (B, 4, 11), and colour, (B, 4, 7)."""
+        features = self(images).unflatten(1, (4, QUARTER_FEATURES))
         return self.digit(features), self.colour(features)
 
 

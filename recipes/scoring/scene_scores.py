@@ -12,7 +12,7 @@ from scoring.contenders import Contender, answer, draw_in_turn, grid_of
 from scoring.digit_features import digit_features, to_tensor
 from scoring.likelihood import image_nats
 from scoring.stock_calls import base_of, calls_of, to_images
-from tiny_world.digits import QUESTION_KINDS, Scene, judge, load_scans, right_by_aspect, right_cells
+from tiny_world.digits import QUESTION_KINDS, Scene, judge, load_scans, right_by_aspect, right_quarters
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
@@ -63,14 +63,16 @@ class DrawingScore:
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
-        """The share that is right by aspect, of every cell or scene that it is asked of."""
+        """The share that is right by aspect, of every quarter or scene that it is asked of."""
         by_aspect = {aspect: [x for of_scene in self.right for x in of_scene[aspect]] for aspect in self.right[0]}
-        return {aspect: share(right) for aspect, right in by_aspect.items() if right}  # four full cells leave none to be empty
+        return {
+            aspect: share(right) for aspect, right in by_aspect.items() if right
+        }  # four full quarters leave none to be empty
 
     @cached_property
     def by_scene(self) -> np.ndarray:
-        """The share of right cells of each scene, (N,)."""
-        return np.array([np.mean(of_scene["cells"]) for of_scene in self.right])
+        """The share of right quarters of each scene, (N,)."""
+        return np.array([np.mean(of_scene["quarters"]) for of_scene in self.right])
 
 
 def render(scenes: list[Scene]) -> np.ndarray:
@@ -79,7 +81,7 @@ def render(scenes: list[Scene]) -> np.ndarray:
 
 
 def drawing_prompts(scenes: list[Scene], seed: int) -> list[str]:
-    """What is asked for each scene: its caption, the cells in any order."""
+    """What is asked for each scene: its caption, the quarters in any order."""
     rng = np.random.default_rng(seed)
     return [scene.shuffled_caption(rng) for scene in scenes]
 
@@ -89,7 +91,7 @@ def with_other_scans(scenes: list[Scene], seed: int) -> list[Scene]:
     rng, (_, digits) = np.random.default_rng(seed), load_scans(SPLIT)
     shown = [np.flatnonzero(digits == digit) for digit in range(10)]
     return [
-        Scene(tuple(cell and replace(cell, scan=int(rng.choice(shown[cell.digit]))) for cell in scene.cells))
+        Scene(tuple(quarter and replace(quarter, scan=int(rng.choice(shown[quarter.digit]))) for quarter in scene.quarters))
         for scene in scenes
     ]
 
@@ -153,7 +155,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
     """Real scenes through the tokenizer alone: to codes (the adapter: to compact codes and back), then to pixels.
 
     Returns:
-        "cells" that the judge still reads, of all; "psnr" in dB, of the squared error of all images together; "ssim";
+        "quarters" that the judge still reads, of all; "psnr" in dB, of the squared error of all images together; "ssim";
         "feature_distance" of the restored scenes from the real ones.
     """
     model = contender.model
@@ -167,17 +169,17 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
             tokens = family.dense_codes(pixels)
         else:
             codes = drawing.compress(pixels)
-            tokens = drawing.expand(codes.globals, codes.cells, grid, lambda logits: logits.argmax(-1))
+            tokens = drawing.expand(codes.globals, codes.steps, grid, lambda logits: logits.argmax(-1))
         restored += to_images(contender.processor, calls.pixels(model, family.to_tokens(tokens, grid), grid))
     restored, real = np.stack(restored), render(scenes)
-    right = sum(right_cells(asked, seen) for asked, seen in zip(scenes, judge(restored), strict=True))
+    right = sum(right_quarters(asked, seen) for asked, seen in zip(scenes, judge(restored), strict=True))
     psnr, ssim = PeakSignalNoiseRatio(data_range=255.0), StructuralSimilarityIndexMeasure(data_range=255.0)
     for first in range(0, len(scenes), _BATCH):
         images = [to_tensor(x[first : first + _BATCH]).float() for x in (restored, real)]
         psnr.update(*images)
         ssim.update(*images)
     return {
-        "cells": right / (4 * len(scenes)),
+        "quarters": right / (4 * len(scenes)),
         "psnr": psnr.compute().item(),
         "ssim": ssim.compute().item(),
         "feature_distance": feature_distance(real, restored),

@@ -20,7 +20,7 @@ ASPECTS = {
     "scenes": "whole scenes right",
 }
 RECONSTRUCTION = {
-    "cells": ("cells right", "{:.1f} %", 100),
+    "quarters": ("quarters right", "{:.1f} %", 100),
     "psnr": ("PSNR (dB)", "{:.1f}", 1),
     "ssim": ("SSIM", "{:.3f}", 1),
     "feature_distance": ("feature distance", "{:.2f}", 1),
@@ -58,7 +58,7 @@ def _rows(scores: dict) -> Iterator[tuple[str, dict[str, str]]]:
         yield f"reading: {kind}", shares("reading_by_kind", kind)
     if "drawing" not in scores:
         return
-    yield "drawing: cells right", shares("drawing_by_aspect", "cells") | differing("drawing", 100)
+    yield "drawing: quarters right", shares("drawing_by_aspect", "quarters") | differing("drawing", 100)
     for aspect, label in ASPECTS.items():
         yield f"drawing: {label}", shares("drawing_by_aspect", aspect)
     nats = {name: _estimate(estimate) for name, estimate in scores["nats"].items()}
@@ -76,8 +76,8 @@ def save_drawings(scenes: list[Scene], seed: int, drawn: dict[str, DrawingScore]
     """A PNG of the first scenes: real above, then what each contender drew for the same prompt, which is the title."""
     rows = {"the scene (real scans)": [Image.fromarray(pixels) for pixels in render(scenes[:PICTURES])]}
     for name, score in drawn.items():
-        cells, whole = (100 * score.estimates[aspect].value for aspect in ("cells", "scenes"))
-        label = f"{name}: {score.seconds:.3f} s an image\n{cells:.1f} % of cells, {whole:.1f} % of scenes"
+        quarters, whole = (100 * score.estimates[aspect].value for aspect in ("quarters", "scenes"))
+        label = f"{name}: {score.seconds:.3f} s an image\n{quarters:.1f} % of quarters, {whole:.1f} % of scenes"
         rows[label] = [Image.fromarray(pixels) for pixels in score.images[:PICTURES]]
     save_grid(rows, drawing_prompts(scenes, seed)[:PICTURES], path)
 

@@ -1,6 +1,6 @@
 """The tiny world: 64 x 64 scenes of real handwritten digits, their captions and questions, and their judge.
 
-A scene is a 2 x 2 layout of 32-pixel cells. A cell is empty or holds one scan from scikit-learn's
+A scene is a 2 x 2 layout of 32-pixel quarters. A quarter is empty or holds one scan from scikit-learn's
 `load_digits`, enlarged to 28 x 28 and tinted with one of six colours. The scans are split once and for all
 here (`load_scans`): everything that trains uses "train", everything that is reported uses "held-out".
 """
@@ -18,9 +18,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 IMAGE_SIZE = 64
-CELL_SIZE = 32
+QUARTER_SIZE = 32
 DIGIT_SIZE = 28
-MARGIN = (CELL_SIZE - DIGIT_SIZE) // 2
+MARGIN = (QUARTER_SIZE - DIGIT_SIZE) // 2
 BACKGROUND = np.array([16, 16, 16], dtype=np.float32)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COLOURS = {
@@ -58,7 +58,7 @@ def _enlarged_scans(split: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Quarter:
     """One tinted digit: what it is, its colour's name, and which scan of its split shows it."""
 
     digit: int
@@ -77,44 +77,44 @@ def check_scene_size(image_size: int | None) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """Four cells in raster order; `None` is an empty cell."""
+    """Four quarters in raster order; `None` is an empty quarter."""
 
-    cells: tuple[Cell | None, ...]
+    quarters: tuple[Quarter | None, ...]
 
     def caption(self, order: list[int] | None = None) -> str:
-        """ "a red 3 at the top left and a blue 7 at the bottom right": the filled cells, in raster order or `order`."""
-        filled = [place for place in (order or range(4)) if self.cells[place] is not None]
-        return " and ".join(f"a {self.cells[p].colour} {self.cells[p].digit} at the {PLACES[p]}" for p in filled)
+        """ "a red 3 at the top left and a blue 7 at the bottom right": the filled quarters, in raster order or `order`."""
+        filled = [place for place in (order or range(4)) if self.quarters[place] is not None]
+        return " and ".join(f"a {self.quarters[p].colour} {self.quarters[p].digit} at the {PLACES[p]}" for p in filled)
 
     def shuffled_caption(self, rng: np.random.Generator) -> str:
-        """The caption as a drawing prompt: the cells in any order."""
+        """The caption as a drawing prompt: the quarters in any order."""
         return self.caption([int(place) for place in rng.permutation(4)])
 
     def question(self, kind: str, rng: np.random.Generator) -> tuple[str, str] | None:
         """A question of one of `QUESTION_KINDS` and its answer; `None` where the scene does not settle it."""
-        filled = [place for place in range(4) if self.cells[place] is not None]
+        filled = [place for place in range(4) if self.quarters[place] is not None]
         if kind == "count":
             return "How many digits are there?", str(len(filled))
         if kind == "digit":
             place = filled[rng.integers(len(filled))]
-            return f"What digit is at the {PLACES[place]}?", str(self.cells[place].digit)
-        digits = [self.cells[place].digit for place in filled]
-        unique = [place for place in filled if digits.count(self.cells[place].digit) == 1]
+            return f"What digit is at the {PLACES[place]}?", str(self.quarters[place].digit)
+        digits = [self.quarters[place].digit for place in filled]
+        unique = [place for place in filled if digits.count(self.quarters[place].digit) == 1]
         if not unique:
             return None
-        cell = self.cells[unique[rng.integers(len(unique))]]
-        return f"What colour is the {cell.digit}?", cell.colour
+        quarter = self.quarters[unique[rng.integers(len(unique))]]
+        return f"What colour is the {quarter.digit}?", quarter.colour
 
     def render(self, split: str) -> np.ndarray:
         """The scene's pixels, (64, 64, 3) uint8."""
         pixels = np.broadcast_to(BACKGROUND, (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
-        for place, cell in enumerate(self.cells):
-            if cell is None:
+        for place, quarter in enumerate(self.quarters):
+            if quarter is None:
                 continue
-            ink = _enlarged_scans(split)[cell.scan][..., None]  # (28, 28, 1)
-            top, left = (CELL_SIZE * index + MARGIN for index in divmod(place, 2))
+            ink = _enlarged_scans(split)[quarter.scan][..., None]  # (28, 28, 1)
+            top, left = (QUARTER_SIZE * index + MARGIN for index in divmod(place, 2))
             window = pixels[top : top + DIGIT_SIZE, left : left + DIGIT_SIZE]
-            window += ink * (np.array(COLOURS[cell.colour], dtype=np.float32) - window)
+            window += ink * (np.array(COLOURS[quarter.colour], dtype=np.float32) - window)
         return pixels.round().astype(np.uint8)
 
     def image(self, split: str) -> Image.Image:
@@ -123,13 +123,13 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator, split: str) -> Scene:
-    """One to four digits (uniformly), in random cells, of random colours, shown by scans of `split`."""
+    """One to four digits (uniformly), in random quarters, of random colours, shown by scans of `split`."""
     _, digits = load_scans(split)
-    cells: list[Cell | None] = [None] * 4
+    quarters: list[Quarter | None] = [None] * 4
     for place in rng.permutation(4)[: rng.integers(1, 5)]:
         scan = int(rng.integers(len(digits)))
-        cells[place] = Cell(int(digits[scan]), list(COLOURS)[rng.integers(len(COLOURS))], scan)
-    return Scene(tuple(cells))
+        quarters[place] = Quarter(int(digits[scan]), list(COLOURS)[rng.integers(len(COLOURS))], scan)
+    return Scene(tuple(quarters))
 
 
 @cache
@@ -141,59 +141,61 @@ def _digit_judge() -> SVC:
 def judge(images: np.ndarray) -> list[Scene]:
     """Reads drawn scenes with a classifier trained on the real scans: no part of the model is asked.
 
-    A cell whose brightest ink is faint is empty; else its colour is the nearest hue, and its digit what an SVC,
-    trained on the raw 8 x 8 scans of the train split, says of the cell scaled back to 8 x 8.
+    A quarter whose brightest ink is faint is empty; else its colour is the nearest hue, and its digit what an SVC,
+    trained on the raw 8 x 8 scans of the train split, says of the quarter scaled back to 8 x 8.
 
     Args:
         images: (B, 64, 64, 3) uint8.
     """
-    # (B, 64, 64, 3) -> (B * 4, 28, 28, 3): the four cells without their margins
-    cells = images.reshape(-1, 2, CELL_SIZE, 2, CELL_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
-    cells = cells.reshape(-1, CELL_SIZE, CELL_SIZE, 3)[:, MARGIN:-MARGIN, MARGIN:-MARGIN].astype(np.float32)
-    ink = (cells - BACKGROUND).max(-1)  # (B * 4, 28, 28)
+    # (B, 64, 64, 3) -> (B * 4, 28, 28, 3): the four quarters without their margins
+    quarters = images.reshape(-1, 2, QUARTER_SIZE, 2, QUARTER_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
+    quarters = quarters.reshape(-1, QUARTER_SIZE, QUARTER_SIZE, 3)[:, MARGIN:-MARGIN, MARGIN:-MARGIN].astype(np.float32)
+    ink = (quarters - BACKGROUND).max(-1)  # (B * 4, 28, 28)
     peak = np.quantile(ink, 0.98, axis=(1, 2))  # one odd pixel is not ink
     small = np.stack(
         [np.asarray(Image.fromarray(x).resize((8, 8), Image.Resampling.BOX)) for x in ink / np.maximum(peak, 1)[:, None, None]]
     )
     digits = _digit_judge().predict(small.clip(0, 1).reshape(len(small), -1))
-    read: list[Cell | None] = []
-    for cell, cell_ink, cell_peak, digit in zip(cells, ink, peak, digits, strict=True):
-        if cell_peak < 60:
+    read: list[Quarter | None] = []
+    for quarter, quarter_ink, quarter_peak, digit in zip(quarters, ink, peak, digits, strict=True):
+        if quarter_peak < 60:
             read.append(None)
             continue
-        tint = cell[cell_ink > 0.6 * cell_peak].mean(0)
-        read.append(Cell(int(digit), _nearest_hue(tint)))
+        tint = quarter[quarter_ink > 0.6 * quarter_peak].mean(0)
+        read.append(Quarter(int(digit), _nearest_hue(tint)))
     return [Scene(tuple(read[i : i + 4])) for i in range(0, len(read), 4)]
 
 
 def right_by_aspect(asked: Scene, drawn: Scene) -> dict[str, list[bool]]:
-    """What is right of a drawn scene, by aspect: a value for each cell that the aspect is asked of, or one for the scene.
+    """What is right of a drawn scene, by aspect: a value for each quarter that the aspect is asked of, or one for the scene.
 
-    - digit, colour: of the cells where a digit was asked, those that show it, or its colour.
-    - position: of all cells, those that are filled where a digit was asked and empty elsewhere.
-    - emptiness: of the cells where nothing was asked, those that are empty.
-    - count: whether as many cells are filled as were asked.
-    - cells: of all cells, those with the asked digit in the asked colour, or empty where nothing was asked.
-    - scenes: whether all four cells are right.
+    - digit, colour: of the quarters where a digit was asked, those that show it, or its colour.
+    - position: of all quarters, those that are filled where a digit was asked and empty elsewhere.
+    - emptiness: of the quarters where nothing was asked, those that are empty.
+    - count: whether as many quarters are filled as were asked.
+    - quarters: of all quarters, those with the asked digit in the asked colour, or empty where nothing was asked.
+    - scenes: whether all four quarters are right.
     """
-    pairs = list(zip(asked.cells, drawn.cells, strict=True))
+    pairs = list(zip(asked.quarters, drawn.quarters, strict=True))
     filled = [(a, d) for a, d in pairs if a is not None]
     position = [(a is None) == (d is None) for a, d in pairs]
-    cells = [p and (a is None or (a.digit, a.colour) == (d.digit, d.colour)) for p, (a, d) in zip(position, pairs, strict=True)]
+    quarters = [
+        p and (a is None or (a.digit, a.colour) == (d.digit, d.colour)) for p, (a, d) in zip(position, pairs, strict=True)
+    ]
     return {
         "digit": [d is not None and d.digit == a.digit for a, d in filled],
         "colour": [d is not None and d.colour == a.colour for a, d in filled],
         "position": position,
         "emptiness": [d is None for a, d in pairs if a is None],
         "count": [sum(d is not None for _, d in pairs) == len(filled)],
-        "cells": cells,
-        "scenes": [all(cells)],
+        "quarters": quarters,
+        "scenes": [all(quarters)],
     }
 
 
-def right_cells(asked: Scene, drawn: Scene) -> int:
-    """How many of the four cells are right: the asked digit in the asked colour, or empty where nothing was asked."""
-    return sum(right_by_aspect(asked, drawn)["cells"])
+def right_quarters(asked: Scene, drawn: Scene) -> int:
+    """How many of the four quarters are right: the asked digit in the asked colour, or empty where nothing was asked."""
+    return sum(right_by_aspect(asked, drawn)["quarters"])
 
 
 def _nearest_hue(rgb: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""What the tiny bases train on: a pool of images with their codes; and the pool of digit scenes, which know their cells."""
+"""What the tiny bases train on: a pool of images with their codes; and the pool of digit scenes, which know their quarters."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class ScenePool(ImagePool):
         return "<bos>" + text.replace("<|User|>: ", f"<|User|>: {image}", 1)
 
     def caption(self, row: int) -> str:
-        """The cells in any order."""
+        """The quarters in any order."""
         return self.scenes[row].shuffled_caption(self.rng)
 
-    def head(self, width: int) -> CellHead:
-        return CellHead(width, self.scenes)
+    def head(self, width: int) -> QuarterHead:
+        return QuarterHead(width, self.scenes)
 
 
 def answer_labels(ids: torch.Tensor, tokenizer) -> torch.Tensor:
@@ -117,21 +117,23 @@ def nearest_codes(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     return (latents @ F.normalize(codebook, dim=-1).T).argmax(-1)
 
 
-def by_cell(x: torch.Tensor) -> torch.Tensor:
-    """Groups an 8 x 8 raster by the scene's four cells: (B, 64, ...) -> (B, 4, 16, ...)."""
+def by_quarter(x: torch.Tensor) -> torch.Tensor:
+    """Groups an 8 x 8 raster by the scene's four quarters: (B, 64, ...) -> (B, 4, 16, ...)."""
     return raster_to_windows(x, 4, (8, 8))
 
 
 def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands in the cell of each patch, (B, 4, 16): digits with 10 for empty, colours with 6 for empty."""
+    """What stands in the quarter of each patch, (B, 4, 16): digits with 10 for empty, colours with 6 for empty."""
     names = list(COLOURS)
-    digits = [[10 if cell is None else cell.digit for cell in scene.cells] for scene in scenes]
-    colours = [[len(names) if cell is None else names.index(cell.colour) for cell in scene.cells] for scene in scenes]
+    digits = [[10 if quarter is None else quarter.digit for quarter in scene.quarters] for scene in scenes]
+    colours = [
+        [len(names) if quarter is None else names.index(quarter.colour) for quarter in scene.quarters] for scene in scenes
+    ]
     return tuple(torch.tensor(labels).unsqueeze(-1).expand(-1, -1, 16) for labels in (digits, colours))
 
 
-class CellHead(NamingHead):
-    """Names the digit and the colour of the cell that a hidden state stands in."""
+class QuarterHead(NamingHead):
+    """Names the digit and the colour of the quarter that a hidden state stands in."""
 
     def __init__(self, width: int, scenes: list[Scene]):
         super().__init__()
@@ -139,8 +141,8 @@ class CellHead(NamingHead):
         self.digit, self.colour = nn.Linear(width, 11), nn.Linear(width, len(COLOURS) + 1)
 
     def loss(self, hidden: torch.Tensor, rows: np.ndarray, in_order: bool = False) -> torch.Tensor:
-        """`in_order`: only the last state of a cell has read all of it."""
-        hidden = by_cell(hidden)  # (B, 4, 16, D)
+        """`in_order`: only the last state of a quarter has read all of it."""
+        hidden = by_quarter(hidden)  # (B, 4, 16, D)
         digits, colours = patch_labels([self.scenes[row] for row in rows])  # (B, 4, 16)
         if in_order:
             hidden, digits, colours = hidden[:, :, -1:], digits[:, :, -1:], colours[:, :, -1:]
@@ -150,5 +152,5 @@ class CellHead(NamingHead):
     def report(self, tower: nn.Module) -> dict[str, float]:
         held = ScenePool(500, np.random.default_rng(1), "held-out")
         digits, _ = patch_labels(held.scenes)
-        named = self.digit(by_cell(tower(held.pixel_values(np.arange(500))).last_hidden_state)).argmax(-1)
+        named = self.digit(by_quarter(tower(held.pixel_values(np.arange(500))).last_hidden_state)).argmax(-1)
         return {"held_out_digits": round((named == digits)[digits < 10].float().mean().item(), 4)}

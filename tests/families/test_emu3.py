@@ -190,9 +190,9 @@ def test_every_ratio_is_drawn_on_a_grid_that_the_stride_divides(processor, ratio
 
 def test_the_block_of_an_image_reads_row_by_row(compact):
     block = compact.replace_image_token({"image_sizes": [[32, 64]]}, 0)
-    cells = "<image>" * 4 + "<|extra_200|>"
+    row = "<image>" * 4 + "<|extra_200|>"
     frame = "<|image start|>4*8<|image token|>{}<|extra_201|><|image end|>"
-    assert block == frame.format("<image>" * 5 + cells * 2)
+    assert block == frame.format("<image>" * 5 + row * 2)
 
 
 def test_the_adapters_processor_of_an_adapters_processor_is_the_same(model, compact):
@@ -275,14 +275,14 @@ def test_with_seeds_prompts_of_several_ratios_draw_what_each_draws_alone(model, 
 
 @pytest.mark.parametrize(("decompressor", "drawn_globals"), [("strip", 0), ("phase", 4)])
 def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor, drawn_globals):
-    """In the loop it rides along with the next cell: the language model sees what training showed it."""
+    """In the loop it rides along with the next step: the language model sees what training showed it."""
     model, seen = attach(base, decompressor=decompressor), []
     model.get_base_model().model.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     prompt = to_draw(model.compact_processor(processor), "a red 3", "1:2")
     draw(model, prompt)
-    steps = torch.cat(seen, 1)[0, prompt["input_ids"].shape[1] :]  # behind the prompt: globals, separator, cells and row ends
+    steps = torch.cat(seen, 1)[0, prompt["input_ids"].shape[1] :]  # behind the prompt: globals, separator, steps and row ends
     rows, columns = (side // 2 for side in prompt["image_sizes"][0])
     ends = (steps == model.family.eol).all(1).nonzero().flatten().tolist()
     assert ends == [drawn_globals + 1 + columns + row * (columns + 1) for row in range(rows - 1)]
@@ -306,9 +306,9 @@ def test_training_scores_drawn_strips_as_drawing_saw_them(model, compact, images
     assert len(set(map(tuple, batch["gen_image_sizes"].tolist()))) == 2
     with torch.no_grad():
         scores = model(**batch)
-    cells = scores.kinds == CODES
-    torch.testing.assert_close(scores.log_probs[cells], torch.cat(seen), atol=1e-4, rtol=1e-5)
-    assert (scores.is_top1[cells] == 1).all()
+    steps = scores.kinds == CODES
+    torch.testing.assert_close(scores.log_probs[steps], torch.cat(seen), atol=1e-4, rtol=1e-5)
+    assert (scores.is_top1[steps] == 1).all()
 
 
 def test_text_and_row_ends_of_drawn_strips_stand_where_they_stand_in_the_bases_own_sequence(model, compact, processor, mixed):
@@ -375,7 +375,7 @@ def test_the_compact_prompt_of_training_is_that_of_drawing(model, compact, mixed
 
 
 def test_a_drawing_prompt_without_generation_mode_is_refused(model, compact):
-    """The base would draw without being told to: dense words, by a model for cells."""
+    """The base would draw without being told to: dense words, by a model for strips."""
     prompt = to_draw(compact, "a red 3")
     with pytest.raises(InputError, match=r"without generation_mode.*generation_mode='image'"):
         model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"])

@@ -63,10 +63,10 @@ def test_further_decompressors_draw_in_the_same_turns_and_are_told_beside(tmp_pa
     kept = figures["memory"]["drawing"]["keys and values, of a drawing"]["1"]
     assert kept["adapter"] < kept["phase"] == kept["raster"] < kept["base"]  # phase and raster feed their global codes, too
     header, _, first, *rows = capsys.readouterr().out.partition("\n\n")[2].splitlines()
-    assert header == "| | base | adapter | gain | phase | gain | cell | gain |"
-    base, adapter, gain, *_, cell, of_cell = first.strip("| ").split(" | ")[1:]
+    assert header == "| | base | adapter | gain | phase | gain | raster | gain |"
+    base, adapter, gain, *_, raster, of_raster = first.strip("| ").split(" | ")[1:]
     assert float(gain) == pytest.approx(float(base) / float(adapter), rel=0.02)
-    assert float(of_cell) == pytest.approx(float(base) / float(cell), rel=0.02)
+    assert float(of_raster) == pytest.approx(float(base) / float(raster), rel=0.02)
     prefill = next(row for row in rows if row.startswith("| reading, prefill"))
     assert prefill.endswith(" |  |  |  |  |")  # all adapters read alike
     assert min(Image.open(chart).size) > 200
@@ -172,7 +172,7 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
     ("given", "message"),
     [
         ({"shape": "huge"}, r"--shape 'huge'.*tiny, janus-pro-1b, janus-pro-7b"),
-        ({"decompressor": "magic"}, r"--decompressor 'magic'.*strip, cell, phase, raster"),
+        ({"decompressor": "magic"}, r"--decompressor 'magic'.*strip, phase, raster"),
         ({"decompressor": "phase"}, r"--decompressor 'phase'.*strip with --shape tiny"),
         ({"dtype": "int7"}, r"--dtype 'int7'.*float32"),
         ({"device": "cuda:99"}, r"--device 'cuda:99'.*cpu"),
@@ -180,8 +180,8 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
         ({"repeats": 0}, r"--repeats 0.*1 or more"),
         ({"batch_sizes": [1, 0]}, r"--batch_sizes \[1, 0\].*1 or more"),
         ({"batch_sizes": []}, r"--batch_sizes \[\].*1 or more"),
-        ({"also": ["magic"]}, r"--also \['magic'\].*some of cell, phase, raster"),
-        ({"also": ["strip"]}, r"--also \['strip'\].*some of cell, phase, raster"),
+        ({"also": ["magic"]}, r"--also \['magic'\].*some of phase, raster"),
+        ({"also": ["strip"]}, r"--also \['strip'\].*some of phase, raster"),
         ({"train": True, "also": ["phase"]}, r"--also phase with --train true; expected one"),
         ({"alternatives": ["quantum"]}, r"--alternatives \['quantum'\].*dynamic, static, compiled"),
         ({"json": "no/such/folder/figures.json"}, r"--json .*no/such/folder does not exist; make it first"),

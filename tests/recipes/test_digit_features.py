@@ -21,7 +21,7 @@ def distance(real: torch.Tensor, other: torch.Tensor) -> float:
     return metric.compute().item()
 
 
-def test_the_features_know_the_cells_of_scans_that_were_never_seen():
+def test_the_features_know_the_quarters_of_scans_that_were_never_seen():
     scenes, images = held_out(0)
     for named, labels in zip(digit_features().names(images), patch_labels(scenes), strict=True):
         assert (named.argmax(-1) == labels[..., 0]).float().mean() > 0.95

@@ -19,16 +19,16 @@ from scoring import score_report
 from scoring.contenders import Contender, contenders
 from scoring.likelihood import image_nats
 from scoring.scene_scores import ReadingScore, feature_distance, judge_drawings, render, score_reading, with_other_scans
-from tiny_world.digits import QUESTION_KINDS, Cell, Scene, check_scene_size, random_scene
+from tiny_world.digits import QUESTION_KINDS, Quarter, Scene, check_scene_size, random_scene
 
 PAIRS = ("reading", "drawing", "whole_scenes", "nats_per_image", "feature_distance", "seconds_per_image")
-CHANCE = {  # of a drawer of `random_scene`s that are not what was asked: 1 to 4 digits, so that 5/8 of the cells are filled
+CHANCE = {  # of a drawer of `random_scene`s that are not what was asked: 1 to 4 digits, so that 5/8 of the quarters are filled
     "digit": 5 / 8 / 10,
     "colour": 5 / 8 / 6,
     "position": (5 / 8) ** 2 + (3 / 8) ** 2,
     "emptiness": 3 / 8,
     "count": 1 / 4,
-    "cells": (5 / 8) ** 2 / 60 + (3 / 8) ** 2,
+    "quarters": (5 / 8) ** 2 / 60 + (3 / 8) ** 2,
 }
 
 
@@ -65,10 +65,10 @@ def test_a_perfect_drawer_scores_one():
 
 def test_a_blank_drawer_scores_what_was_to_be_empty():
     scenes = random_scenes(1, 200)
-    empty = np.mean([[cell is None for cell in scene.cells] for scene in scenes])
+    empty = np.mean([[quarter is None for quarter in scene.quarters] for scene in scenes])
     assert judged(scenes, np.full((200, 64, 64, 3), 16, np.uint8)) == {
         **dict.fromkeys(["digit", "colour", "count", "scenes"], 0.0),
-        **dict.fromkeys(["position", "cells"], pytest.approx(empty)),
+        **dict.fromkeys(["position", "quarters"], pytest.approx(empty)),
         "emptiness": 1.0,
     }
 
@@ -76,13 +76,13 @@ def test_a_blank_drawer_scores_what_was_to_be_empty():
 def test_a_random_drawer_scores_near_chance():
     n = 1000
     found = judged(random_scenes(2, n), render(random_scenes(3, n)))
-    for aspect, chance in CHANCE.items():  # four standard errors, as if the cells of a scene were one trial
+    for aspect, chance in CHANCE.items():  # four standard errors, as if the quarters of a scene were one trial
         assert abs(found[aspect] - chance) < 4 * math.sqrt(chance * (1 - chance) / n), aspect
     assert found["scenes"] < 0.05
 
 
-def test_scenes_without_an_empty_cell_have_no_score_of_emptiness():
-    full = [scene for scene in random_scenes(4, 40) if None not in scene.cells]
+def test_scenes_without_an_empty_quarter_have_no_score_of_emptiness():
+    full = [scene for scene in random_scenes(4, 40) if None not in scene.quarters]
     assert judged(full, render(full)).keys() == {*CHANCE, "scenes"} - {"emptiness"}
 
 
@@ -95,7 +95,7 @@ def test_what_scenes_give_to_the_reading_score_adds_up_to_it(right):
 
 
 def test_a_kind_of_question_that_no_scene_settles_has_no_score(base_folder):
-    twice = Scene((Cell(3, "red", 0), Cell(3, "blue", 1), None, None))  # which 3 has which colour?
+    twice = Scene((Quarter(3, "red", 0), Quarter(3, "blue", 1), None, None))  # which 3 has which colour?
     (base,) = contenders(str(base_folder), None)
     score = score_reading(base, [twice, twice], seed=0)
     assert score.estimates.keys() == {"mean", "digit", "count"}
@@ -105,7 +105,7 @@ def test_a_kind_of_question_that_no_scene_settles_has_no_score(base_folder):
 def test_what_scenes_give_to_the_drawing_score_adds_up_to_it():
     scenes = random_scenes(5, 60)
     score = judge_drawings(scenes, render(random_scenes(6, 60)), 1.0)
-    assert score.by_scene.mean() == pytest.approx(score.estimates["cells"].value)
+    assert score.by_scene.mean() == pytest.approx(score.estimates["quarters"].value)
 
 
 def test_other_scans_of_the_same_digits_are_the_same_scene_and_near_it():
@@ -129,11 +129,11 @@ def test_the_scores_that_are_written(scores):
         assert aspects.keys() <= {*CHANCE, "scenes"}
         for estimate in (*kinds.values(), *aspects.values()):
             assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
-        assert (kinds["mean"]["value"], aspects["cells"]["value"]) == (written["reading"][name], written["drawing"][name])
+        assert (kinds["mean"]["value"], aspects["quarters"]["value"]) == (written["reading"][name], written["drawing"][name])
         nats = written["nats"][name]
         assert nats["low"] <= nats["value"] == written["nats_per_image"][name] <= nats["high"]
         assert nats["standard_error"] > 0
-        assert written["reconstruction"][name].keys() == {"cells", "psnr", "ssim", "feature_distance"}
+        assert written["reconstruction"][name].keys() == {"quarters", "psnr", "ssim", "feature_distance"}
     assert written["differences"].keys() == {"reading", "drawing", "nats_per_image"}
     for what, difference in written["differences"].items():
         assert difference["value"] == pytest.approx(written[what]["adapter"] - written[what]["base"])
@@ -142,14 +142,14 @@ def test_the_scores_that_are_written(scores):
 
 def test_the_table_tells_what_is_written(scores):
     table = score_report.markdown(scores.written)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    lines = [[quarter.strip() for quarter in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
     assert lines[0] == ["", "base", "adapter", "adapter - base"]
     assert {len(line) for line in lines} == {4}
     assert ["steps of the language model to draw one", "64", str(scores.steps), ""] in lines
-    cells = next(line for line in lines if line[0] == "drawing: cells right")
-    for shown, name in zip(cells[1:3], ("base", "adapter"), strict=True):
+    quarters = next(line for line in lines if line[0] == "drawing: quarters right")
+    for shown, name in zip(quarters[1:3], ("base", "adapter"), strict=True):
         assert shown.startswith(f"{100 * scores.written['drawing'][name]:.1f} % (")
-    assert cells[3].startswith(f"{100 * scores.written['differences']['drawing']['value']:.1f} (")
+    assert quarters[3].startswith(f"{100 * scores.written['differences']['drawing']['value']:.1f} (")
 
 
 def test_changing_places_swaps_the_columns(base_folder, adapter_folder):

@@ -13,7 +13,7 @@ def test_questions_are_those_of_the_scenes(tmp_path):
     questions = questions_of(conversations(str(tmp_path / "new")))
     asked = {(question.messages[0]["content"][1]["text"], *question.references) for question in questions}
     scene = random_scene(rng(2), "held-out")
-    assert ("How many digits are there?", str(sum(cell is not None for cell in scene.cells))) in asked
+    assert ("How many digits are there?", str(sum(quarter is not None for quarter in scene.quarters))) in asked
     assert 8 <= len(questions) <= 12
 
 

@@ -89,7 +89,7 @@ class Family(ABC):
     """What LoRA takes in the language model by default."""
     shared_vocabulary: ClassVar[bool] = False
     """Whether codes are words of the vocabulary, read as word embeddings and drawn by the head of the words. Then no module
-    takes the dense features in, and the hosts only carry: see `uc_adapters.layer`."""
+    takes the dense features in, and the hosts only carry: see `uc_adapters.tuner_layers`."""
     has_eol: ClassVar[bool] = False
     """Whether a word of its own stands behind each row of an image."""
     why_no_drawing: ClassVar[str | None] = None
