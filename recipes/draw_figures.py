@@ -47,8 +47,7 @@ def points(scores: dict) -> dict[str, Point]:
     """Base, adapter and raster of `evaluate_scenes.py --json`. The only place that knows how the file names its scores."""
     found = {}
     for name, aspects in scores["drawing_by_aspect"].items():
-        aspect = aspects["quarters"] if "quarters" in aspects else aspects["cells"]
-        quality, low, high = (100 * aspect[key] for key in ("value", "low", "high"))
+        quality, low, high = (100 * aspects["quarters"][key] for key in ("value", "low", "high"))
         found[name] = Point(quality, low, high, scores["seconds_per_image"][name], scores["tokens"]["drawn"][name])
     return found
 
