@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test
+.PHONY: quickstart test docs
 
 quickstart: $(VENV)/installed
 	$(BIN)/python recipes/quickstart.py
@@ -11,6 +11,14 @@ quickstart: $(VENV)/installed
 # A process a core, each with one thread: the models are too small to share
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+# The site, in site/; a dead link or a docstring that cannot be rendered is an error
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -35,9 +35,9 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, set_seed
 from trl import TrlParser
 
-SCORES = {"reading": "reading", "quarters": "quarters drawn right", "scenes": "whole scenes", "nats": "nats an image"}
+SCORES = {"reading": "reading", "quarters": "quarters drawn right", "scenes": "whole scenes", "nats": "NLL (nats an image)"}
 COSTS = {"milliseconds": "ms a drawing", "megabytes": "MB of weights"}
-SAMPLING = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}  # evaluate.py's
+SAMPLING = {"do_sample": True, "temperature": 0.7, "guidance_scale": 2.0}  # evaluate_scenes.py's
 BATCH = 25  # prompts drawn at once, as there
 
 

@@ -10,8 +10,8 @@
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the line with cuda needs a GPU.
 The base is transformers' own `generate`, bare, beside the adapter on the same weights; they take turns, after a warm-up of
 each, and medians count. Drawing is end to end, from prompt to pixels. Janus-Pro's shapes have random weights, which say
-nothing of quality: that is `evaluate.py`'s. Where the time goes is measured in a drawing of its own, since watching costs.
-A batch that does not fit in memory is reported, and the run goes on. docs/speed.md tells what each figure is.
+nothing of quality; `evaluate_scenes.py` measures that. Where the time goes is measured in another drawing: watching costs.
+A batch that does not fit in memory is reported, and the run goes on. docs/figures/speed.md tells what each figure is.
 """
 
 from __future__ import annotations

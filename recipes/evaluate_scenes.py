@@ -1,13 +1,13 @@
 """Scores a base and an adapter side by side on scenes of held-out digits, each score with its 95 % interval.
 
-    python recipes/evaluate.py --base model_cards/tiny-janus --adapter model_cards/tiny-janus-uc4x \\
+    python recipes/evaluate_scenes.py --base model_cards/tiny-janus --adapter model_cards/tiny-janus-uc4x \\
         --scenes 500 --seed 1 --json scores.json --grid drawings.png
 
 Needs: pip install -c constraints.txt -e ".[recipes]". About six minutes on two CPU cores.
 Prints a markdown table: reading by kind of question, drawing by aspect, nats an image, reconstruction, tokens, seconds.
 Drawings are judged by a classifier trained on the real scans (`digits.judge`), no part of the model. Base and adapter draw
 the same prompts in turn, batch by batch; the seconds are those of the drawings that are judged, end to end (language model,
-decompressor, image decoder), after a warm-up batch each. docs/evaluation.md says what each score is.
+decompressor, image decoder), after a warm-up batch each. docs/how-to/evaluate.md says what each score is.
 """
 
 from __future__ import annotations

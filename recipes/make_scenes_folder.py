@@ -1,7 +1,7 @@
 """Scenes of held-out digits as a folder of images with a metadata.jsonl: a dataset to try the evaluators on.
 
-    python recipes/scenes_folder.py --output_dir work/digit-questions --scenes 40 --seed 1
-    python recipes/scenes_folder.py --output_dir work/digit-captions --scenes 300 --captions true
+    python recipes/make_scenes_folder.py --output_dir work/digit-questions --scenes 40 --seed 1
+    python recipes/make_scenes_folder.py --output_dir work/digit-captions --scenes 300 --captions true
 
 Needs: pip install -c constraints.txt -e ".[recipes]".
 Columns are image + question + answer, or image + text. lmms-eval's task `digit_scenes` asks the questions.

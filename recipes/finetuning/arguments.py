@@ -186,7 +186,7 @@ class FinetuneParser(TrlParser):
                 lines.append(f"  --{name:28}{told}{default}")
         lines += textwrap.wrap(
             "In brackets: the default, or what --config names. Every other option of trl.SFTConfig works, too, but for those "
-            "about preparing text: https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig. More: docs/training.md.",
+            "about preparing text: https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig. More: docs/how-to/train.md.",
             110,
         )
         return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What evaluate.py shows of its scores: a markdown table, and a picture of drawings."""
+"""What evaluate_scenes.py shows of its scores: a markdown table, and a picture of drawings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PICTURES = 8  # in a row
 
 
 def markdown(scores: dict) -> str:
-    """The table of the scores that `evaluate.py --json` writes: a column for each contender, and what differs."""
+    """The table of the scores that `evaluate_scenes.py --json` writes: a column for each contender, and what differs."""
     columns = [*scores["reading"], *([DIFFERENCE] if "differences" in scores else [])]
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     lines += [[label, *(cells.get(column, "") for column in columns)] for label, cells in _rows(scores)]
@@ -62,7 +62,7 @@ def _rows(scores: dict) -> Iterator[tuple[str, dict[str, str]]]:
     for aspect, label in ASPECTS.items():
         yield f"drawing: {label}", shares("drawing_by_aspect", aspect)
     nats = {name: _estimate(estimate) for name, estimate in scores["nats"].items()}
-    yield "nats an image", nats | differing("nats_per_image", 1)
+    yield "NLL (nats an image)", nats | differing("nats_per_image", 1)
     other_scans = scores["feature_distance_of_real"]
     yield f"drawing: feature distance (other real scans: {other_scans:.2f})", figures(scores["feature_distance"], "{:.2f}")
     for what, (label, form, scale) in RECONSTRUCTION.items():

@@ -1,4 +1,4 @@
-"""lmms-eval, the field's own harness, on an adapter; skipped where it is not installed (docs/evaluation.md says how to)."""
+"""lmms-eval, the field's own harness, on an adapter; skipped unless it is installed (see docs/how-to/evaluate.md)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Trainers of one's own: docs/training.md's snippet runs as pasted, and what cannot work says so."""
+"""Trainers of one's own: docs/how-to/train.md's snippet runs as pasted, and what cannot work says so."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 from uc_adapters.errors import UnsupportedError
 
-DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "train.md"
 OPTIONS = {"max_length": None, "remove_unused_columns": False, "bf16": False, "report_to": "none", "use_cpu": True}
 
 

@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.training.joint import JointTrainer
-from uc_adapters.training.reconstruction import ImageCollator, ReconstructionStage, ReconstructionTrainer
+from uc_adapters.training.reconstruction import ReconstructionStage, ReconstructionTrainer
 
 STEPS = 3
 RATES = {"learning_rate": 1e-4}  # of finetune.py: AdamW's first steps are of the rate itself, whichever way rounding turns them
@@ -59,16 +59,10 @@ def train(base: str, output_dir: str, kind: str, stage: int, batch_size: int) ->
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        max_length=None,
-        packing=False,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
     options = {"args": training, "train_dataset": rows_of(SEEDS[kind])}
     if stage == 1:
-        collator = ImageCollator(processor, model.family.geometry.code_width)
-        trainer = ReconstructionTrainer(ReconstructionStage(model), data_collator=collator, **options)
+        trainer = ReconstructionTrainer(ReconstructionStage(model), processing_class=processor, **options)
     else:
         collator = UniCompressCollator(processor, model.active_peft_config, caption_dropout=0.3)
         trainer = JointTrainer(model, processing_class=processor, data_collator=collator, **options)

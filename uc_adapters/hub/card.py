@@ -38,7 +38,7 @@ class CardFacts:
         datasets: Hub ids of what it was trained on.
         training: Settings of the training, by name. Forgotten when the weights change. Of a path on this machine only the name
             is told.
-        evaluation: The JSON that `recipes/evaluate.py` writes, as a file or a mapping: every top-level entry of the form
+        evaluation: The JSON that `recipes/evaluate_scenes.py` writes, as a file or a mapping: every top-level entry of the form
             {"base": number, "adapter": number} is a metric, and "dataset" says of what. Forgotten when the weights change.
         prompt: What the snippet draws, such as a caption of the training data. Default: a fox, or words that a tokenizer of
             whole words knows.
@@ -274,13 +274,13 @@ def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[st
         str(name).replace("_", " "): [pair["base"], pair["adapter"]]
         for name, pair in content.items()
         if isinstance(pair, Mapping)
-        and pair.keys() >= {"base", "adapter"}  # `evaluate.py --also` scores further adapters beside them
+        and pair.keys() >= {"base", "adapter"}  # `evaluate_scenes.py --also` scores further adapters beside them
         and all(isinstance(value, (int, float)) for value in pair.values())
     }
     if not metrics:
         raise InputError(
             f"The evaluation holds no metric: its entries are {', '.join(map(repr, content))}; expected some of the form "
-            "name: {'base': number, 'adapter': number}, as recipes/evaluate.py --json writes."
+            "name: {'base': number, 'adapter': number}, as recipes/evaluate_scenes.py --json writes."
         )
     return str(content.get("dataset", "a dataset without a name")), metrics
 
@@ -289,7 +289,7 @@ def _read_json(path: Path) -> Mapping:
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise InputError(f"The evaluation {path} is no JSON: {error}; expected what evaluate.py --json writes.") from error
+        raise InputError(f"The evaluation {path} is no JSON: {error}; expected that of evaluate_scenes.py --json.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"The evaluation {path} is a JSON {type(content).__name__}; expected an object of metrics.")
     return content
