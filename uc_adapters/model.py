@@ -335,15 +335,21 @@ class UniCompressModel(HubModel):
                 stacklevel=3,
             )
 
+    @cached_property
+    def _known_arguments(self) -> set[str]:
+        """The arguments of the base's forward."""
+        own = inspect.signature(type(self.get_base_model()).forward).parameters
+        # The last three go to its decorators and to its language model
+        return {*own, *TransformersKwargs.__optional_keys__, "mm_encoder_outputs", "return_dict", "use_cache"}
+
     def _check_known(self, kwargs: dict) -> None:
-        base = type(self.get_base_model())
-        known = {*inspect.signature(base.forward).parameters, *TransformersKwargs.__optional_keys__}
-        known |= {"mm_encoder_outputs", "return_dict", "use_cache"}  # which its decorators and its language model take
+        known = self._known_arguments
         for name, value in kwargs.items():
             if value is not None and name not in known:
                 close = difflib.get_close_matches(name, [*inspect.signature(type(self).forward).parameters, *known], 1)
+                base = type(self.get_base_model()).__name__
                 raise InputError(
-                    f"{name} is unknown to the forward of {type(self).__name__} and of {base.__name__}; expected "
+                    f"{name} is unknown to the forward of {type(self).__name__} and of {base}; expected "
                     f"{close[0] if close else 'arguments that one of them documents'}. Correct the name, or leave it out."
                 )
 

@@ -22,8 +22,8 @@ OF_PICTURE = {"size": List(Value("int32")), "values": Value("binary")}
 def with_latents(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin) -> Dataset:
     """Adds a column `latents` to rows of `conversations`: an entry an image, None for one that is only read."""
     drawn = [
-        [image if drawn else None for image, drawn in zip(images, _are_drawn(messages), strict=True)]
-        for images, messages in zip(rows["images"], rows["messages"], strict=True)
+        [image if drawn else None for image, drawn in zip(images, _are_drawn(messages, given), strict=True)]
+        for images, messages, given in zip(rows["images"], rows["messages"], rows["given"], strict=True)
     ]
     places, new = {}, []  # where each picture's latents are, and which pictures a row is the first to draw
     for of_row in drawn:
@@ -38,7 +38,7 @@ def with_latents(rows: Dataset, model: UniCompressModel, processor: ProcessorMix
         with_indices=True,
         remove_columns=rows.column_names,
         features=Features(OF_PICTURE),
-        new_fingerprint=fingerprint_of("pictures", *settings),
+        new_fingerprint=fingerprint_of("drawn pictures", *settings),
         desc="encode images",
     )
 
@@ -52,14 +52,15 @@ def with_latents(rows: Dataset, model: UniCompressModel, processor: ProcessorMix
         batch_size=32,
         with_indices=True,
         features=Features({**rows.features, "latents": List(OF_PICTURE)}),
-        new_fingerprint=fingerprint_of("rows", *settings),
+        new_fingerprint=fingerprint_of("rows with drawn pictures", *settings),
         desc="find latents",
     )
 
 
-def _are_drawn(messages: list[dict]) -> list[bool]:
-    """Of each image of a conversation, in order."""
-    return [turn["role"] == "assistant" for turn in messages for part in turn["content"] if part["type"] == "image"]
+def _are_drawn(messages: list[dict], given: int) -> list[bool]:
+    """Whether each image of a conversation, in order, is learned as a drawing; those of `given` turns are context."""
+    learned = [turn["role"] == "assistant" and place >= given for place, turn in enumerate(messages)]
+    return [own for own, turn in zip(learned, messages, strict=True) for part in turn["content"] if part["type"] == "image"]
 
 
 def _key(image: dict) -> bytes:
