@@ -2,7 +2,7 @@
 
 The base draws with transformers' own `generate`, guided, as its documentation does. Janus has a loop of its own there, which
 always makes a static cache and never compiles. `cache_implementation` only chooses whether that cache is offloaded, and
-`compile_config` is not looked at. So its alternatives come from outside: `past_key_values=DynamicCache(...)`, and PyTorch's own
+`compile_config` is not looked at. So its alternatives come from outside: a `DynamicCache` as an argument, and PyTorch's own
 `Module.compile` on the language model.
 """
 
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CompileConfig, DynamicCache, set_seed
 
 from uc_adapters import UniCompressModel
+from uc_adapters.steps import CACHE_NAME
 
 ALTERNATIVES = ("dynamic", "static", "compiled")
 
@@ -32,7 +33,7 @@ def draw(model: nn.Module, batch: int, **options) -> torch.Tensor:
 
 
 def _draw_dense_dynamically(base: nn.Module, batch: int) -> torch.Tensor:
-    return draw(base, batch, past_key_values=DynamicCache(config=base.config.get_text_config()))
+    return draw(base, batch, **{CACHE_NAME: DynamicCache(config=base.config.get_text_config())})
 
 
 def why_not_compiled(device: str) -> str | None:

@@ -15,6 +15,8 @@ from timing import reading as reading_benchmark
 from timing import report as benchmark_report
 from timing import stopwatch
 
+from uc_adapters.steps import CACHE_NAME
+
 SIDES = ("base", "adapter")
 NEVER_FITS = 10**12  # prompts, whose words alone are more bytes than a process can address
 
@@ -88,7 +90,7 @@ def test_the_bytes_of_a_drawings_cache_are_those_of_the_real_one(tiny):
         language_model = (model if name == "base" else model.get_base_model()).model.language_model
 
         def look(module, args, kwargs, name=name):
-            found[name] = kwargs["past_key_values"]
+            found[name] = kwargs[CACHE_NAME]
 
         handle = language_model.register_forward_pre_hook(look, with_kwargs=True)
         drawing_benchmark.draw(model, 2)
@@ -102,7 +104,7 @@ def test_the_bytes_of_a_read_image_are_those_it_adds_to_the_cache(tiny):
     works = reading_benchmark.reading_works({name: tiny[name] for name in SIDES}, 1)["prefill"]
     text = benchmark_models.TEXT_TOKENS * drawing_benchmark.token_bytes(tiny["adapter"])
     for name, work in works.items():
-        cache = work().past_key_values
+        cache = getattr(work(), CACHE_NAME)
         assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) - text == expected[name]
 
 
