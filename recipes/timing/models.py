@@ -20,7 +20,7 @@ from transformers import (
 from uc_adapters import UniCompressConfig, UniCompressModel, get_uc_model
 
 TEXT_TOKENS = 30  # of a question or a prompt
-CARDS = Path(__file__).parents[1] / "model_cards"
+CARDS = Path(__file__).parents[2] / "model_cards"
 SHAPES = {  # of the published language models: width, layers, heads, width of the MLP
     "janus-pro-1b": (2048, 24, 16, 5632),
     "janus-pro-7b": (4096, 30, 32, 11_008),
