@@ -96,8 +96,9 @@ def draw(
 
     Raises:
         InputError: A prompt is empty or does not end in the token that begins an image, the stride does not divide a size, an
-            argument is unknown, a number is NaN or infinite, a negative prompt has image placeholders, the generators are not
-            one for each prompt, or no code could be sampled: scores are not finite, or processors forbid all codes.
+            argument is unknown, a number is not finite or out of range, a negative prompt has image placeholders, the
+            generators are not one for each prompt, or no code could be sampled: scores are not finite, or processors forbid all
+            codes.
         UnsupportedError: The arguments ask for beam search, structured outputs, a logits processor that needs text, or a cache
             other than "dynamic" and "static"; or the model is in training mode with gradient checkpointing.
         BaseModelError: The language model's hidden states are not finite.
@@ -210,7 +211,7 @@ def _check_numbers(fields: dict) -> None:
 
 
 def _generators(generator: torch.Generator | list[torch.Generator] | None, input_ids: torch.Tensor) -> list[torch.Generator]:
-    """Returns the generators as a list: empty, one for all prompts, or one for each. Raises InputError for another number."""
+    """Returns the generators as a list: empty, one for all prompts, or one for each. Raises InputError for anything else."""
     if generator is None:
         return []
     generators, count = (generator, len(input_ids)) if isinstance(generator, list) else ([generator], 1)
