@@ -315,7 +315,7 @@ class UniCompressModel(HubModel):
         _refuse_mixed_batch(kwargs)
         mode = kwargs.get("generation_mode")
         if mode not in (None, "text", "image"):
-            raise InputError(f"generation_mode={mode!r}; expected 'image' to draw, or 'text' or None to answer.")
+            raise InputError(f"generation_mode={mode!r}; expected 'image' to draw, 'text' or None to answer.")
         to_draw = mode == "image"
         if to_draw:
             self._check_draws()

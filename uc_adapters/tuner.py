@@ -126,8 +126,8 @@ class UniCompressTuner(ReversibleLora):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Removes the adapter's name from a key.
 
-        PEFT removes it only directly before the last part, but our modules nest deeper. A part may also be compiled, which adds
-        `_orig_mod`.
+        PEFT removes it only directly before the last part, but our modules nest deeper. A compiled part adds `_orig_mod`, which
+        is removed, too.
         """
         key = key.replace("_orig_mod.", "")
         named, plain = f".{CONTAINER}.{adapter_name}.", f".{CONTAINER}."
@@ -137,14 +137,14 @@ class UniCompressTuner(ReversibleLora):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
-        """Returns PEFT's state dict with `.weight` in the keys of DoRA's magnitudes: transformers would not load them without."""
+        """Returns PEFT's state dict with `.weight` in the keys of DoRA's magnitudes; transformers needs it to load them."""
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         short = f".lora_magnitude_vector.{adapter_name}"
         return {f"{key}.weight" if key.endswith(short) else key: value for key, value in state_dict.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Maps the keys as PEFT does. Raises AdapterFileError if a weight is missing, surplus, misshapen or not finite."""
+        """Maps the keys as PEFT does. Raises AdapterFileError if a weight is missing, surplus or wrong."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if any(isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters for module in model.modules()):
             raise UnsupportedError(
