@@ -64,7 +64,7 @@ class UniCompressTuner(ReversibleLora):
         if embeddings:
             raise ConfigError(
                 f"target_modules={config.target_modules!r} matches {embeddings[0]!r}, an embedding; expected linear layers: an "
-                "adapter never changes the base's text embeddings. Name linear layers, or leave it None."
+                "adapter never changes the base's embeddings. Name linear layers, or leave it None."
             )
         if not targets:
             raise ConfigError(
