@@ -84,7 +84,7 @@ def test_an_image_to_draw_of_the_wrong_size(model, short_processor, images):
     with pytest.raises(InputError, match=r"\(1, 3, 32, 32\).*3, 64, 64"):
         model(**{**batch, "gen_pixel_values": torch.zeros(1, 3, 32, 32)})
     batch["gen_mask"][0, batch["gen_mask"][0].nonzero()[0]] = False
-    with pytest.raises(InputError, match=r"16 places.*17.*UniCompressCollator"):
+    with pytest.raises(InputError, match=r"16 positions.*17.*UniCompressCollator"):
         model(**batch)
 
 
@@ -166,7 +166,7 @@ def test_an_unknown_generation_mode(model, prompts):
 
 
 def test_a_prompt_to_draw_without_the_generation_mode(model, prompts):
-    with pytest.raises(InputError, match=r"an image's begin, without generation_mode; expected.*'image'"):
+    with pytest.raises(InputError, match=r"which begins an image, without generation_mode; expected.*'image'"):
         model.generate(**prompts)
     assert model.generate(**prompts, generation_mode="text", max_new_tokens=1).shape[0] == len(CAPTIONS)
 
@@ -193,7 +193,7 @@ def test_drawing_in_training_with_checkpointed_gradients(model, prompts):
 
 
 def test_labels_of_another_collator(model, short_question):
-    with pytest.raises(InputError, match=r"21 image placeholder\(s\) labelled as words.*UniCompressCollator"):
+    with pytest.raises(InputError, match=r"21 image placeholder\(s\) labelled as text.*UniCompressCollator"):
         model(**short_question, labels=short_question["input_ids"])
 
 

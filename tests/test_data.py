@@ -253,7 +253,7 @@ def test_images_without_a_place_go_in_front_of_the_first_plain_string(collate, i
         (turns([IMAGE, say("<image>a red 3")], "3"), 1, r"1 image\(s\) for 2 image part"),
         (turns("<image>a red 3", "3"), 0, r"turn 1 \(user\) has the image token <image> in its text"),
         (turns("a red 3 <begin_of_image>", "3"), 0, r"image token <begin_of_image> in its text"),
-        (turns("a red 3", "3<eos>"), 0, r"An answer has <eos> in its text.*it is added"),
+        (turns("a red 3", "3<eos>"), 0, r"An answer has <eos> in its text.*adds it"),
         (turns("a red 3"), 0, r"Nothing to learn"),
         (turns("a red 3", " "), 0, r"turn 2 \(assistant\) has a text that is empty"),
         ([{"role": "human", "content": "a red 3"}], 0, r"role 'human'; expected system"),

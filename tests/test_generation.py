@@ -390,7 +390,7 @@ def test_a_language_model_whose_states_are_no_numbers_is_told_of(base, prompts, 
     model = attach(base)
     with torch.no_grad():
         base.model.language_model.layers[0].input_layernorm.weight[0] = float("nan")
-    with pytest.raises(BaseModelError, match=r"no finite numbers in torch.float32.*bfloat16"):
+    with pytest.raises(BaseModelError, match=r"not finite numbers in torch.float32.*bfloat16"):
         draw(model, prompts, do_sample=do_sample)
 
 

@@ -353,7 +353,7 @@ def test_a_plain_peft_model_refuses_to_learn_drawing(saved, base, short_processo
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": drawn}]
     collator = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)
     batch = collator([{"messages": turns, "images": images[:1]}])
-    with pytest.raises(UnsupportedError, match=r"gen_pixel_values, gen_mask came to the base.*UniCompressModel"):
+    with pytest.raises(UnsupportedError, match=r"gen_pixel_values, gen_mask were passed to the base.*UniCompressModel"):
         model(**batch)
     plain = model.unload()
     assert not plain._forward_pre_hooks

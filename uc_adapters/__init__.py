@@ -1,4 +1,4 @@
-"""uc-adapters: one small adapter shortens what a unified model reads and what it draws (UniCompress, arXiv 2603.11320).
+"""uc-adapters: an adapter that shortens the image sequences a unified model reads and draws (UniCompress, arXiv 2603.11320).
 
 Importing registers the method with PEFT, so that `PeftModel`, `AutoPeftModel` and transformers' `load_adapter` know it.
 """
@@ -13,7 +13,7 @@ from .model import UniCompressModel, get_uc_model
 from .tuner import UniCompressTuner
 from .version import __version__
 
-# PEFT has no extension point yet (peft issue 2273): `register_peft_method` refuses types outside its own enum.
+# PEFT has no extension point yet (peft issue 2273): `register_peft_method` refuses types that are not in its own enum.
 _peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressConfig
 _peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressTuner
 _peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[UCPeftType.UNICOMPRESS] = UniCompressTuner.prefix

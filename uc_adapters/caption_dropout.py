@@ -1,4 +1,4 @@
-"""Caption dropout: which drawing prompts lose their words, so that classifier-free guidance has its unconditional model."""
+"""Caption dropout: some drawing prompts lose their text, so the model also learns the unconditional case for guidance."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from .errors import InputError
 
 
 class CaptionDropout:
-    """Drops a share of prompts, others in every epoch.
+    """Chooses a share of the prompts to drop; the choice changes with every epoch.
 
-    The choice follows from a prompt's content and from `epoch`. A trainer that sets it thus drops the same prompts however
-    rows are batched, shared among processes and workers, or resumed. Where nobody sets it, an epoch ends when a prompt comes
-    back.
+    The choice depends on a prompt's content and on `epoch` alone. So a trainer that sets `epoch` drops the same prompts,
+    however the rows are batched, split among processes and workers, or resumed. If no trainer sets it, a new epoch begins when
+    a prompt comes a second time.
 
     Args:
-        share: From 0 to 1.
+        share: The share of prompts to drop, from 0 to 1.
 
     Raises:
-        InputError: A share outside [0, 1].
+        InputError: `share` is outside [0, 1].
     """
 
     def __init__(self, share: float):
         if not 0 <= share <= 1:
             raise InputError(f"caption_dropout={share}; expected a share from 0 to 1.")
         self.share = share
-        # In shared memory: the workers of a data loader hold copies, and persistent ones outlive an epoch
+        # Data loader workers hold copies of this object, and persistent ones outlive an epoch, so the epoch is in shared memory
         self._epoch = torch.full((), -1).share_memory_()
         self._counted, self._seen = 0, set()
 
     @property
     def epoch(self) -> int | None:
-        """As a trainer set it; None where nobody did."""
+        """The epoch that a trainer has set, or None."""
         return int(self._epoch) if self._epoch >= 0 else None
 
     @epoch.setter
@@ -42,7 +42,7 @@ class CaptionDropout:
         self._epoch.fill_(epoch)
 
     def drops(self, prompt: bytes) -> bool:
-        """Whether a prompt is dropped, by its content and what is drawn for it."""
+        """Returns whether to drop a prompt. `prompt` holds its text and the content of the image to draw."""
         if not self.share:
             return False
         epoch = self._counted_epoch(prompt) if self.epoch is None else f"{self.epoch} "
@@ -50,7 +50,7 @@ class CaptionDropout:
         return int.from_bytes(digest, "big") / 2**64 < self.share
 
     def _counted_epoch(self, prompt: bytes) -> str:
-        """The epoch by counting, and the worker's seed: each worker counts for itself, and new ones begin anew."""
+        """Returns the counted epoch and the worker's seed. Each worker counts for itself, and a new worker starts at zero."""
         key = blake2b(prompt, digest_size=8).digest()
         if key in self._seen:
             self._counted += 1

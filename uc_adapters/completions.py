@@ -1,4 +1,4 @@
-"""A conversation as prompts and completions: what inference shows the model, and what it has to say there."""
+"""Splits a conversation into prompts, as inference shows them to the model, and completions, which the model learns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Completion:
-    """Something to learn.
+    """An answer or a drawing to learn, with its prompt.
 
     Attributes:
-        prompt: What the chat template writes in front of it. An image is one token of the processor's.
-        images: How many images of the conversation the prompt holds: its first ones, all of them read.
-        words: What the chat template writes for an answer. None where the next image of the conversation is drawn.
+        prompt: The text that the chat template writes before it. Each image is one image token of the processor.
+        images: The number of images in the prompt. They are the first ones of the conversation, and the model reads them.
+        words: The text that the chat template writes for an answer. None if the next image of the conversation is drawn.
     """
 
     prompt: str
@@ -25,19 +25,19 @@ class Completion:
 
 
 def completions(processor: ProcessorMixin, messages: list[dict], given: int = 0) -> list[Completion]:
-    """Every answer and every drawing of the assistant turns, in order.
+    """Returns every answer and every drawing of the assistant turns, in order.
 
-    Words and images of one turn are completions of their own, since inference answers or draws in one call. A drawn image is
-    read in the prompts behind it, as it is when a conversation goes on.
+    Each text and each image of a turn is a completion of its own, since one call of inference either answers or draws. Later
+    prompts read the drawn image, as they do when a conversation goes on.
 
     Args:
-        processor: Its chat template writes the prompts.
-        messages: Turns of `uc_adapters.messages.normalised`.
-        given: How many leading turns are context only. Default 0.
+        processor: The processor whose chat template writes the prompts.
+        messages: Turns, as `uc_adapters.messages.normalised` returns them.
+        given: The number of leading turns that are context only. Default 0.
 
     Raises:
-        InputError: There is no chat template, it fails, it does not write each image once, or it writes a turn otherwise than
-            behind its own generation prompt.
+        InputError: There is no chat template, it fails, it does not write each image once, or a turn that it writes does not
+            begin with its own generation prompt.
     """
     made = []
     for index, turn in enumerate(messages):
@@ -58,25 +58,25 @@ def completions(processor: ProcessorMixin, messages: list[dict], given: int = 0)
                 prompt, images = prompt + processor.image_token, images + 1
             if answer:
                 made.append(Completion(prompt, images, words))
-            if answer or place:  # an image that comes first is drawn right behind the generation prompt
+            if answer or place:  # an image that comes first is drawn right after the generation prompt
                 prompt += words
     return made
 
 
 def _render(processor: ProcessorMixin, messages: list[dict], **kwargs) -> str:
-    """What the chat template writes."""
+    """Returns the text that the chat template writes for the messages, after checking its images."""
     try:
         text = processor.apply_chat_template(messages, tokenize=False, **kwargs)
-    except Exception as error:  # jinja's own, or whatever a template raises
+    except Exception as error:  # a jinja error, or any error that the template raises
         roles = ", ".join(turn["role"] for turn in messages)
         raise InputError(
-            f"The chat template fails on turns of {roles}: {error} Expected one that writes them. Use the base's own template, "
-            "or change the conversation."
+            f"The chat template fails on turns with the roles {roles}: {error} Expected a template that accepts these turns. "
+            "Use the base's own template, or change the conversation."
         ) from error
     if "{'type': " in text:
         raise InputError(
-            "The chat template writes a content as Python prints it, {'type': ...}; expected a template for contents that are "
-            "lists of parts. Use the base's own template, or correct it."
+            "The chat template prints a turn's content as a Python list, {'type': ...}; expected a template that handles "
+            "content given as a list of parts. Use the base's own template, or correct it."
         )
     expected = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     if text.count(processor.image_token) != expected:
@@ -88,7 +88,7 @@ def _render(processor: ProcessorMixin, messages: list[dict], **kwargs) -> str:
 
 
 def _answers(content: list[dict]) -> list[bool]:
-    """Whether a turn has words before each of its images, and behind the last one."""
+    """Returns, for each image of a turn, whether text comes before it, and last, whether text comes after the last image."""
     answers = [False]
     for part in content:
         if part["type"] == "image":
@@ -99,4 +99,5 @@ def _answers(content: list[dict]) -> list[bool]:
 
 
 def _end(text: str, shown: int = 60) -> str:
+    """Returns the end of a text, for messages."""
     return text if len(text) <= shown else f"...{text[-shown:]}"

@@ -1,4 +1,4 @@
-"""The modules that an adapter puts into a base: one shortens what is read, the other what is generated."""
+"""The modules that an adapter adds to a base: one shortens the images that are read, the other those that are generated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .layers import (
 
 
 class ReadCompressor(nn.Module):
-    """Dense features -> {G, separator, X_cont} in the same feature space, ahead of the base's aligner."""
+    """Compresses dense features to {G, separator, X_cont} in the same feature space, before the base's aligner."""
 
     tokenizer_parts = ("extractor",)
 
@@ -33,7 +33,7 @@ class ReadCompressor(nn.Module):
         self.separator = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, features: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """(B, T, read_width) -> (B, N_g + 1 + T', read_width)."""
+        """Compresses features (B, T, read_width) to (B, N_g + 1 + T', read_width)."""
         parts = [self.separator.expand(len(features), 1, -1), self.pool(features, grid)]
         if self.extractor is not None:
             parts.insert(0, self.extractor(features, grid))
@@ -41,10 +41,11 @@ class ReadCompressor(nn.Module):
 
 
 class CodeReadCompressor(nn.Module):
-    """The same for bases that read codes: embeddings of codes -> {G, separator, X_cont} as inputs of the language model.
+    """The same for bases that read codes: compresses embeddings of codes to {G, separator, X_cont}, inputs of the language
+    model.
 
-    The mean of a window's embeddings loses the order of its codes. A linear map of the codebook entries in their order is
-    added. It starts at zero, so the module starts as AvgPool.
+    The mean of a window's embeddings loses the order of its codes. So the module adds a linear map of the codebook entries in
+    their order. The map starts at zero, so the module starts as AvgPool.
     """
 
     tokenizer_parts = ("extractor",)
@@ -59,9 +60,9 @@ class CodeReadCompressor(nn.Module):
         nn.init.zeros_(self.places_in.weight)
 
     def forward(self, embeddings: torch.Tensor, entries: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Embeddings (B, T, D) and entries (B, T, C) of the codes -> (B, N_g + 1 + T', D)."""
-        places = self.places_in(raster_to_windows(entries, self.stride, grid).flatten(2))  # (B, T', s^2, C) -> (B, T', D)
-        windows = average_pool(embeddings, self.stride, grid) + places
+        """Compresses embeddings (B, T, D) and entries (B, T, C) of codes to (B, N_g + 1 + T', D)."""
+        ordered = self.places_in(raster_to_windows(entries, self.stride, grid).flatten(2))  # (B, T', s^2, C) -> (B, T', D)
+        windows = average_pool(embeddings, self.stride, grid) + ordered
         parts = [self.separator.expand(len(windows), 1, -1), windows]
         if self.extractor is not None:
             parts.insert(0, self.extractor(embeddings, grid))
@@ -72,7 +73,7 @@ DECOMPRESSORS = {"strip": StripDecompressor, "phase": PhaseDecompressor, "raster
 
 
 class DrawCompressor(nn.Module):
-    """What an adapter adds to generation: an extractor of global tokens, a separator, and the decompressor to dense codes."""
+    """The modules that an adapter adds for generation: an extractor of global tokens, a separator, and the decompressor."""
 
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
@@ -85,18 +86,18 @@ class DrawCompressor(nn.Module):
 
     @property
     def tokenizer_parts(self) -> tuple[str, ...]:
-        """What stage 1 trains; stage 2 trains the rest. "strip" learns from hidden states, which stage 1 does not have."""
+        """The parts that stage 1 trains; stage 2 trains the rest. "strip" learns from hidden states, which stage 1 lacks."""
         return ("extractor",) if isinstance(self.decompressor, StripDecompressor) else ("extractor", "pool", "decompressor")
 
     def globals_of(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Global tokens before quantisation: (B, T, C) -> (B, N, C)."""
+        """Returns the global tokens before quantisation, (B, N, C), from latents (B, T, C)."""
         if self.extractor is None:
             return latents[:, :0]
         return self.extractor(latents.to(self.separator.dtype), grid).float()
 
 
 def make_decompressor(kind: type[nn.Module], config: UniCompressConfig, geometry: Geometry) -> nn.Module:
-    """A fresh decompressor, in the shapes that an adapter's config and its base give it."""
+    """Makes a new decompressor of class `kind`, with the shapes that the adapter's config and its base require."""
     shape = {
         "stride": config.stride,
         "code_width": geometry.code_width,
@@ -104,6 +105,6 @@ def make_decompressor(kind: type[nn.Module], config: UniCompressConfig, geometry
         "out_width": geometry.hidden_size,
         "layers": config.decompressor_layers,
     }
-    if issubclass(kind, ExpansionDecompressor):  # it learns a position for each place of the grid
+    if issubclass(kind, ExpansionDecompressor):  # it learns a position embedding for each code of the grid
         shape["side"] = geometry.draw_side
     return kind(**shape)

@@ -22,32 +22,35 @@ from .sequences import DrawnImage, Sequence, SequenceWriter
 
 @dataclass
 class UniCompressCollator:
-    """Batches of TRL's conversational vision format, `{"messages": [...], "images": [...]}`, for `UniCompressModel`.
+    """Makes batches for `UniCompressModel` from rows in TRL's conversational vision format.
 
-    Assistant turns are learned, answers and drawings, each behind the prompt that inference makes of the conversation up to
-    there: `processor(text=apply_chat_template(..., add_generation_prompt=True), images=...)`, with `generation_mode="image"`
-    where an image is drawn. Prompts that continue one another share a sequence of the batch. Others have a sequence each: an
-    image that was drawn is read in the prompts behind it, and a base may begin prompts for answers and for drawings
-    differently. A row may thus become several sequences.
+    A row is `{"messages": [...], "images": [...]}`. The model learns the answers and the drawings of the assistant turns. Each
+    follows the prompt that inference makes of the conversation so far:
+    `processor(text=apply_chat_template(..., add_generation_prompt=True), images=...)`, with `generation_mode="image"` before a
+    drawing. Prompts that continue one another share one sequence of the batch. Other prompts have a sequence each: later
+    prompts read a drawn image, and a base may begin prompts for answers and prompts for drawings differently. So a row may
+    become several sequences.
 
-    Every answer and every drawing ends, once, in a token that ends generation, whatever the chat template writes there. What
-    wraps an image (its begin and end, its size, its row ends) is not learned, nor is the separator.
+    Every answer and every drawing ends with exactly one token that ends generation, whatever the chat template writes there.
+    The wrapper tokens of an image (its begin and end, its size, its EOL tokens) and the separator are not learned.
 
-    A content may be a plain string; `<image>` in it is the place of an image, see `uc_adapters.messages.normalised`. A row may
-    bring `given`, how many of its leading turns are context only, and `latents`, one entry of
-    `uc_adapters.images.pack_latents` an image (None for one that is only read): images to draw are then not encoded again.
+    The content of a turn may be a plain string. `<image>` in it marks the position of an image, see
+    `uc_adapters.messages.normalised`. A row may also have `given`, the number of leading turns that are context only. And it
+    may have `latents`, one entry of `uc_adapters.images.pack_latents` for each image (None for one that is only read), so that
+    the images to draw are not encoded again.
 
     Args:
         processor: The adapter's processor: `AutoProcessor.from_pretrained(adapter)`, or `model.compact_processor(processor)`.
         config: The adapter's config.
-        caption_dropout: Share of drawings whose prompt is replaced by padding, so that classifier-free guidance has its
-            unconditional model. Default 0.1. See `epoch`.
+        caption_dropout: The share of drawings whose prompt is replaced by padding. From them the model learns the unconditional
+            case for classifier-free guidance. Default 0.1. See `epoch`.
         eos_token_id: The tokens that end generation, as in the base's `generation_config`. Default: the tokenizer's.
 
     Raises:
-        InputError: A share outside [0, 1], a processor without an end token or of no known family; an empty batch; a row that
-            is named, with what is wrong in it: no messages, images that are not RGB, more or fewer images than the messages
-            have places for, special tokens in a text, a conversation that the chat template cannot write.
+        InputError: `caption_dropout` is outside [0, 1], the processor has no end token or belongs to no known family, the batch
+            is empty, or a row is bad: it has no messages, images that are not RGB, more or fewer images than its messages have
+            image parts, special tokens in a text, or a conversation that the chat template cannot write. The message names the
+            row.
     """
 
     processor: ProcessorMixin
@@ -70,7 +73,7 @@ class UniCompressCollator:
 
     @property
     def epoch(self) -> int | None:
-        """Other prompts are dropped in another epoch. A trainer sets it; None: it is counted, by the rows that come back."""
+        """The epoch, which decides which prompts are dropped. A trainer sets it. If None, repeated rows mark a new epoch."""
         return self.dropout.epoch
 
     @epoch.setter
@@ -78,39 +81,42 @@ class UniCompressCollator:
         self.dropout.epoch = epoch
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows -> input_ids, attention_mask, labels, gen_mask (B, L), pixel_values (N, 3, H, W), gen_pixel_values (M, ...).
+        """Makes a batch of rows.
 
-        B is the number of sequences. With latents, gen_latents (M, T, C) in place of the last. Where images have any size,
-        also image_sizes (N, 2) and gen_image_sizes (M, 2), in pixels.
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, (B, L); `pixel_values` (N, 3, H, W) if there are images to read;
+            `gen_mask` (B, L) and `gen_pixel_values` (M, 3, H, W) if there are images to draw. B is the number of sequences.
+            Rows with latents give `gen_latents` (M, T, C) in place of `gen_pixel_values`. If the base takes images of any size,
+            there are also `image_sizes` (N, 2) and `gen_image_sizes` (M, 2), in pixels.
         """
         return self.with_rows(rows)[0]
 
     def with_rows(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """The batch, and the row that each of its sequences was made of."""
+        """Returns the batch, and for each of its sequences the index of the row that it was made of."""
         if not rows:
-            raise InputError("An empty batch; expected at least one row of {'messages': [...], 'images': [...]}.")
+            raise InputError("Got an empty batch; expected at least one row of {'messages': [...], 'images': [...]}.")
         images, learned = [], []
         for index, row in enumerate(rows):
             with _naming(row, index):
                 images.append(_images(row))
                 learned.append(self._completions(row, len(images[-1])))
-        counts = [max(one.images for one in of_row) for of_row in learned]  # read of each row: its first ones
+        counts = [max(completion.images for completion in of_row) for of_row in learned]  # each row's first images are read
         firsts = [sum(counts[:index]) for index in range(len(rows))]
         read = self._pixels([image for of_row, count in zip(images, counts, strict=True) for image in of_row[:count]])
         to_draw = [
-            (row.get("latents") or of_row)[one.images]
-            for row, of_row, of_learned in zip(rows, images, learned, strict=True)
-            for one in of_learned
-            if one.words is None
+            (row.get("latents") or row_images)[completion.images]
+            for row, row_images, of_row in zip(rows, images, learned, strict=True)
+            for completion in of_row
+            if completion.words is None
         ]
         drawn = self._latents(to_draw) if to_draw and isinstance(to_draw[0], dict) else self._pixels(to_draw)
         sequences, places, drawings = [], [], self._drawn_images(drawn, to_draw)
         for index, of_row in enumerate(learned):
             blocks = [self.processor.replace_image_token(read, firsts[index] + place) for place in range(counts[index])]
             written = self.writer.write(of_row, blocks, drawings, self.dropout)
-            places += [(index, place) for one in written for place in range(one.read)]
-            sequences += [(index, one) for one in written]
-        batch, gen_mask = self._padded([one for _, one in sequences])
+            places += [(index, place) for sequence in written for place in range(sequence.read)]
+            sequences += [(index, sequence) for sequence in written]
+        batch, gen_mask = self._padded([sequence for _, sequence in sequences])
         if places:
             batch |= {name: value[[firsts[row] + place for row, place in places]] for name, value in read.items()}
         if drawn:
@@ -118,60 +124,69 @@ class UniCompressCollator:
         return batch, [row for row, _ in sequences]
 
     def _completions(self, row: dict[str, Any], images: int) -> list[Completion]:
-        """What a row has to say.
+        """Returns the completions of a row with `images` images.
 
         Raises:
-            InputError: Something is wrong with it.
+            InputError: Something is wrong with the row.
         """
         if "messages" not in row:
-            raise InputError(f"A row of {', '.join(row)}; expected messages, and images where they have any.")
+            raise InputError(
+                f"A row of {', '.join(row)}; expected messages, and images if a turn has an image part. Rename the columns."
+            )
         processor, messages, given = self.processor, normalised(row["messages"], images), row.get("given") or 0
         if wrong := malformed(messages, processor):
             raise InputError(f"{wrong}.")
         count = sum(part["type"] == "image" for turn in messages for part in turn["content"])
         if images != count:
-            raise InputError(f"{images} image(s) for {count} image part(s) in the messages; expected as many of both.")
+            raise InputError(
+                f"{images} image(s) for {count} image part(s) in the messages; expected as many of both. Add or remove images."
+            )
         answers = [part for turn in messages[given:] if turn["role"] == "assistant" for part in turn["content"]]
         for end in processor.tokenizer.convert_ids_to_tokens(self.ends):
             if any(end in (part.get("text") or "") for part in answers):
-                raise InputError(f"An answer has {end} in its text, which ends generation. Take it out: it is added.")
+                raise InputError(
+                    f"An answer has {end} in its text, a token that ends generation; expected a text without it. Remove it: "
+                    "the collator adds it."
+                )
         learned = completions(processor, messages, given)
         if not learned:
-            raise InputError("Nothing to learn; expected an assistant turn with words or an image.")
+            raise InputError(
+                "Nothing to learn; expected an assistant turn with a text or an image. Add one, or leave the row out."
+            )
         return learned
 
     def _drawn_images(self, drawn: dict[str, torch.Tensor], images: list) -> Iterator[DrawnImage]:
-        """The texts of images to draw. Their global tokens may be fewer than those that are read, and stand in front."""
+        """Yields the texts of the images to draw. With "strip" they have fewer global tokens than the images to read."""
         token, config = self.processor.image_token, self.config
-        of_read, of_drawn = token * (config.num_global_tokens + 1), token * (config.num_global_codes + 1)
+        read_start, drawn_start = token * (config.num_global_tokens + 1), token * (config.num_global_codes + 1)
         for index, image in enumerate(images):
-            block = self.processor.replace_image_token(drawn, index).replace(of_read, of_drawn, 1)
+            block = self.processor.replace_image_token(drawn, index).replace(read_start, drawn_start, 1)
             begin, first, rest = block.partition(token)
             yield DrawnImage(begin, first + rest, image["values"] if isinstance(image, dict) else image.tobytes())
 
     def _pixels(self, images: list) -> dict[str, torch.Tensor]:
-        """pixel_values, and image_sizes where the processor gives them; nothing where there are no images."""
+        """Returns `pixel_values`, and `image_sizes` if the processor gives them; an empty dict if there are no images."""
         if not images:
             return {}
         prepared = self.processor.image_processor(images, return_tensors="pt")
         return {name: prepared[name] for name in ("pixel_values", "image_sizes") if name in prepared}
 
     def _latents(self, packed: list[dict]) -> dict[str, torch.Tensor]:
-        """The same of packed latents: latents (M, T, C), and image_sizes."""
+        """Returns `latents` (M, T, C), and `image_sizes` if images have any size, from packed latents."""
         latents = [unpack_latents(image, self.config.base_geometry["code_width"]) for image in packed]
         sizes = {} if self.config.base_geometry["image_size"] else {"image_sizes": torch.tensor([p["size"] for p in packed])}
         return {"latents": pad_sequence(latents, batch_first=True), **sizes}
 
     def _padded(self, sequences: list[Sequence]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Sequences of one length, padded on the right, and the places of what is drawn in them: (B, L) each."""
-        length = max(len(one.ids) for one in sequences)
+        """Pads the sequences on the right to one length; returns the batch, and the mask of the images to draw, (B, L)."""
+        length = max(len(sequence.ids) for sequence in sequences)
 
         def padded(name: str, value: int) -> torch.Tensor:
-            return torch.tensor([getattr(one, name) + [value] * (length - len(one.ids)) for one in sequences])
+            return torch.tensor([getattr(seq, name) + [value] * (length - len(seq.ids)) for seq in sequences])
 
         batch = {
             "input_ids": padded("ids", self.processor.tokenizer.pad_token_id),
-            "attention_mask": torch.tensor([[1] * len(one.ids) + [0] * (length - len(one.ids)) for one in sequences]),
+            "attention_mask": torch.tensor([[1] * len(seq.ids) + [0] * (length - len(seq.ids)) for seq in sequences]),
             "labels": padded("labels", -100),
         }
         return batch, padded("drawn", False)
@@ -179,7 +194,7 @@ class UniCompressCollator:
 
 @contextmanager
 def _naming(row: dict[str, Any], index: int) -> Iterator[None]:
-    """Names the row in an error about it."""
+    """Adds the name of the row to an `InputError` about it."""
     try:
         yield
     except InputError as error:
@@ -187,6 +202,7 @@ def _naming(row: dict[str, Any], index: int) -> Iterator[None]:
 
 
 def _images(row: dict[str, Any]) -> list:
+    """Returns the images of a row; raises InputError if one is not RGB."""
     images = row.get("images") or []
     for image in images:
         mode = getattr(image, "mode", None)

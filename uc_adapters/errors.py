@@ -1,4 +1,7 @@
-"""What can go wrong, one class a cause. All are ValueErrors; every message names the value, the expected, the remedy."""
+"""The errors of this package, one class for each cause.
+
+All are ValueErrors. Every message names the value, what was expected, and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,24 @@ class ConfigError(ValueError):
 
 
 class BaseModelError(ValueError):
-    """The base model cannot carry this adapter: unknown family, missing module, or another geometry."""
+    """The base model cannot carry this adapter: its family is unknown, a module is missing, or its geometry differs."""
 
 
 class AdapterNameError(ValueError):
-    """A name under which PEFT cannot save or load an adapter correctly."""
+    """PEFT cannot save or load an adapter correctly under this name."""
 
 
 class AdapterFileError(ValueError):
-    """An adapter's file or folder is missing, damaged, or does not hold what its config promises."""
+    """An adapter's file or folder is missing or damaged, or its content does not match its config."""
 
 
 class InputError(ValueError):
-    """A prompt, an image or a batch that does not fit the model or the adapter."""
+    """A prompt, an image or a batch does not fit the model or the adapter."""
 
 
 class UnsupportedError(ValueError):
-    """Something that this method cannot do, such as merging or beam search for drawing."""
+    """The method cannot do what was asked for, such as merging, or beam search when drawing."""
 
 
 class HubError(ValueError):
-    """A repo that cannot be read from the Hub or written to it: missing, not permitted, unreachable, offline, rate-limited."""
+    """A repo cannot be read from the Hub or written to it: it is missing, forbidden, unreachable, offline or rate-limited."""

@@ -1,4 +1,4 @@
-"""Drawing in the compact domain: N + T / s^2 sampled steps of the language model, then dense tokens."""
+"""Generates images in compact form: N + T / s^2 sampled steps of the language model, then the dense tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .sampling import CodeSampler
 from .steps import Steps
 from .tuner_layers import ReadLayer
 
-# Fields of a generation config that ask for another way to generate than greedy decoding and sampling, with what asks for none
+# Fields of a generation config that ask for other methods than greedy decoding and sampling, with the value that does not
 MODES = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -36,7 +36,7 @@ MODES = {
 
 
 def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves the padding of every row (B, L) to its left, the order of its tokens kept."""
+    """Moves the padding of every row (B, L) to the left, and keeps the order of its tokens."""
     if attention_mask.shape != input_ids.shape:
         raise InputError(
             f"attention_mask of shape {tuple(attention_mask.shape)} for input_ids of shape {tuple(input_ids.shape)}; expected "
@@ -62,68 +62,72 @@ def draw(
     progress: bool = False,
     **kwargs,
 ) -> torch.Tensor:
-    """Draws one image a prompt: what `UniCompressModel.generate(..., generation_mode="image")` does.
+    """Generates one image for each prompt; `UniCompressModel.generate(..., generation_mode="image")` calls it.
 
-    Only codes are ever sampled: the base's own constraint, where its codes are words among others.
+    Only image codes are sampled, also when they share one vocabulary with the text tokens, as in the base's own generation.
 
     Args:
-        drawing: The active adapter's drawing side.
-        reading: Its reading side.
-        input_ids: Prompts (B, L), each ending in the image's begin, as the processor prepares prompts to draw.
-        attention_mask: (B, L); padding on either side.
-        pixel_values: Images that the prompts contain, to read. Not where images have any size: those prompts are words.
-        image_sizes: Where images have any size, the rows and columns of each in tokens, (B, 2), as the processor gives them.
-        negative_prompt_ids: What guidance leads away from, (1, L') or (B, L'). Default: the prompt without its words. Where
-            they do not end in an image's begin, the frame of the prompt's own image follows.
+        head: The active adapter's code head.
+        read_layer: The layer that compresses the images to read.
+        input_ids: Prompts (B, L). Each ends in the token that begins an image, as the processor prepares prompts to draw.
+        attention_mask: (B, L), with padding on either side. Default: no padding.
+        pixel_values: The images in the prompts, which the model reads. Not allowed if the base takes images of any size: its
+            prompts to draw are text alone.
+        image_sizes: The rows and columns of each image to draw, in tokens, (B, 2), as the processor gives them. Needed if the
+            base draws images of any size.
+        negative_prompt_ids: Prompts that guidance leads away from, (1, L') or (B, L'). Default: the prompt without its text
+            tokens. If they do not end in the token that begins an image, the wrapper tokens at the end of the prompt are added.
         negative_prompt_attention_mask: (1, L') or (B, L').
-        generation_config: Defaults to the base's. `guidance_scale` > 1 draws with classifier-free guidance.
-        logits_processor: Applied to every code's logits (B, K), after guidance and the generation config's own processors.
-        generator: Source of randomness for `do_sample=True`; default torch's global one. A list has one for each prompt: its
-            drawings are then those of the prompt drawn alone with it. On a CPU that holds bit for bit, since each prompt is
-            then drawn by itself, and takes the time of that. On other devices the batch is drawn at once: the random numbers
-            are the same, but matrix products of another batch size round differently, which can turn a close choice.
-        progress: Shows a bar over the steps.
+        generation_config: Default: the base's. `guidance_scale` > 1 draws with classifier-free guidance.
+        logits_processor: Processors of every code's logits (B, K). They run after guidance and the config's own processors.
+        generator: The source of randomness for `do_sample=True`. Default: torch's global one. A list has one generator for each
+            prompt. Each drawing is then the one that its prompt gives alone with this generator. On a CPU that holds bit for
+            bit: the prompts are drawn one by one, which takes longer. On other devices the batch is drawn at once. The random
+            numbers are the same, but matrix products of another batch size round differently, which can change a close choice.
+        progress: Whether to show a progress bar over the steps. Default False.
         **kwargs: Fields of the generation config: `do_sample`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
-            `num_return_sequences`, `suppress_tokens`, ...; `cache_implementation`, `compile_config` and `disable_compile`, see
-            `Steps`. Where they hold tokens, these are codes. An image has the length of its grid, so what bounds the length of
-            a text (`max_new_tokens`, `min_new_tokens`, ...) changes nothing.
+            `num_return_sequences`, `suppress_tokens`, ...; for `cache_implementation`, `compile_config` and `disable_compile`
+            see `Steps`. Tokens in these fields are codes. The grid sets the length of an image, so fields that limit the length
+            of a text (`max_new_tokens`, `min_new_tokens`, ...) have no effect.
 
     Returns:
-        Tokens of the dense images (B * num_return_sequences, T') for the base's `decode_image_tokens`, as the base itself
-        would have drawn them; images of fewer tokens than the largest are padded on the right.
+        The tokens of the dense images, (B * num_return_sequences, tokens), in the form that the base's own `generate` returns
+        and its `decode_image_tokens` takes. Images with fewer tokens than the largest are padded on the right.
 
     Raises:
-        InputError: A prompt that is empty or does not end in the image's begin, a size that the stride does not divide, an
-            unknown argument, a number that is none, placeholders in a negative prompt, generators that are not one a prompt,
-            or codes for which there was nothing to draw from: scores that are not finite, or processors that forbid all.
-        UnsupportedError: Beam search, structured outputs, a logits processor that works on texts alone, a cache that is neither
-            "dynamic" nor "static", or a model in training that checkpoints its gradients.
-        BaseModelError: The language model's states are no finite numbers.
+        InputError: A prompt is empty or does not end in the token that begins an image, the stride does not divide a size, an
+            argument is unknown, a number is not finite or out of range, a negative prompt has image placeholders, the
+            generators are not one for each prompt, or no code could be sampled: scores are not finite, or processors forbid all
+            codes.
+        UnsupportedError: The arguments ask for beam search, structured outputs, a logits processor that needs text, or a cache
+            other than "dynamic" and "static"; or the model is in training mode with gradient checkpointing.
+        BaseModelError: The language model's hidden states are not finite.
     """
     family, base = head.family, head.family.base
     if base.training and base.is_activation_checkpointing:
-        raise UnsupportedError("Drawing while training with gradient checkpointing keeps no cache; call model.eval() first.")
+        raise UnsupportedError("Drawing in training mode with gradient checkpointing keeps no cache; call model.eval() first.")
     config = _drawing_config(base, generation_config, kwargs)
     base._prepare_special_tokens(config, True, device=input_ids.device)
-    config._eos_token_tensor = input_ids.new_empty(0)  # no code ends an image: nothing has to keep one from ending
+    config._eos_token_tensor = input_ids.new_empty(0)  # no code ends an image, so no processor has to forbid an end
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     input_ids, attention_mask = left_pad(input_ids, attention_mask)
     _check_prompts(family, input_ids, attention_mask, config)
     grids = family.prompt_grids(len(input_ids), image_sizes)
     for grid in set(grids):
-        compact_grid(grid, head.module.stride)  # raises where the stride does not divide it
+        compact_grid(grid, head.module.stride)  # raises InputError if the stride does not divide the grid
     negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
     generators = _generators(generator, input_ids)
     if isinstance(generator, list) and len(input_ids) > 1 and input_ids.device.type == "cpu":
         options = {"generation_config": generation_config, "logits_processor": logits_processor, "progress": progress, **kwargs}
         parts = _prompts_alone(family, input_ids, attention_mask, pixel_values, image_sizes, negative)
         drawn = [
-            draw(head, read_layer, **part, generator=[own], **options) for part, own in zip(parts, generators, strict=True)
+            draw(head, read_layer, **part, generator=[single], **options)
+            for part, single in zip(parts, generators, strict=True)
         ]
-        return _padded([tokens for of_prompt in drawn for tokens in of_prompt], config)
+        return _padded([tokens for prompt_tokens in drawn for tokens in prompt_tokens], config)
     guidance = family.default_guidance if config.guidance_scale is None else config.guidance_scale
-    config.guidance_scale = None  # ours is the first processor; a second one must not be made of it
+    config.guidance_scale = None  # `CodeSampler` applies guidance itself; the config must not add a second processor for it
     guided = guidance > 1
 
     prompts = read_layer.embed_prompt(input_ids, pixel_values, None, input_ids == family.image_token_id)  # (B, L, D)
@@ -138,13 +142,13 @@ def draw(
     repeats = int(config.num_return_sequences)
     tokens: dict[int, torch.Tensor] = {}
     for grid in dict.fromkeys(grids):  # images of one size are drawn at once
-        of_grid = [row for row, of_row in enumerate(grids) if of_row == grid]
-        rows = torch.tensor(of_grid).repeat_interleave(repeats)
+        grid_rows = [row for row, row_grid in enumerate(grids) if row_grid == grid]
+        rows = torch.tensor(grid_rows).repeat_interleave(repeats)
         inputs, mask, ids = prompts[rows], attention_mask[rows], input_ids[rows]
-        if guided:  # twice as many: with the prompt, and with the blank one
+        if guided:  # the batch doubles: first the prompts, then the blank or negative prompts
             inputs, mask = torch.cat([inputs, blank[rows]]), torch.cat([mask, blank_mask[rows]])
-        own = [generators[row] for row in of_grid] if isinstance(generator, list) else generators
-        sampling |= {"prompts": ids, "generators": own}
+        grid_generators = [generators[row] for row in grid_rows] if isinstance(generator, list) else generators
+        sampling |= {"prompts": ids, "generators": grid_generators}
         guided_sample = CodeSampler(guidance=guidance if guided else None, **sampling)
         globals_, steps, won = _draw_compact(head, inputs, mask, grid, guided_sample, config, progress)
         plain_sample = CodeSampler(guidance=None, **sampling)
@@ -156,12 +160,12 @@ def draw(
 
 
 def _padded(tokens: list[torch.Tensor], config: GenerationConfig) -> torch.Tensor:
-    """Tokens of images (T',) each, padded on the right, (B, T')."""
+    """Pads the tokens of each image on the right and stacks them, (B, tokens)."""
     return pad_sequence(tokens, batch_first=True, padding_value=config.pad_token_id or 0)
 
 
 def _drawing_config(base: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: dict) -> GenerationConfig:
-    """The config that `generate` makes of its arguments; an error where it asks for what drawing does not do."""
+    """Returns the config that `generate` makes of its arguments. Raises an error if drawing cannot do what it asks for."""
     for fields in (vars(generation_config or base.generation_config), kwargs):
         _check_numbers(fields)
     config, left = base._prepare_generation_config(generation_config, **kwargs)
@@ -181,15 +185,17 @@ def _drawing_config(base: PreTrainedModel, generation_config: GenerationConfig |
         )
     limits = [f"{name}={value!r}" for name in ("max_time", "stop_strings") if (value := getattr(config, name)) is not None]
     if limits:
-        raise UnsupportedError(f"{', '.join(limits)} cannot stop an image: half of one has no pixels. Remove it.")
+        raise UnsupportedError(f"{', '.join(limits)} cannot stop an image: an unfinished image cannot be decoded. Remove it.")
     if config.return_dict_in_generate:
-        raise UnsupportedError("return_dict_in_generate=True; expected False: drawing returns the dense tokens alone.")
+        raise UnsupportedError(
+            "return_dict_in_generate=True; expected False: drawing returns only the dense tokens. Remove it."
+        )
     config.validate()
     return config
 
 
 def check_finite(fields: dict) -> None:
-    """Raises InputError for NaN and infinity among the fields of a generation config, which compares them with its bounds."""
+    """Raises InputError if a field of a generation config is NaN or infinite. transformers' own bounds do not refuse these."""
     infinite = sorted(name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value))
     if infinite:
         raise InputError(f"{infinite[0]}={fields[infinite[0]]}; expected a finite number.")
@@ -199,20 +205,20 @@ def _check_numbers(fields: dict) -> None:
     check_finite(fields)
     guidance, count = fields.get("guidance_scale"), fields.get("num_return_sequences")
     if guidance is not None and not (isinstance(guidance, Real) and guidance >= 0):
-        raise InputError(f"guidance_scale={guidance!r}; expected a number, 0 or more. Up to 1 it draws without guidance.")
+        raise InputError(f"guidance_scale={guidance!r}; expected a number, 0 or more. Use 1 or less to draw without guidance.")
     if count is not None and not (isinstance(count, Integral) and count >= 1):
         raise InputError(f"num_return_sequences={count!r}; expected a whole number, 1 or more.")
 
 
 def _generators(generator: torch.Generator | list[torch.Generator] | None, input_ids: torch.Tensor) -> list[torch.Generator]:
-    """None, one for all prompts, or one for each."""
+    """Returns the generators as a list: empty, one for all prompts, or one for each. Raises InputError for anything else."""
     if generator is None:
         return []
     generators, count = (generator, len(input_ids)) if isinstance(generator, list) else ([generator], 1)
-    if not all(isinstance(own, torch.Generator) for own in generators) or len(set(map(id, generators))) != count:
+    if not all(isinstance(single, torch.Generator) for single in generators) or len(set(map(id, generators))) != count:
         raise InputError(
-            f"generator={generator!r} for {len(input_ids)} prompt(s); expected a torch.Generator, or a list with another one "
-            "for each prompt: [torch.Generator(device).manual_seed(seed) for seed in seeds]."
+            f"generator={generator!r} for {len(input_ids)} prompt(s); expected a torch.Generator, or a list with a "
+            "different one for each prompt: [torch.Generator(device).manual_seed(seed) for seed in seeds]."
         )
     return generators
 
@@ -225,10 +231,10 @@ def _prompts_alone(
     image_sizes: torch.Tensor | None,
     negative: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Arguments of `draw` for each prompt by itself, without the padding that the batch gave it."""
+    """Yields the arguments of `draw` for each prompt alone, without the padding of the batch."""
     counts = (input_ids == family.image_token_id).sum(1)  # (B,)
     if pixel_values is not None:
-        counts = counts // (counts.sum() // len(pixel_values))  # of images
+        counts = counts // (counts.sum() // len(pixel_values))  # images in each prompt
     images = None if pixel_values is None else pixel_values.split(counts.tolist())
     for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
         alone = {"input_ids": ids[mask.bool()][None]}
@@ -250,16 +256,16 @@ def _draw_compact(
     config: GenerationConfig,
     progress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The language model's loop: global codes (B, N) and steps (B, T', k); and the scores that won them, (B,) each."""
+    """Runs the language model's loop; returns global codes (B, N), steps (B, T', k), and the scores of all chosen codes."""
     family, module = head.family, head.module
     count, (rows, columns) = module.num_global_codes, compact_grid(grid, module.stride)
     eol = family.eol.expand(len(prompts), 1, -1) if family.has_eol else None
     position_deltas = head.position_deltas(grid)  # (N + 1 + T',)
     if family.has_eol:
-        front, of_steps = position_deltas[: count + 1], position_deltas[count + 1 :].unflatten(0, (rows, columns))
-        position_deltas = torch.cat([front, F.pad(of_steps, (0, 1), value=1).flatten()])  # with the end of each row of steps
+        front, step_deltas = position_deltas[: count + 1], position_deltas[count + 1 :].unflatten(0, (rows, columns))
+        position_deltas = torch.cat([front, F.pad(step_deltas, (0, 1), value=1).flatten()])  # an EOL token after each row
     step = Steps(family, mask, position_deltas, config)
-    # A generator cannot be compiled: its codes are then drawn as they are uncompiled, and the language model alone is
+    # torch.compile does not support generators, so with generators only the language model is compiled
     draw_step = _draw_step if sample.generators else step.compiled(_draw_step)
     won: list[torch.Tensor] = []
 
@@ -271,7 +277,7 @@ def _draw_compact(
         globals_[:, index] = codes
         inputs = family.embed_codes(codes).unsqueeze(1)
         bar.update()
-    # The separator is known, as a row's end is: it rides along with the token before it and costs no step.
+    # The separator and the EOL tokens are known, so each is fed together with the token before it and costs no step
     inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
     steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
     entries = head.entries(globals_)
@@ -281,14 +287,14 @@ def _draw_compact(
             if family.has_eol and index % columns == 0:
                 inputs = torch.cat([inputs, eol], 1)
         hidden = step(inputs)
-        steps[:, index], of_step = draw_step(head, hidden, entries, sample)
-        won.append(of_step.clone())  # a CUDA graph's output is overwritten
+        steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
+        won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
         bar.update()
     bar.close()
-    if not bool(hidden.isfinite().all()):  # once, behind the loop: keys and values that are no numbers spoil all that follows
+    if not bool(hidden.isfinite().all()):  # one check after the loop: a NaN in the cache spreads to all later states
         raise BaseModelError(
-            f"The language model's last states are no finite numbers in {hidden.dtype}; expected numbers. Load the base with "
-            "dtype=torch.bfloat16 or torch.float32, and check its weights."
+            f"The language model's hidden states are not finite numbers in {hidden.dtype}; expected finite numbers. Load the "
+            "base with dtype=torch.bfloat16 or torch.float32, and check its weights."
         )
     return globals_, steps, won
 
@@ -296,14 +302,14 @@ def _draw_compact(
 def _draw_step(
     head: CodeHead, hidden: torch.Tensor, entries: torch.Tensor, sample: CodeSampler
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes of the next step (B, k), and the scores that won them, (k, B)."""
+    """Returns the codes of the next step, (B, k), and the scores with which they were chosen, (k, B)."""
     won: list[torch.Tensor] = []
     codes = head.draw_step(hidden, entries, _noting(sample, won))
     return codes, torch.stack(won)
 
 
 def _noting(sample: CodeSampler, won: list[torch.Tensor]) -> Sampler:
-    """A sampler of codes alone, which leaves the scores that won them in `won`."""
+    """Wraps a `CodeSampler` so that it returns only the codes, and appends their scores to `won`."""
 
     def pick(logits: torch.Tensor) -> torch.Tensor:
         codes, scores = sample(logits)
@@ -314,12 +320,13 @@ def _noting(sample: CodeSampler, won: list[torch.Tensor]) -> Sampler:
 
 
 def _check_won(won: list[torch.Tensor]) -> None:
-    """Raises InputError unless every code won by a number; looked at once a drawing, since a look waits for the device."""
+    """Raises InputError if a code was chosen with a score that is not finite. Called once, since it waits for the device."""
     if not bool(torch.cat([scores.flatten() for scores in won]).isfinite().all()):
         raise InputError(
-            "There was nothing to draw a code from: all codes were forbidden, or their scores were NaN or infinite. Nothing is "
-            "returned. Check suppress_tokens, bad_words_ids, sequence_bias and logits_processor; without them, the weights of "
-            "the adapter or of the base's code head are not finite: load them again."
+            "There was nothing to draw a code from: all codes were forbidden, or their scores were NaN or infinite; expected "
+            "at least one finite score. Nothing is returned. Check suppress_tokens, bad_words_ids, sequence_bias and "
+            "logits_processor. If none of them is set, the weights of the adapter or of the base's code head are not finite: "
+            "load them again."
         )
 
 
@@ -330,7 +337,7 @@ def _negative_prompts(
     negative_ids: torch.Tensor | None,
     negative_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Negative prompts, each in front of its image's frame: ids and mask (B, L'); None where there are none."""
+    """Returns ids and mask (B, L') of the negative prompts, each followed by its image's wrapper tokens; None without any."""
     if negative_ids is None:
         return None
     count = len(input_ids)
@@ -348,30 +355,33 @@ def _negative_prompts(
         )
     if bool((negative_ids == family.image_token_id).any()):
         raise InputError(
-            f"negative_prompt_ids hold image placeholders (token {family.image_token_id}); expected words alone: a negative "
-            "prompt has no images. Leave them out."
+            f"negative_prompt_ids hold image placeholders (token {family.image_token_id}); expected text tokens only: a "
+            "negative prompt has no images. Remove the placeholders."
         )
-    begin, framed = family.boi_token_id(config), family.wrapper_mask(input_ids, config)
+    begin, wrapped = family.boi_token_id(config), family.wrapper_mask(input_ids, config)
     rows = []
-    for ids, frame, words, mask in zip(
-        input_ids, framed, negative_ids.expand(count, -1), negative_mask.expand(count, -1), strict=True
+    for ids, wrapper, text, mask in zip(
+        input_ids, wrapped, negative_ids.expand(count, -1), negative_mask.expand(count, -1), strict=True
     ):
-        words = words[mask.bool()]
-        behind = frame.flip(0).cumprod(0).flip(0).bool()  # the frame that the prompt ends in: all behind its last word
-        rows.append(words if len(words) and words[-1] == begin else torch.cat([words, ids[behind]]))
+        text = text[mask.bool()]
+        ending = wrapper.flip(0).cumprod(0).flip(0).bool()  # the wrapper tokens after the prompt's last text token
+        rows.append(text if len(text) and text[-1] == begin else torch.cat([text, ids[ending]]))
     ids = pad_sequence(rows, batch_first=True, padding_value=config.pad_token_id, padding_side="left")
     ones = [torch.ones_like(row) for row in rows]
     return ids, pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
 
 
 def _check_prompts(family: Family, input_ids: torch.Tensor, attention_mask: torch.Tensor, config: GenerationConfig) -> None:
-    words = attention_mask.bool() & ~family.wrapper_mask(input_ids, config)
-    empty = (~words.any(1)).nonzero().flatten().tolist()
+    text = attention_mask.bool() & ~family.wrapper_mask(input_ids, config)
+    empty = (~text.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise InputError(f"Row(s) {empty} hold an empty prompt; expected at least one word before the image's begin.")
+        raise InputError(
+            f"Row(s) {empty} hold an empty prompt; expected at least one text token before the token that begins the image. "
+            "Write a prompt, or leave the row out."
+        )
     begin = family.boi_token_id(config)
     if not bool((input_ids[:, -1] == begin).all()):
         raise InputError(
-            f"A drawing prompt ends in token {input_ids[:, -1].tolist()}; expected the image's begin, {begin}. Prepare "
-            f"prompts with the adapter's processor: {family.drawing_snippet.splitlines()[0]}"
+            f"A prompt to draw ends in token {input_ids[:, -1].tolist()}; expected token {begin}, which begins an image. "
+            f"Prepare prompts with the adapter's processor: {family.drawing_snippet.splitlines()[0]}"
         )

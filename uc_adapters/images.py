@@ -1,4 +1,4 @@
-"""Images of a batch, as pixels or as the VQ tokenizer's latents of them, which can be computed once and kept."""
+"""The images of a batch, as pixels or as the VQ tokenizer's latents. Latents can be computed once and stored."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Images:
     """Images to read or to draw, in the order of their placeholders.
 
     Attributes:
-        pixel_values: (N, 3, H, W), padded to one size where images have any size.
-        image_sizes: (N, 2), height and width in pixels, where images have any size.
-        latents: (N, T, C), in place of pixels to draw; padded likewise.
+        pixel_values: (N, 3, H, W), padded to one size if images have any size.
+        image_sizes: (N, 2), height and width in pixels, if images have any size.
+        latents: (N, T, C), in place of the pixels of images to draw; padded to one length if images have any size.
     """
 
     pixel_values: torch.Tensor | None = None
@@ -31,57 +31,58 @@ class Images:
 
     @property
     def values(self) -> torch.Tensor | None:
-        """What there is of them; None where there are no images."""
+        """The latents, or else the pixels; None if there are no images."""
         return self.pixel_values if self.latents is None else self.latents
 
     def sizes(self, family: Family) -> list[Size]:
-        """Height and width of each in pixels."""
+        """Returns height and width of each image in pixels."""
         return [] if self.values is None else family.sizes(self.values, self.image_sizes)
 
     def longest(self, family: Family) -> int:
-        """Codes of the largest of them, where they are to draw; what goes by code is padded to it."""
+        """Returns the number of codes of the largest image to draw. Tensors with one entry per code are padded to it."""
         return max((rows * columns for rows, columns in map(family.draw_grid, self.sizes(family))), default=0)
 
     def check(self, family: Family) -> None:
-        """Raises InputError where there are both pixels and latents, or either is of a wrong shape."""
+        """Raises InputError if there are both pixels and latents, or if either has a wrong shape."""
         if self.latents is None:
             if self.pixel_values is not None:
                 family.check_pixels(self.pixel_values, self.image_sizes)
             return
         if self.pixel_values is not None:
-            raise InputError("gen_pixel_values and gen_latents at once; expected one of them: they are the same images.")
+            raise InputError("gen_pixel_values and gen_latents at once; expected one of them, since they are the same images.")
         family.check_sizes(len(self.latents), self.image_sizes)
         shape, code_width = tuple(self.latents.shape), family.geometry.code_width
         longest = self.longest(family)
         if len(shape) != 3 or shape[1:] != (longest, code_width):
             raise InputError(
-                f"gen_latents of shape {shape}; expected (images, {longest}, {code_width}), as "
-                "uc_adapters.images.pack_latents makes them of the processor's pixels."
+                f"gen_latents of shape {shape}; expected (images, {longest}, {code_width}). Compute latents "
+                "with uc_adapters.images.pack_latents and the adapter's processor."
             )
 
 
 def pack_latents(family: Family, processor: ProcessorMixin, images: list[Image]) -> list[dict]:
-    """What a VQ tokenizer says of images, for a column `latents` of a dataset: computed once, `UniCompressCollator` unpacks it.
+    """Computes the VQ tokenizer's latents of images, for a dataset column `latents` that `UniCompressCollator` unpacks.
 
     Args:
-        family: Of the base.
-        processor: The adapter's.
-        images: RGB.
+        family: The family of the base.
+        processor: The adapter's processor.
+        images: RGB images.
 
     Returns:
-        Of each, {"size": [H, W] in pixels as the processor prepares it, "values": float32 bytes of the latents (T, C)}.
+        For each image, `{"size": [H, W], "values": ...}`: the size in pixels after the processor, and the latents (T, C) as
+        float32 bytes.
     """
     prepared = processor.image_processor(images, return_tensors="pt")
     pixel_values = prepared["pixel_values"].to(family.device)
     packed = {}
     for rows, pixels, size in family.by_size(pixel_values, prepared.get("image_sizes")):
         latents = family.latents(pixels).cpu().numpy()  # (n, T, C), float32
-        packed.update({row: {"size": list(size), "values": own.tobytes()} for row, own in zip(rows, latents, strict=True)})
+        packed.update({row: {"size": list(size), "values": array.tobytes()} for row, array in zip(rows, latents, strict=True)})
     return [packed[row] for row in range(len(images))]
 
 
 def unpack_latents(packed: dict, code_width: int) -> torch.Tensor:
-    """The latents (T, C) of one image of `pack_latents`."""
+    """Returns the latents (T, C) of one image that `pack_latents` packed."""
     return torch.frombuffer(bytearray(packed["values"]), dtype=torch.float32).view(
         -1, code_width
-    )  # a copy: bytes are read-only
+    )  # `bytearray` copies: torch wants writable memory, and bytes are read-only

@@ -1,4 +1,4 @@
-"""The joint loss over words and drawn codes, under the names that TRL's trainers read."""
+"""The joint loss over text tokens and image codes. Its output has the field names that TRL's trainers read."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .errors import InputError, UnsupportedError
 from .images import Images
 from .tuner_layers import ReadLayer
 
-# What a labelled position is, in `JointOutput.kinds`; 0 is none
+# The kinds of labelled positions in `JointOutput.kinds`; 0 marks a position without a label
 TEXT, GLOBAL_CODE, CODES = 1, 2, 3
 
 
 @dataclass
 class JointOutput(ModelOutput):
-    """Per-token scores of text and drawn codes alike, as TRL's trainers read them.
+    """Per-token scores of text tokens and image codes, as TRL's trainers read them.
 
     Attributes:
-        loss: Mean negative log-probability over the labelled positions (sum, where divided by `num_items_in_batch`).
-        log_probs: (B, L - 1), of the label at the next position; zero where there is none.
-        entropy: (B, L - 1), in nats.
-        is_top1: (B, L - 1), 1 where the label is the most probable token; a step counts the share of its codes.
-        label_mask: (B, L - 1), True where there is a label.
-        kinds: (B, L - 1), what is labelled there: 1 text, 2 a global code, 3 the codes of a step; 0 nothing.
+        loss: Mean negative log-probability over the labelled positions; with `num_items_in_batch`, the sum divided by it.
+        log_probs: Log-probability of the label at the next position, (B, L - 1); zero at positions without a label.
+        entropy: Entropy of the prediction in nats, (B, L - 1).
+        is_top1: 1 if the label is the most probable token, (B, L - 1); for a step of several codes, the share of such codes.
+        label_mask: True at positions with a label, (B, L - 1).
+        kinds: Kind of each label, (B, L - 1): 1 a text token, 2 a global code, 3 the codes of a step, 0 no label.
     """
 
     loss: torch.Tensor | None = None
@@ -40,14 +40,14 @@ class JointOutput(ModelOutput):
 
     @property
     def mean_logits(self):
-        """Asked for by TRL's preference trainers alone.
+        """The field that only TRL's preference trainers read.
 
         Raises:
             UnsupportedError: Always.
         """
         raise UnsupportedError(
-            "TRL's preference trainers (DPO, KTO) compare an adapter with its disabled base on the same tokens; the two read "
-            "an image in different numbers of tokens; expected SFTTrainer. Train on the chosen answers."
+            "TRL's preference trainers (DPO, KTO) compare an adapter with its disabled base on the same tokens, but the two "
+            "read an image in different numbers of tokens; expected SFTTrainer. Use it, and train on the chosen answers."
         )
 
 
@@ -68,9 +68,9 @@ def joint_loss(
     teacher_states: torch.Tensor | None,
     teacher_states_weight: float,
 ) -> JointOutput:
-    """Scores the labels of a batch: words by the base's head, drawn places by the adapter's decompressor.
+    """Scores the labels of a batch: text tokens with the base's head, image codes with the adapter's code head.
 
-    Args: as those of `UniCompressModel.forward`, checked there; `read` and `drawn` are its images.
+    `UniCompressModel.forward` documents and checks the arguments. `read` and `drawn` are its images to read and to draw.
     """
     family = read_layer.family
     if gen_mask is None:
@@ -79,15 +79,15 @@ def joint_loss(
     embeddings = read_layer.embed_prompt(input_ids, read.pixel_values, read.image_sizes, read_mask)  # (B, L, D)
     batches = [] if drawn.values is None else list(_compress(head, drawn))
     if batches:
-        places, position_deltas = {}, {}
+        inputs, position_deltas = {}, {}
         for rows, codes in batches:
-            places.update(zip(rows, head.embed(codes), strict=True))  # (N + 1 + T', D) each
+            inputs.update(zip(rows, head.embed(codes), strict=True))  # (N + 1 + T', D) each
             position_deltas.update(dict.fromkeys(rows, head.position_deltas(codes.grid)))  # (N + 1 + T',) each
-        places, position_deltas = ([of_image[row] for row in range(len(of_image))] for of_image in (places, position_deltas))
-        embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), torch.cat(places).to(embeddings.dtype))
+        inputs, position_deltas = ([by_row[row] for row in range(len(by_row))] for by_row in (inputs, position_deltas))
+        embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), torch.cat(inputs).to(embeddings.dtype))
         if position_ids is None:
             position_ids = torch.ones_like(input_ids).masked_scatter(gen_mask, torch.cat(position_deltas)).cumsum(1) - 1
-        if attention_mask is None:  # without one, transformers would take positions in steps for several packed sequences
+        if attention_mask is None:  # without it, transformers would take jumps in the position ids for packed sequences
             attention_mask = torch.ones_like(input_ids)
     hidden = family.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -99,18 +99,18 @@ def joint_loss(
     fields = [torch.zeros(targets.shape, device=hidden.device).masked_scatter(text, score) for score in scores]
     kinds = text.long() * TEXT
     if batches:
-        before = hidden[drawn_targets].split([len(place) for place in places])  # M times (N + 1 + T', D)
+        before = hidden[drawn_targets].split([len(image) for image in inputs])  # M times (N + 1 + T', D)
         drawn_scores = {}
         for rows, codes in batches:
-            taught = None if teacher_states is None else teacher_states[rows, : codes.dense.shape[1]]
-            scored = head.score(torch.stack([before[row] for row in rows]), codes, taught, teacher_states_weight)
-            of_place = torch.full_like(scored.log_probs, CODES)
-            of_place[:, : codes.globals.shape[1]] = GLOBAL_CODE
-            parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, of_place])  # (4, n, N + 1 + T')
+            states = None if teacher_states is None else teacher_states[rows, : codes.dense.shape[1]]
+            scored = head.score(torch.stack([before[row] for row in rows]), codes, states, teacher_states_weight)
+            code_kinds = torch.full_like(scored.log_probs, CODES)
+            code_kinds[:, : codes.globals.shape[1]] = GLOBAL_CODE
+            parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, code_kinds])  # (4, n, N + 1 + T')
             drawn_scores.update(zip(rows, parts.unbind(1), strict=True))
-        *parts, of_place = torch.cat([drawn_scores[row] for row in range(len(drawn_scores))], 1)  # (4, places of all images)
+        *parts, code_kinds = torch.cat([drawn_scores[row] for row in range(len(drawn_scores))], 1)  # (4, tokens of all images)
         fields = [field.masked_scatter(drawn_targets, part) * label_mask for field, part in zip(fields, parts, strict=True)]
-        kinds = kinds.masked_scatter(drawn_targets, of_place.long()) * label_mask
+        kinds = kinds.masked_scatter(drawn_targets, code_kinds.long()) * label_mask
     log_probs, entropy, is_top1 = fields
     log_probs = log_probs + _touch(read_layer, head)
     count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -125,7 +125,7 @@ def joint_loss(
 
 
 def _compress(head: CodeHead, images: Images) -> Iterator[tuple[list[int], CompactCodes]]:
-    """The codes to draw, of images of one size each, with their rows."""
+    """Yields the codes to draw for the images of each size, with the indices of the images."""
     family = head.family
     if images.latents is None:
         for rows, pixels, _ in family.by_size(images.pixel_values, images.image_sizes):
@@ -133,14 +133,14 @@ def _compress(head: CodeHead, images: Images) -> Iterator[tuple[list[int], Compa
         return
     sizes = images.sizes(family)
     for size in dict.fromkeys(sizes):
-        rows, grid = [row for row, own in enumerate(sizes) if own == size], family.draw_grid(size)
+        rows, grid = [row for row, other in enumerate(sizes) if other == size], family.draw_grid(size)
         yield rows, head.compress_latents(images.latents[rows, : grid[0] * grid[1]], grid)
 
 
 def _touch(read_layer: ReadLayer, head: CodeHead | None) -> torch.Tensor:
-    """Zero, from every weight of the adapter's modules.
+    """Returns a zero that depends on every trainable weight of the adapter's modules.
 
-    A batch that only reads, or only draws, leaves some of them out; but where many processes train, each must have a gradient
+    A batch that only reads, or only draws, does not use all of them. But in distributed training each process needs a gradient
     for every weight, and one process must train as two do.
     """
     modules = [read_layer.active_module()] + ([] if head is None else [head.module])
@@ -151,20 +151,21 @@ def _touch(read_layer: ReadLayer, head: CodeHead | None) -> torch.Tensor:
 def _score_text(
     logits: torch.Tensor, targets: torch.Tensor, probs: torch.Tensor | None, share: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability, entropy and top-1 hit of targets (N,) under logits (N, vocabulary), each (N,).
+    """Returns log-probability, entropy and top-1 hit of targets (N,) under logits (N, vocabulary), each (N,).
 
-    With a teacher's probabilities (N, vocabulary), a share (N,) of the log-probability is -KL(teacher || student) instead.
+    With a teacher's probabilities, `probs` (N, vocabulary), the log-probability is mixed with -KL(teacher || student), which
+    has the weight `share` (one number, or (N,)).
     """
     log_probs = logits.float().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     hits = (log_probs.argmax(-1) == targets).float()
-    of_labels = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    label_log_probs = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if probs is None:
-        return of_labels, entropy, hits
+        return label_log_probs, entropy, hits
     if probs.shape != log_probs.shape:
         raise InputError(
             f"teacher_probs of shape {tuple(probs.shape)}; expected {tuple(log_probs.shape)}: the probability of each "
-            "token of the vocabulary, at each labelled text token of the batch."
+            "token of the vocabulary, at each labelled text token of the batch. Compute them from the same labels."
         )
     divergence = F.kl_div(log_probs, probs.float(), reduction="none").sum(-1)
-    return (1 - share) * of_labels - share * divergence, entropy, hits
+    return (1 - share) * label_log_probs - share * divergence, entropy, hits

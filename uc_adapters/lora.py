@@ -1,4 +1,4 @@
-"""LoRA that can be undone: unmerged weights are the base's own, bit for bit, and switching changes nothing that trains."""
+"""LoRA whose merging can be undone bit for bit, and that keeps which weights train when adapters are switched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ReversibleLora(LoraModel):
-    """`LoraModel` with an exact way back from merging, and with what trains kept for each adapter."""
+    """A `LoraModel` that unmerges exactly, and that keeps for each adapter which of its weights train."""
 
     def __init__(self, *args, **kwargs):
         self._own: dict[Linear, dict[str, nn.Parameter]] = {}  # the base's own parameters, where LoRA is merged
@@ -27,13 +27,14 @@ class ReversibleLora(LoraModel):
     # What trains ------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """PEFT's, except that an adapter trains as it did when it was last active; PEFT would train all of it.
+        """Activates an adapter as PEFT does, but the same of its weights train as when it was last active. PEFT would train
+        all.
 
-        One that was never active trains as it was loaded: all of it, or nothing of an adapter that was loaded for inference.
+        If the adapter was never active, all of its weights train; none, if it was loaded for inference.
 
         Args:
-            adapter_name: The adapter to activate. A merged one is unmerged first.
-            inference_mode: Whether to freeze it. Default False: as described above.
+            adapter_name: The adapter to activate. A merged adapter is unmerged first.
+            inference_mode: Whether to freeze all of its weights. Default False.
         """
         self.unmerge_adapter()
         for name in self.active_adapters:
@@ -44,13 +45,13 @@ class ReversibleLora(LoraModel):
                 self._restore_what_trains(name)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """PEFT's; an adapter that is not active keeps the choice until it is."""
+        """Sets `requires_grad` as PEFT does. For an inactive adapter, the choice takes effect when it is activated."""
         super().set_requires_grad(adapter_names, requires_grad)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._remember_what_trains(name)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        """PEFT's, except that it only chooses what computes: PEFT would freeze all, and then train all of what is active."""
+        """Enables or disables the adapters; `requires_grad` is kept. PEFT would freeze all, then train all active weights."""
         if not enabled:
             self.unmerge_adapter()
         trained = [(weight, weight.requires_grad) for weight in self.parameters()]
@@ -59,7 +60,7 @@ class ReversibleLora(LoraModel):
             weight.requires_grad_(trains)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's; the adapter that takes the place of an active one trains as `set_adapter` says."""
+        """Deletes an adapter as PEFT does. An adapter that becomes active instead trains as described in `set_adapter`."""
         was_active = adapter_name in self.active_adapters
         if was_active:
             self.unmerge_adapter()
@@ -73,7 +74,7 @@ class ReversibleLora(LoraModel):
         return [(path, weight) for path, weight in self.named_parameters() if is_of(path, adapter_name)]
 
     def forget_what_trains(self, adapter_name: str) -> None:
-        """For a name that is free again, or newly taken."""
+        """Forgets which weights of this adapter trained. Called when the name becomes free, or is taken by a new adapter."""
         self._trains.pop(adapter_name, None)
 
     def _remember_what_trains(self, adapter_name: str) -> None:
@@ -89,39 +90,39 @@ class ReversibleLora(LoraModel):
     # Merging ----------------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
-        """Adds the active adapter's LoRA to the weights of the language model; the compression modules stay as they are.
+        """Adds the active adapter's LoRA to the weights of the language model. The compression modules are not changed.
 
-        The model then computes what it computed, up to rounding, without LoRA's own multiplications. The base's weights are
-        not written to: each merged layer gets a second weight, and `unmerge_adapter` puts the base's own parameter back. So
-        merging needs as much memory again as the layers that LoRA targets. Whatever needs the base's own weights unmerges
-        first: `set_adapter`, `disable_adapter`, `unload`, deleting the merged adapter, and `train()`.
+        The outputs stay the same, up to rounding, and LoRA's own multiplications are saved. The base's weights are not
+        written to: each merged layer gets a second weight, and `unmerge_adapter` puts the base's own parameter back. So merging
+        needs extra memory, as much as the layers that LoRA targets. Calls that need the base's own weights unmerge first:
+        `set_adapter`, `disable_adapter`, `unload`, deleting the merged adapter, and `train()`.
 
         Args:
-            adapter_names: The active adapter, alone in a list. Default: the same.
-            safe_merge: PEFT's. Weights are always merged in a copy and checked, so it changes nothing.
+            adapter_names: A list with the name of the active adapter only. Default: the active adapter.
+            safe_merge: PEFT's argument. It has no effect: weights are always merged in a copy and checked.
 
         Raises:
-            UnsupportedError: The adapter is not the one that is active, or is disabled, or the model is in training mode; or a
-                layer cannot be merged: its base is quantised or offloaded, or the merged weight is not finite. Nothing is
-                merged then.
+            UnsupportedError: The adapter is not the active one, or is disabled, or the model is in training mode; or a layer
+                cannot be merged, since its base is quantised or offloaded, or the merged weight is not finite. Then nothing is
+                merged.
         """
         layers = self._mergeable_layers(adapter_names)
         try:
             for layer in layers:
                 base_layer = layer.get_base_layer()
                 self._own[layer] = dict(base_layer.named_parameters(recurse=False))
-                for name, parameter in self._own[layer].items():  # PEFT merges into what it finds here
+                for name, parameter in self._own[layer].items():  # PEFT merges into this new parameter, not into the base's own
                     setattr(base_layer, name, nn.Parameter(parameter.data, parameter.requires_grad))
                 layer.merge(safe_merge=True)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             self.unmerge_adapter()
             raise UnsupportedError(
                 f"Adapter {self.active_adapters[0]!r} cannot be merged: {type(error).__name__}: {str(error).rstrip('.')}. The "
-                "base is as it was: use the adapter unmerged."
+                "base is unchanged. Use the adapter unmerged."
             ) from error
 
     def unmerge_adapter(self) -> None:
-        """Puts the base's own parameters back. Where nothing is merged, it does nothing."""
+        """Puts the base's own parameters back. Does nothing if nothing is merged."""
         for layer, parameters in self._own.items():
             base_layer = layer.get_base_layer()
             for name, parameter in parameters.items():
@@ -129,12 +130,12 @@ class ReversibleLora(LoraModel):
                 parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
                 setattr(base_layer, name, parameter)
             layer.merged_adapters.clear()
-            layer._caches.clear()  # DoRA's norms, which PEFT keeps for its own way to unmerge
+            layer._caches.clear()  # PEFT caches DoRA's norms here for its own unmerge
         self._own.clear()
 
     @contextmanager
     def merged_adapter(self) -> Iterator[None]:
-        """The active adapter merged for a while, see `merge_adapter`; it stays merged where it was merged before.
+        """Merges the active adapter while the context is open, see `merge_adapter`. If it was merged before, it stays merged.
 
         Example:
             with model.merged_adapter():
@@ -150,7 +151,7 @@ class ReversibleLora(LoraModel):
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:
-        """The base's own weights for a while; then the adapter is merged again, if it was and is still active."""
+        """Restores the base's own weights while the context is open. Then merges the adapter again if it is still active."""
         merged = self.active_adapters if self._own else None
         self.unmerge_adapter()
         try:
@@ -160,28 +161,28 @@ class ReversibleLora(LoraModel):
                 self.merge_adapter()
 
     def train(self, mode: bool = True) -> ReversibleLora:
-        """PyTorch's; a merged adapter is unmerged before it trains, with a warning: merged, LoRA would get no gradient."""
+        """Sets the training mode. A merged adapter is unmerged first, with a warning, since merged LoRA gets no gradient."""
         if mode and self._own:
             warnings.warn("train() unmerged the adapter: while it is merged, LoRA gets no gradient.", stacklevel=2)
             self.unmerge_adapter()
         return super().train(mode)
 
     def unload(self) -> nn.Module:
-        """PEFT's: the base itself, with its own weights."""
+        """Removes the adapters and returns the base, with its own weights."""
         self.unmerge_adapter()
         return super().unload()
 
     def _mergeable_layers(self, adapter_names: list[str] | None) -> list[Linear]:
-        """The layers that are to be merged, none where they are already; raises UnsupportedError where one cannot be."""
+        """Returns the layers that are not merged yet. Raises UnsupportedError if a layer cannot be merged."""
         active = self.active_adapters
         if len(active) != 1 or (adapter_names is not None and list(adapter_names) != active):
             raise UnsupportedError(
-                f"merge_adapter({adapter_names!r}) with {active!r} active; expected one active adapter, and its name or None: "
-                "an image has one compact form. Choose it with model.set_adapter(name)."
+                f"merge_adapter({adapter_names!r}) with {active!r} active; expected one active adapter, and its name or "
+                "None: an image has one compact form. Choose the adapter with model.set_adapter(name)."
             )
         layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer) and active[0] in layer.lora_A]
         if any(layer.disable_adapters for layer in layers):
-            raise UnsupportedError("The adapter is disabled; expected an enabled one. Enable it before you merge it.")
+            raise UnsupportedError("The adapter is disabled; expected an enabled adapter. Enable it before merging.")
         if self.model.training:
             raise UnsupportedError(
                 "The model is in training mode, and a merged adapter cannot be trained; expected model.eval() before merging."
@@ -190,7 +191,7 @@ class ReversibleLora(LoraModel):
             base_layer = layer.get_base_layer()
             weight = getattr(base_layer, "weight", None)
             plain = type(layer) is Linear and type(weight) is nn.Parameter and weight.dtype in MERGEABLE
-            if not plain:  # PEFT has LoRA layers of its own for most quantised ones
+            if not plain:  # PEFT has its own LoRA layer classes for most quantised layers
                 held = "no weight" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
                 raise UnsupportedError(
                     f"A base layer {type(base_layer).__name__} holds {held}, which has no exact merged form; expected a "

@@ -1,4 +1,4 @@
-"""Conversations as people have them, in one form: turns whose content is a list of parts."""
+"""Brings conversations of several forms into one: turns whose content is a list of parts."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-IMAGE_MARKER = "<image>"  # the place of an image in a text: LLaVA's convention, and the field's
+IMAGE_MARKER = "<image>"  # marks the position of an image in a text, as LLaVA and most datasets do
 ROLES = ("system", "user", "assistant", "tool")
 
 
 def normalised(messages: Any, images: int) -> list[dict]:
-    """Turns of `{"role": ..., "content": [{"type": "image"}, {"type": "text", "text": ...}]}`, whatever form they came in.
+    """Returns turns of the form `{"role": ..., "content": [{"type": "image"}, {"type": "text", "text": ...}]}`.
 
-    A content may be a plain string. In a row with images, `<image>` in a text is the place of one. Images without a place go
-    in front of the first user turn that is a plain string, as TRL puts them.
+    The content of a given turn may also be a plain string. In a row with images, `<image>` in a text marks the position of one.
+    Images without a mark go to the start of the first user turn that is a plain string, as in TRL.
 
-    Nothing is refused: what a turn lacks is None, and `malformed` names it.
+    No turn is refused. A missing role or text becomes None, and `malformed` reports it.
 
     Args:
         messages: Turns in TRL's form.
-        images: How many images the row has.
+        images: The number of images in the row.
     """
     turns = [message if isinstance(message, dict) else {} for message in _list(messages)]
     contents = [_parts(turn.get("content"), images > 0) for turn in turns]
@@ -34,11 +34,11 @@ def normalised(messages: Any, images: int) -> list[dict]:
 
 
 def malformed(messages: list[dict], processor: ProcessorMixin) -> str | None:
-    """What is wrong with turns of `normalised`, in words; None where nothing is.
+    """Returns what is wrong with the turns, as a text for an error message, or None.
 
     Args:
-        messages: Turns of `normalised`.
-        processor: The base's or the adapter's. The tokens that it writes for an image are not to stand in a text.
+        messages: Turns, as `normalised` returns them.
+        processor: The processor of the base or the adapter. The tokens that it writes for images must not occur in a text.
     """
     image_tokens = (processor.image_token, processor.image_start_token, processor.image_end_token, IMAGE_MARKER)
     if not messages:
@@ -48,22 +48,22 @@ def malformed(messages: list[dict], processor: ProcessorMixin) -> str | None:
         if role not in ROLES:
             return f"turn {number} has the role {role!r}; expected {', '.join(ROLES)}"
         if not turn["content"]:
-            return f"{where} is empty; expected words or an image"
+            return f"{where} is empty; expected a text or an image"
         for part in turn["content"]:
             if part["type"] == "image":
                 if role not in ("user", "assistant"):
-                    return f"{where} holds an image; expected images to read in user turns, to draw in assistant turns"
+                    return f"{where} holds an image; expected images to read in user turns, images to draw in assistant ones"
             elif part["type"] != "text":
                 return f"{where} has a part of type {part['type']!r}; expected 'text' or 'image'"
             elif not isinstance(part.get("text"), str) or not part["text"].strip():
-                return f"{where} has a text that is empty, missing or no string; expected words"
+                return f"{where} has a text that is empty, missing or no string; expected a string with text"
             elif written := next((token for token in image_tokens if token in part["text"]), None):
                 return f"{where} has the image token {written} in its text; expected a part {{'type': 'image'}} and its image"
     return None
 
 
 def _parts(content: Any, with_images: bool) -> list[dict]:
-    """The parts of a turn's content, with an image part for each marker where the row has images."""
+    """Returns the parts of a turn's content. If the row has images, each marker becomes an image part."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     parts = []
@@ -78,13 +78,13 @@ def _parts(content: Any, with_images: bool) -> list[dict]:
 
 
 def _split(text: Any, with_images: bool) -> list[dict]:
-    """A text as parts: `What is <image> for?` is words, an image, words. Line breaks beside a marker belong to it."""
+    """Splits a text at its markers: `What is <image> for?` gives text, image, text. Line breaks beside a marker are removed."""
     if not isinstance(text, str) or not with_images or IMAGE_MARKER not in text:
         return [{"type": "text", "text": text}]
     parts = []
-    for index, words in enumerate(text.split(IMAGE_MARKER)):
+    for index, piece in enumerate(text.split(IMAGE_MARKER)):
         parts += [{"type": "image"}] if index else []
-        parts += [{"type": "text", "text": words.strip("\n")}] if words.strip() else []
+        parts += [{"type": "text", "text": piece.strip("\n")}] if piece.strip() else []
     return parts
 
 

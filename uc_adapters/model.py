@@ -1,4 +1,4 @@
-"""UniCompressModel: a PeftModel that trains on, and draws, compact sequences."""
+"""`UniCompressModel`, a PeftModel that trains on compact sequences and generates them."""
 
 from __future__ import annotations
 
@@ -31,39 +31,40 @@ from .tuner_layers import ReadLayer, UniCompressLayer
 
 
 class UniCompressModel(HubModel):
-    """A base model with UniCompress adapters, one of them active.
+    """A base model with UniCompress adapters, one of which is active.
 
-    Everything of `PeftModel` works; `generate` also draws compactly, and `forward` also takes images to draw. With
-    the adapter disabled the model is its base, bit for bit, and needs inputs with the base's placeholder count.
+    All methods of `PeftModel` work. In addition, `generate` generates images in compact form, and `forward` takes images to
+    generate. With the adapter disabled the model equals its base, bit for bit; it then needs inputs with the base's number of
+    placeholders.
     """
 
     @cached_property
     def family(self) -> Family:
-        """The base's family."""
+        """The family of the base."""
         return family_of(self.get_base_model())
 
     @property
     def active_peft_config(self) -> UniCompressConfig:
-        """The active adapter's.
+        """The config of the active adapter.
 
         Raises:
             AdapterNameError: The last adapter was deleted.
         """
         if self.active_adapter not in self.peft_config:
             raise AdapterNameError(
-                f"There is no adapter {self.active_adapter!r} any more; expected an adapter. Bring one with load_adapter or "
-                "add_adapter, or take the base back with unload()."
+                f"There is no adapter {self.active_adapter!r} any more; expected an adapter. Add one with load_adapter or "
+                "add_adapter, or get the base back with unload()."
             )
         return super().active_peft_config
 
     @property
     def read_layer(self) -> ReadLayer:
-        """The layer that compresses what is read."""
+        """The layer that compresses the images to read."""
         return self.get_base_model().get_submodule(self.family.module_names["read"])
 
     @property
     def code_head(self) -> CodeHead | None:
-        """The active adapter's code head; None while disabled, and for a base that cannot generate images.
+        """The code head of the active adapter. None while it is disabled, and for a base that cannot generate images.
 
         Raises:
             UnsupportedError: Two adapters are active.
@@ -76,40 +77,46 @@ class UniCompressModel(HubModel):
 
     @property
     def num_image_tokens(self) -> int | None:
-        """Placeholders of one image to read: N_g + 1 + T / s^2, or the base's T while disabled.
+        """The number of placeholders of one image to read: N_g + 1 + T / s^2, or the base's T while the adapter is disabled.
 
-        None where images have any size: those of one of H x W dense tokens are `active_peft_config.num_image_tokens((H, W))`.
+        It is None if the base takes images of any size. Then use `active_peft_config.num_image_tokens((H, W))` for an image of
+        H x W dense tokens.
         """
         geometry = self.family.geometry
         return None if geometry.image_size is None else self._placeholders((geometry.read_side, geometry.read_side))
 
     def _placeholders(self, grid: Grid) -> int:
-        """Placeholders of one image to read, while enabled or disabled."""
+        """Returns the number of placeholders of one image to read, for the enabled or disabled adapter."""
         if self.read_layer.active_module() is None:
             return self.family.dense_placeholders(grid)
         return self.active_peft_config.num_image_tokens(grid)
 
     def compact_processor(self, processor: ProcessorMixin) -> ProcessorMixin:
-        """A copy of the base's processor that writes the active adapter's placeholders; `save_pretrained` saves such a one."""
+        """Returns a copy of the base's processor with the active adapter's placeholders; `save_pretrained` saves such a one."""
         config = self.active_peft_config
         return self.family.compact_processor(processor, config.stride, config.num_global_tokens)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base itself, for a while. Afterwards the adapter is as it was: merged if it was, and the same weights train."""
+        """Disables the adapter while the context is open. Then it is as before: merged if it was; the same weights train."""
         with self.base_model.unmerged(), super().disable_adapter():
             yield
 
     def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
-        """PEFT's; one name, also alone in a list.
+        """Activates one adapter.
+
+        Args:
+            adapter_name: The adapter's name, or a list with this name only.
+            *args: Passed to PEFT.
+            **kwargs: Passed to PEFT.
 
         Raises:
-            UnsupportedError: Several names: an image has one compact form.
+            UnsupportedError: There are several names. An image has one compact form.
         """
         if not isinstance(adapter_name, str):
             if len(adapter_name) != 1:
                 raise UnsupportedError(
-                    f"set_adapter({list(adapter_name)!r}); expected one name: an image has one compact form."
+                    f"set_adapter({list(adapter_name)!r}); expected one name: an image has one compact form. Choose one."
                 )
             (adapter_name,) = adapter_name
         super().set_adapter(adapter_name, *args, **kwargs)
@@ -117,39 +124,43 @@ class UniCompressModel(HubModel):
     def load_adapter(
         self, model_id: str | PathLike, adapter_name: str, is_trainable: bool = False, *, hotswap: bool = False, **kwargs
     ):
-        """Loads an adapter as `from_pretrained` does, beside the others. It is not activated.
+        """Loads a further adapter, as `from_pretrained` does, without activating it.
 
-        Under a name that is there, the new weights are written into the old ones, once they are known to fit: parameters stay
-        the same objects, and the same of them train. So a compiled model switches adapters without compiling again.
+        If the model has an adapter of this name, its weights are overwritten in place, after a check that the new ones fit. The
+        parameters stay the same objects, and the same of them train. So a compiled model can switch adapters without compiling
+        again.
 
         Args:
             model_id: The adapter's folder or Hub id.
-            adapter_name: Its name in this model. A merged adapter of that name is merged again.
-            is_trainable: Whether a new adapter's weights shall train. Default False.
-            hotswap: Whether to expect an adapter of that name, whose weights are replaced. Default False: it may be new.
-            **kwargs: As in `from_pretrained`; others are passed to PEFT.
+            adapter_name: The adapter's name in this model. If an adapter of this name is merged, the new one is merged, too.
+            is_trainable: Whether the weights of a new adapter train. Default False.
+            hotswap: Whether an adapter of this name must exist, to be replaced. Default False: it may also be new.
+            **kwargs: As in `from_pretrained`; other arguments are passed to PEFT.
 
         Raises:
-            AdapterNameError: `hotswap=True`, and there is no adapter of that name.
-            AdapterFileError: The adapter under that name has another form: rank, stride, targets, ...
+            AdapterNameError: `hotswap=True`, and there is no adapter of this name.
+            AdapterFileError: The existing adapter of this name has another form: rank, stride, targets, ...
             BaseModelError, ConfigError, HubError: As in `from_pretrained`.
         """
         if hotswap:
             if adapter_name not in self.peft_config:
                 raise AdapterNameError(
                     f"hotswap=True with adapter_name={adapter_name!r}; expected one of {list(self.peft_config)}, "
-                    "whose weights are replaced. Load a new adapter with hotswap=False."
+                    "whose weights it replaces. Load a new adapter with hotswap=False."
                 )
-            kwargs |= {"low_cpu_mem_usage": False, "autocast_adapter_dtype": False}  # either would make new parameters
+            kwargs |= {"low_cpu_mem_usage": False, "autocast_adapter_dtype": False}  # either would create new parameters
         with self.base_model.unmerged():
             return super().load_adapter(model_id, adapter_name, is_trainable, **kwargs)
 
     def train_only(self, part: str) -> None:
-        """Chooses what of the active adapter trains, as the paper's two stages do (section 3).
+        """Chooses which part of the active adapter trains, as in the paper's two stages (section 3).
 
         Args:
-            part: "tokenizer" (stage 1: extractors, and a decompressor that works after the loop) or
-                "language model" (stage 2: LoRA, separators, and the "strip" decompressor, which learns from hidden states).
+            part: "tokenizer" (stage 1: the extractors, and a decompressor that works after the loop) or "language model"
+                (stage 2: LoRA, the separators, and the "strip" decompressor, which learns from hidden states).
+
+        Raises:
+            InputError: `part` is neither of them.
         """
         if part not in ("tokenizer", "language model"):
             raise InputError(f"part={part!r}; expected 'tokenizer' or 'language model'.")
@@ -184,40 +195,45 @@ class UniCompressModel(HubModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ):
-        """The base's forward; with images to draw, or from a TRL trainer, the joint loss over text and drawn codes.
+        """Runs the base's forward, or the joint loss over text tokens and image codes.
+
+        It computes the joint loss if there are images to generate or teacher probabilities, or if a TRL trainer asks for
+        scores.
 
         Args:
-            input_ids: (B, L), with the adapter's placeholders for every image, to read or to draw.
+            input_ids: Token ids, (B, L), with the adapter's placeholders for every image to read or to generate.
             pixel_values: Images to read, (N, 3, H, W), in the order of their placeholders.
             attention_mask: (B, L).
-            position_ids: (B, L). Default: one a token; but with "strip" a drawn image takes the places that it takes in the
-                base's own sequence, see `StripDecompressor.position_deltas`.
-            image_sizes: (N, 2), height and width in pixels, where the base's images have any size.
-            labels: (B, L), -100 where nothing is to learn. At a drawn image, any other value marks its places.
+            position_ids: (B, L). Default: each token adds one. With "strip", the codes of an image to generate have the
+                position ids of the base's own sequence, see `StripDecompressor.position_deltas`.
+            image_sizes: Height and width in pixels, (N, 2), if the base takes images of any size.
+            labels: (B, L), -100 for tokens that are not learned. At the placeholders of an image to generate, any other value
+                marks the codes to learn.
             gen_pixel_values: Images to generate, (M, 3, H, W), in the order of their placeholders.
-            gen_latents: In place of them, their latents (M, T, C), computed once by `uc_adapters.images.pack_latents`.
-            gen_image_sizes: (M, 2), likewise.
-            gen_mask: (B, L), True at the places of drawn images.
-            teacher_probs: A teacher's probabilities of text tokens, (N, vocabulary), at the N labelled ones in order. The loss
-                is then the divergence from them.
-            teacher_probs_weight: The share of that divergence in the loss of text, from 0 to 1; one for all, or (N,) for
-                each. The labels have the rest. Default 1.
-            teacher_states: The base's own last hidden states before each dense code of the images to generate, (M, T, D).
-                "strip" then learns from them, see `StripHead.divergence`.
-            teacher_states_weight: The share of that divergence in the loss of codes, from 0 to 1; the codes have the rest.
+            gen_latents: The latents of the images to generate, (M, T, C), in place of `gen_pixel_values`.
+                `uc_adapters.images.pack_latents` computes them once.
+            gen_image_sizes: Height and width in pixels, (M, 2), if the base generates images of any size.
+            gen_mask: (B, L), True at the placeholders of images to generate.
+            teacher_probs: A teacher's probabilities, (N, vocabulary), at the N labelled text tokens in order. The loss of text
+                is then the KL divergence from them.
+            teacher_probs_weight: The weight of that divergence in the loss of text, from 0 to 1. The labels have the rest. One
+                number for all tokens, or (N,). Default 1.
+            teacher_states: The base's own last hidden states before each dense code of the images to generate, (M, T, D), from
+                which "strip" then learns, see `StripHead.divergence`.
+            teacher_states_weight: The weight of that divergence in the loss of codes, from 0 to 1. The codes have the rest.
                 Default 1.
-            fused_lm_head: TRL's request for per-token scores instead of logits.
-            num_items_in_batch: What the summed loss is divided by; default the number of labelled positions.
+            fused_lm_head: TRL sets it to get per-token scores instead of logits.
+            num_items_in_batch: The divisor of the summed loss. Default: the number of labelled positions.
             **kwargs: Passed to the base.
 
         Returns:
             The base's output, or a `JointOutput`.
 
         Raises:
-            InputError: Placeholders and images disagree, placeholders are labelled as words, pixels or what a teacher says are
-                of the wrong shape, the stride does not divide an image's grid, images are to be drawn by a disabled adapter, or
-                an argument is unknown: the base would silently ignore it.
-            UnsupportedError: Images for a base that cannot generate them, or `teacher_states` for a decompressor other than
+            InputError: Placeholders and images disagree, placeholders are labelled as text tokens, pixels or the teacher's
+                tensors have a wrong shape, the stride does not divide an image's grid, images are to be generated while the
+                adapter is disabled, or an argument is unknown (the base would silently ignore it).
+            UnsupportedError: The base cannot generate images, or `teacher_states` is given for a decompressor other than
                 "strip".
         """
         _refuse_mixed_batch(kwargs)
@@ -229,8 +245,8 @@ class UniCompressModel(HubModel):
         enabled = self.read_layer.active_module() is not None
         if not enabled and (drawn.values is not None or teacher_probs is not None):
             raise InputError(
-                "gen_pixel_values or teacher_probs with the adapter disabled; expected an enabled one: only it draws compactly "
-                "and is taught."
+                "gen_pixel_values or teacher_probs with the adapter disabled; expected an enabled adapter, since only it draws "
+                "in compact form and learns from a teacher. Enable it, or remove these arguments."
             )
         self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask)
         if labels is not None and enabled:
@@ -238,7 +254,7 @@ class UniCompressModel(HubModel):
         if teacher_states is not None:
             self._check_teacher_states(teacher_states, drawn)
         for name, share in (("teacher_probs_weight", teacher_probs_weight), ("teacher_states_weight", teacher_states_weight)):
-            if not isinstance(share, torch.Tensor) and not 0 <= share <= 1:  # a look into a tensor would wait for the device
+            if not isinstance(share, torch.Tensor) and not 0 <= share <= 1:  # checking a tensor would wait for the device
                 raise InputError(f"{name}={share}; expected a number from 0 to 1.")
         if drawn.values is None and teacher_probs is None and not (fused_lm_head and enabled):
             if fused_lm_head:
@@ -257,8 +273,8 @@ class UniCompressModel(HubModel):
             )
         if labels is None:
             raise InputError(
-                "labels=None with images to draw; expected labels: this forward scores them, and gives no logits for another "
-                "loss, such as label smoothing. Build batches with UniCompressCollator, and leave the trainer's loss as it is."
+                "labels=None with images to draw; expected labels: this forward computes the loss, and returns no logits for "
+                "another one, such as label smoothing. Build batches with UniCompressCollator, and keep the trainer's own loss."
             )
         return joint_loss(
             self.read_layer,
@@ -278,21 +294,28 @@ class UniCompressModel(HubModel):
         )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
-        """The base's `generate`; `generation_mode="image"` draws compactly and returns the base's own dense tokens.
+        """Generates text, or images with `generation_mode="image"`.
 
-        Text: everything that the base takes. Images: see `uc_adapters.generation.draw`. With the adapter disabled, both
-        are the base's, token for token.
+        Images are generated in compact form. With the adapter disabled, text and images are the base's own, token for token.
+
+        Args:
+            *args: `input_ids`, (B, L); it may also be passed by name.
+            **kwargs: For text, all arguments of the base's `generate`. For images, those of `uc_adapters.generation.draw`.
+
+        Returns:
+            The tokens of the texts, or the base's own dense tokens of the images for its `decode_image_tokens`.
 
         Raises:
-            InputError: An empty batch or prompt, placeholders that do not fit the images, NaN or infinity for a number, an
-                unknown `generation_mode`, or a prompt to draw without `generation_mode="image"`.
+            InputError: The batch or a prompt is empty, the placeholders do not fit the images, a number is NaN or infinite,
+                `generation_mode` is unknown, or a prompt to draw comes without `generation_mode="image"`.
             AdapterNameError: The last adapter was deleted.
-            UnsupportedError: Beam search for drawing, two active adapters, or drawing with a base that cannot.
+            UnsupportedError: The arguments ask for beam search of images, two adapters are active, or the base cannot generate
+                images.
         """
         _refuse_mixed_batch(kwargs)
         mode = kwargs.get("generation_mode")
         if mode not in (None, "text", "image"):
-            raise InputError(f"generation_mode={mode!r}; expected 'image' to draw, 'text' or nothing to answer.")
+            raise InputError(f"generation_mode={mode!r}; expected 'image' to draw, 'text' or None to answer.")
         to_draw = mode == "image"
         if to_draw:
             self._check_draws()
@@ -302,19 +325,19 @@ class UniCompressModel(HubModel):
             self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
             return super().generate(*args, **kwargs)
         if len(args) > 1:
-            raise InputError(f"generate got {len(args)} arguments by position; expected input_ids alone, the others by name.")
+            raise InputError(f"generate got {len(args)} arguments by position; expected input_ids alone. Name the others.")
         if kwargs.get("inputs_embeds") is not None and not to_draw:
             return super().generate(*args, **kwargs)
         input_ids = args[0] if args else kwargs.pop("input_ids", kwargs.pop("inputs", None))
         if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
             shape = None if input_ids is None else tuple(input_ids.shape)
-            raise InputError(f"input_ids of shape {shape}; expected (batch, tokens), neither of them empty.")
+            raise InputError(f"input_ids of shape {shape}; expected (batch, tokens), both at least 1.")
         if to_draw:
             kwargs.pop("generation_mode")
             if read.values is not None and not self.family.geometry.image_size:
                 raise InputError(
-                    f"pixel_values of shape {tuple(read.values.shape)} with prompts to draw; expected prompts of words alone: "
-                    "image_sizes are those of the drawings here. Leave pixel_values out."
+                    f"pixel_values of shape {tuple(read.values.shape)} with prompts to draw; expected prompts of text alone: "
+                    "this base uses image_sizes for the images to draw. Remove pixel_values."
                 )
             self._check_inputs(input_ids, read, Images())
             return draw(self.code_head, self.read_layer, input_ids, **kwargs)
@@ -327,22 +350,23 @@ class UniCompressModel(HubModel):
         return super().generate(input_ids, **self.read_layer.encode_for_generate(kwargs))
 
     def _warn_if_nothing_trains(self) -> None:
-        """A trainer would run to its end, and change no weight."""
+        """Warns if no weight trains. A trainer would otherwise run to its end without changing one."""
         if self.training and torch.is_grad_enabled() and not any(weight.requires_grad for weight in self.parameters()):
             warnings.warn(
                 f"No weight trains: adapter {self.active_adapter!r} was loaded for inference, or is frozen. To train it, load "
-                "it with is_trainable=True, or choose what trains: model.set_requires_grad(name), model.train_only(part).",
+                "it with is_trainable=True, or call model.set_requires_grad(name) or model.train_only(part).",
                 stacklevel=3,
             )
 
     @cached_property
     def _known_arguments(self) -> set[str]:
-        """The arguments of the base's forward."""
-        own = inspect.signature(type(self.get_base_model()).forward).parameters
-        # The last three go to its decorators and to its language model
-        return {*own, *TransformersKwargs.__optional_keys__, "mm_encoder_outputs", "return_dict", "use_cache"}
+        """The names of the arguments that the base's forward supports."""
+        named = inspect.signature(type(self.get_base_model()).forward).parameters
+        # The last three are read by decorators of the forward and by the language model
+        return {*named, *TransformersKwargs.__optional_keys__, "mm_encoder_outputs", "return_dict", "use_cache"}
 
     def _check_known(self, kwargs: dict) -> None:
+        """Raises InputError for an unknown argument, since the base silently ignores unknown arguments."""
         known = self._known_arguments
         for name, value in kwargs.items():
             if value is not None and name not in known:
@@ -350,54 +374,55 @@ class UniCompressModel(HubModel):
                 base = type(self.get_base_model()).__name__
                 raise InputError(
                     f"{name} is unknown to the forward of {type(self).__name__} and of {base}; expected "
-                    f"{close[0] if close else 'arguments that one of them documents'}. Correct the name, or leave it out."
+                    f"{close[0] if close else 'arguments that one of them documents'}. Correct the name, or remove it."
                 )
 
     def _check_draws(self) -> None:
+        """Raises UnsupportedError if the base cannot generate images."""
         if self.family.why_no_drawing is not None:
             raise UnsupportedError(
-                f"A {self.family.geometry.model_type} base cannot draw: {self.family.why_no_drawing}. It reads; draw with "
-                "a base of another family."
+                f"A {self.family.geometry.model_type} base cannot draw: {self.family.why_no_drawing}. It can only read images. "
+                "To draw, use a base of another family."
             )
 
     def _check_teacher_states(self, states: torch.Tensor, drawn: Images) -> None:
         kind = self.active_peft_config.decompressor
         if kind != "strip":
             raise UnsupportedError(
-                f"teacher_states with the {kind!r} decompressor; expected 'strip': it alone draws in the base's order, and so "
-                "is to have the base's states."
+                f"teacher_states with the {kind!r} decompressor; expected 'strip': only 'strip' draws in the base's own order, "
+                "so only its hidden states can match the base's. Remove teacher_states."
             )
         expected = (len(drawn.sizes(self.family)), drawn.longest(self.family), self.family.geometry.hidden_size)
         if tuple(states.shape) != expected:
             raise InputError(
                 f"teacher_states of shape {tuple(states.shape)}; expected {expected}: the base's last hidden state before each "
-                "dense code of each image to draw."
+                "dense code of each image to draw. Compute them for these images."
             )
 
     def _check_labels(self, labels: torch.Tensor, gen_mask: torch.Tensor | None) -> None:
-        as_words = labels == self.family.image_token_id
-        count = int((as_words if gen_mask is None else as_words & ~gen_mask).sum())
-        if count:  # another collator's: it would teach to write placeholders, and would read the images to draw
+        as_text = labels == self.family.image_token_id
+        count = int((as_text if gen_mask is None else as_text & ~gen_mask).sum())
+        if count:  # such a batch of another collator would teach to write placeholders, and would read the images to draw
             raise InputError(
-                f"{count} image placeholder(s) labelled as words; expected the batches of UniCompressCollator(processor, "
-                "model.active_peft_config): pass it to the trainer as data_collator."
+                f"{count} image placeholder(s) labelled as text; expected batches of UniCompressCollator(processor, "
+                "model.active_peft_config). Pass it to the trainer as data_collator."
             )
 
     def _check_no_drawing_prompt(self, input_ids: torch.Tensor) -> None:
-        # The base would write words behind it; or, where images are words, draw dense ones, with a model for compact ones
+        # The base would write text here, or with a shared vocabulary draw a dense image, with a model tuned for compact ones
         if self.family.why_no_drawing is not None:
             return
         begin = self.family.boi_token_id(self.generation_config)
         if bool((input_ids[:, -1] == begin).any()):
             raise InputError(
-                f"A prompt ends in token {begin}, an image's begin, without generation_mode; expected generate(..., "
-                "generation_mode='image'), which draws compactly."
+                f"A prompt ends in token {begin}, which begins an image, without generation_mode; expected generate(..., "
+                "generation_mode='image'), which draws it in compact form."
             )
 
     def _check_inputs(
         self, input_ids: torch.Tensor | None, read: Images, drawn: Images, gen_mask: torch.Tensor | None = None
     ) -> None:
-        """Images to read and to draw against the placeholders."""
+        """Raises InputError unless the images to read and to draw fit the placeholders."""
         family = self.family
         read.check(family)
         drawn.check(family)
@@ -405,27 +430,27 @@ class UniCompressModel(HubModel):
             self._check_draws()
         if input_ids is None:
             return
-        of_read = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
-        of_drawn = [self.active_peft_config.num_gen_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
+        read_counts = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
+        drawn_counts = [self.active_peft_config.num_gen_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
         placeholders = int((input_ids == family.image_token_id).sum())
-        if placeholders and not (of_read or of_drawn):
+        if placeholders and not (read_counts or drawn_counts):
             raise InputError(
-                f"{placeholders} image placeholders and no images; expected the images that they stand for. Pass on all that "
+                f"{placeholders} image placeholders and no images; expected images for them. Pass all that "
                 "processor(text=..., images=...) or the collator returns."
             )
-        if placeholders != sum(of_read) + sum(of_drawn):
+        if placeholders != sum(read_counts) + sum(drawn_counts):
             enabled = self.read_layer.active_module() is not None
-            counts = ", ".join(map(str, dict.fromkeys([*of_read, *of_drawn])))
+            counts = ", ".join(map(str, dict.fromkeys([*read_counts, *drawn_counts])))
             raise InputError(
-                f"{placeholders} image placeholders for {len(of_read) + len(of_drawn)} image(s); with the adapter "
+                f"{placeholders} image placeholders for {len(read_counts) + len(drawn_counts)} image(s); with the adapter "
                 f"{'enabled' if enabled else 'disabled'}, expected {counts} an image. Use the processor saved with the "
-                f"{'adapter' if enabled else 'base'}: AutoProcessor.from_pretrained(...); a new adapter's is "
-                "model.compact_processor(processor)."
+                f"{'adapter' if enabled else 'base'}: AutoProcessor.from_pretrained(...). For a new adapter, make it "
+                "with model.compact_processor(processor)."
             )
         marked = 0 if gen_mask is None else int(gen_mask.sum())
-        if marked != sum(of_drawn):
+        if marked != sum(drawn_counts):
             raise InputError(
-                f"gen_mask marks {marked} places; expected {sum(of_drawn)} for the images to draw. "
+                f"gen_mask marks {marked} positions; expected {sum(drawn_counts)} for the images to draw. "
                 "Build batches with UniCompressCollator."
             )
 
@@ -435,17 +460,17 @@ def get_uc_model(
 ) -> UniCompressModel:
     """Attaches a new, untrained adapter to a base model, in place, as `peft.get_peft_model` does.
 
-    An untrained adapter is no no-op: the base reads and draws through fresh compression modules until they are trained
-    (`recipes/finetune.py`). Disabled, it is the base.
+    An untrained adapter is not a no-op. The base reads and draws through the new compression modules, which have to be
+    trained first (`recipes/finetune.py`). With the adapter disabled, the model equals its base.
 
     Args:
         base: A loaded base model of a supported family.
         config: The adapter's config; it is copied.
         adapter_name: Default "default".
-        low_cpu_mem_usage: Leaves the new weights on the meta device, for loading into. Default False.
+        low_cpu_mem_usage: Whether to leave the new weights on the meta device until weights are loaded. Default False.
 
     Raises:
-        BaseModelError: The base is no loaded model, cannot carry the adapter, or carries one already.
+        BaseModelError: The base is not a loaded model, cannot carry the adapter, or carries one already.
         ConfigError: `target_modules` matches nothing in the language model.
         AdapterNameError: PEFT cannot hold the name.
     """
@@ -454,18 +479,19 @@ def get_uc_model(
     try:
         return UniCompressModel(base, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     except Exception:
-        detach(base)  # the caller's base is as it was
+        detach(base)  # leaves the caller's base unchanged
         raise
 
 
 def _hold_images(kwargs: dict) -> bool:
-    """Whether images came encoded, or in a cache, and not as pixels."""
+    """Returns whether the images are encoded or cached already, so that there are no pixels to check."""
     return any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds", CACHE_NAME))
 
 
 def _refuse_mixed_batch(kwargs: dict) -> None:
+    """Raises UnsupportedError for PEFT's `adapter_names`, which mixes adapters in one batch."""
     if kwargs.get("adapter_names") is not None:
         raise UnsupportedError(
-            f"adapter_names={kwargs['adapter_names']!r} asks for several adapters in one batch; expected one, since images "
-            "have one compact form a batch. Choose with model.set_adapter(name) and run a batch for each."
+            f"adapter_names={kwargs['adapter_names']!r} asks for several adapters in one batch; expected one, since "
+            "all images of a batch have one compact form. Choose it with model.set_adapter(name), and run a batch for each."
         )

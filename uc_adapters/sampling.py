@@ -1,4 +1,4 @@
-"""From logits to codes, all on the device: guidance, transformers' own logits processors, the draw itself."""
+"""Samples codes from logits on the device: guidance, transformers' own logits processors, and the random choice."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from transformers.generation import (
 
 from .errors import UnsupportedError
 
-# Processors that need what codes do not have: the tokens so far (they are given the prompt's), or an end token. Each with the
-# argument of `generate` that asks for it.
+# Processors that cannot work on codes, with the argument of `generate` that adds them. They need the codes drawn so far (but
+# get the prompt's tokens), or an end token, which images lack.
 OF_TEXT = {
     EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size",
     EncoderRepetitionPenaltyLogitsProcessor: "encoder_repetition_penalty",
@@ -39,18 +39,20 @@ OF_TEXT = {
 
 
 class CodeSampler:
-    """Logits (B, K) -> codes (B,); guided, logits (2B, K), with the prompts first, -> each code twice, (2B,).
+    """Samples codes (B,) from logits (B, K).
+
+    With guidance, the logits are (2B, K), with the prompts first, and the codes are (2B,), each code twice.
 
     Args:
-        base: Whose `generate` knows the processors of a config.
+        base: The base model; its `generate` knows which processors a config asks for.
         config: `do_sample`, `temperature`, `top_k`, `top_p`, `suppress_tokens`, ...; tokens in it are codes, from 0 to K - 1.
-        prompts: Ids (B, L), as logits processors expect them.
+        prompts: The prompts' ids, (B, L), which logits processors expect.
         guidance: Scale of classifier-free guidance; None for logits without it.
-        processors: Of the user, behind guidance and those of the config.
-        generators: Sources of randomness, each for an equal share of the rows, in order. Empty: torch's global one.
+        processors: The user's processors. They run after guidance and the processors of the config.
+        generators: Sources of randomness, in order, each for an equal share of the rows. If empty, torch's global one is used.
 
     Raises:
-        UnsupportedError: A processor of `OF_TEXT`, or a ban or bias of several codes in a row.
+        UnsupportedError: A processor is one of `OF_TEXT`, or bans or biases a sequence of several codes.
     """
 
     def __init__(
@@ -73,23 +75,23 @@ class CodeSampler:
         for processor in self.processors:
             _refuse_text(processor)
         self.do_sample, self.prompts, self.generators = config.do_sample, prompts, generators
-        torch._dynamo.maybe_mark_dynamic(prompts, 1)  # what is compiled serves prompts of every length
+        torch._dynamo.maybe_mark_dynamic(prompts, 1)  # the compiled step works for prompts of every length
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes, and the score that won each of them, (B,): it is not finite where there was nothing to draw from."""
+        """Returns the codes, and the score of each, (B,). A score is not finite if there was nothing to draw from."""
         scores = logits.float()
         if self.guide is not None:
-            # Ahead of the others: a code that they forbid is -inf with the prompt and without it, and the difference is NaN
+            # Guidance comes first: a forbidden code has -inf with the prompt and without it, and the difference would be NaN
             scores = self.guide(self.prompts, scores)  # (2B, K) -> (B, K)
         scores = self.processors(self.prompts, scores)
         if self.do_sample:
-            # As torch.multinomial draws, to the bit, without its look at the probabilities: that waits for the device
+            # The same as torch.multinomial, bit for bit, without its check of the probabilities, which waits for the device
             scores = scores.softmax(-1) / self._races(scores)
         won, codes = scores.max(-1)
         return (codes if self.guide is None else codes.repeat(2)), won
 
     def _races(self, scores: torch.Tensor) -> torch.Tensor:
-        """Exponential random numbers, (B, K)."""
+        """Returns exponential random numbers, (B, K)."""
         races = torch.empty_like(scores)
         if not self.generators:
             return races.exponential_()
@@ -99,6 +101,7 @@ class CodeSampler:
 
 
 def _refuse_text(processor: LogitsProcessor) -> None:
+    """Raises UnsupportedError for a processor that needs a text."""
     argument = next((name for kind, name in OF_TEXT.items() if isinstance(processor, kind)), None)
     if isinstance(processor, SequenceBiasLogitsProcessor) and any(len(codes) > 1 for codes in processor.sequence_bias):
         kind = "bad_words_ids" if isinstance(processor, NoBadWordsLogitsProcessor) else "sequence_bias"
@@ -106,6 +109,6 @@ def _refuse_text(processor: LogitsProcessor) -> None:
     if argument is not None:
         raise UnsupportedError(
             f"{argument} ({type(processor).__name__}) needs the codes drawn so far, or an end token; expected processors that "
-            "change the scores of one code, such as suppress_tokens, or bad_words_ids and sequence_bias of single codes. "
-            "Remove the argument: while an image is drawn, a processor sees the prompt and the scores of the next code."
+            "change the scores of single codes, such as suppress_tokens, or bad_words_ids and sequence_bias of one code each. "
+            "Remove the argument: when an image is drawn, a processor gets only the prompt and the scores of the next code."
         )

@@ -1,4 +1,4 @@
-"""Token sequences of one row: prompts as inference writes them, and completions with their labels."""
+"""Writes the token sequences of a row: prompts as inference writes them, and completions with their labels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .families import family_of_processor
 
 @dataclass
 class Sequence:
-    """Token ids of one prompt and its completion, or of several prompts that continue one another; unpadded.
+    """The unpadded tokens of one prompt and its completion, or of several prompts that continue one another.
 
     Attributes:
-        ids: L of them.
-        labels: L of them, -100 where nothing is to learn.
-        drawn: L of them, True at the places of the image to draw.
-        read: How many images of the row it reads: its first ones.
-        draws: Whether it ends in an image to draw.
-        end: The token that ends its last answer, while it is not written yet.
+        ids: L token ids.
+        labels: L labels, -100 for tokens that are not learned.
+        drawn: L flags, True for the placeholders of the image to draw.
+        read: The number of images of the row that this sequence reads. They are the first ones.
+        draws: Whether the sequence ends in an image to draw.
+        end: The token that ends the last answer, if it is not written yet; otherwise None.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -33,29 +33,32 @@ class Sequence:
     end: int | None = None
 
     def continues_in(self, prompt: list[int]) -> bool:
-        """Whether a later prompt begins with all of this sequence. An image that is drawn here is read there."""
+        """Returns whether a prompt begins with this whole sequence. Never true after a drawing: later prompts read it."""
         return not self.draws and len(prompt) > len(self.ids) and prompt[: len(self.ids)] == self.ids
 
     def prompt(self, ids: list[int]) -> None:
-        """Appends what is not learned. The answer before it is learned to end there, whatever the template writes behind it."""
+        """Appends tokens that are not learned.
+
+        Only the first of them has a label, the end of the answer before it, whatever the template writes there.
+        """
         self._append(ids, [-100] * len(ids), [False] * len(ids))
         if self.end is not None:
             self.labels[-len(ids)], self.end = self.end, None
 
     def answer(self, ids: list[int], end: int) -> None:
-        """Appends words to learn."""
+        """Appends the tokens of an answer to learn. `end` ends it, and is written later."""
         self._append(ids, ids, [False] * len(ids))
         self.end = end
 
     def draw(self, ids: list[int], places: list[bool], separator: int, end: int) -> None:
-        """Appends an image to draw, the separator at the place of that number: it is never predicted."""
+        """Appends an image to draw. The placeholder with index `separator` is the separator, which is never predicted."""
         labels = [token if place else -100 for token, place in zip(ids, places, strict=True)]
         labels[[index for index, place in enumerate(places) if place][separator]] = -100
         self._append(ids, labels, places)
         self.draws, self.end = True, end
 
     def finish(self) -> None:
-        """Appends the end of the last answer, where no prompt follows."""
+        """Appends the end token of the last answer, if no prompt has followed it."""
         if self.end is not None:
             self._append([self.end], [self.end], [False])
             self.end = None
@@ -68,7 +71,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """What a prompt to draw ends in, the rest of the image's text, and bytes that tell the image from others."""
+    """The text and content of an image to draw.
+
+    Attributes:
+        begin: The wrapper text with which the prompt ends.
+        rest: The rest of the image's text: its placeholders and closing wrapper text.
+        content: Bytes that differ between images, for caption dropout.
+    """
 
     begin: str
     rest: str
@@ -76,13 +85,13 @@ class DrawnImage:
 
 
 class SequenceWriter:
-    """Writes the sequences of a row.
+    """Writes the sequences of rows.
 
     Args:
-        processor: The adapter's.
-        ends: Tokens that end generation.
-        end: The one of them that is written where the chat template writes none.
-        separator: The place of the separator among those of an image to draw.
+        processor: The adapter's processor.
+        ends: The tokens that end generation.
+        end: The one of `ends` to write if the chat template writes none.
+        separator: The index of the separator among the placeholders of an image to draw.
     """
 
     def __init__(self, processor: ProcessorMixin, ends: list[int], end: int, separator: int):
@@ -93,45 +102,45 @@ class SequenceWriter:
     def write(
         self, learned: list[Completion], read: list[str], drawn: Iterator[DrawnImage], dropout: CaptionDropout
     ) -> list[Sequence]:
-        """The sequences of one row.
+        """Returns the sequences of one row.
 
         Args:
-            learned: What it has to say.
+            learned: The completions of the row.
             read: The texts of the images in its prompts.
             drawn: Its images to draw, in order.
-            dropout: Chooses the drawings whose prompts lose their words.
+            dropout: Chooses the drawings whose prompts lose their text.
         """
         made: list[Sequence] = []
-        for one in learned:
-            to_draw = one.words is None
-            text = self.family.prompt_text(self.processor, self._with_images(one.prompt, read), to_draw)
+        for completion in learned:
+            to_draw = completion.words is None
+            text = self.family.prompt_text(self.processor, self._with_images(completion.prompt, read), to_draw)
             image = next(drawn) if to_draw else None
             text += image.begin if to_draw else ""
             prompt = self._tokens(text)
-            if to_draw and dropout.drops(one.prompt.encode() + image.content):
+            if to_draw and dropout.drops(completion.prompt.encode() + image.content):
                 made.append(Sequence())
                 made[-1].prompt(self._unconditional(prompt))
             else:
                 if not made or not made[-1].continues_in(prompt):
                     made.append(Sequence())
                 made[-1].prompt(prompt[len(made[-1].ids) :])
-                made[-1].read = one.images
+                made[-1].read = completion.images
             if to_draw:
                 ids = self._behind(text, prompt, image.rest)
                 made[-1].draw(ids, [token == self.image_id for token in ids], self.separator, self.end)
             else:
-                made[-1].answer(*self._answer(text, prompt, one.words))
+                made[-1].answer(*self._answer(text, prompt, completion.words))
         for sequence in made:
             sequence.finish()
         return made
 
     def _with_images(self, prompt: str, read: list[str]) -> str:
-        """A prompt with the texts of its images."""
+        """Replaces the image tokens of a prompt with the texts of its images."""
         first, *others = prompt.split(self.processor.image_token)
         return first + "".join(image + words for image, words in zip(read[: len(others)], others, strict=True))
 
     def _answer(self, text: str, prompt: list[int], words: str) -> tuple[list[int], int]:
-        """The tokens of an answer, and the one that ends it: the template's, or else the base's."""
+        """Returns the tokens of an answer, and the token that ends it: the one in the template, or else the default."""
         ids = self._behind(text, prompt, words)
         place = next((place for place, token in enumerate(ids) if token in self.ends), None)
         if place is not None:
@@ -139,7 +148,7 @@ class SequenceWriter:
         return self._behind(text, prompt, words.rstrip()), self.end
 
     def _unconditional(self, prompt: list[int]) -> list[int]:
-        """A drawing prompt without its words: what `Family.unconditional` makes of it for guidance."""
+        """Replaces the text tokens of a drawing prompt with padding, as `Family.unconditional` does for guidance."""
         start = self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
         last = len(prompt) - 1 - prompt[::-1].index(start)
         kept = (self.tokenizer.bos_token_id, start)
@@ -149,7 +158,7 @@ class SequenceWriter:
         return self.tokenizer(text)["input_ids"]
 
     def _behind(self, text: str, ids: list[int], words: str) -> list[int]:
-        """The tokens of words behind a text of tokens `ids`. Where the two would merge at the seam, the words' own."""
+        """Returns the tokens of `words` after `text` (with tokens `ids`). If a token spans both, tokenises `words` alone."""
         whole = self._tokens(text + words)
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]

@@ -1,4 +1,4 @@
-"""The steps of the language model in one drawing: what they share is a cache, a mask and positions that are made once."""
+"""The steps of the language model for one batch of images. Their cache, mask and position ids are made once."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from .errors import UnsupportedError
 from .families import Family
 
 CACHES = ("dynamic", "static")
-CACHE_NAME = ALL_CACHE_NAMES[0]  # of a cache among a model's arguments: "past_key_values", from transformers 5.24 on "cache"
-ROUND = 64  # static caches are as long as the next multiple: prompts of nearly one length share what was compiled
+CACHE_NAME = ALL_CACHE_NAMES[0]  # the model's argument for the cache: "past_key_values", and "cache" from transformers 5.24 on
+ROUND = 64  # a static cache's length is rounded up to a multiple of it, so that prompts of similar length compile once
 
 
 class Steps:
-    """Feeds the language model behind what its cache holds; nothing in a step waits for the device.
+    """Feeds inputs to the language model, after those in its cache. No step waits for the device.
 
     Args:
-        family: The base.
-        mask: Of the prompts, (B, L), padding on their left: it takes no position.
-        position_deltas: By how many positions each token behind the prompts stands behind the one before it, (places,).
-        config: As transformers' own `generate` reads it. `cache_implementation="static"` makes room for all keys and values at
-            the start, and compiles the steps on a GPU, into CUDA graphs unless `compile_config` says otherwise;
-            `disable_compile` leaves them as they are. Default "dynamic": the cache grows, nothing is compiled.
+        family: The family of the base.
+        mask: The attention mask of the prompts, (B, L), with padding on the left. Padding has no position id of its own.
+        position_deltas: By how much the position id grows at each token after the prompts, (tokens,).
+        config: A generation config, read as by transformers' own `generate`. `cache_implementation="static"` allocates all keys
+            and values at the start. On a GPU it also compiles the steps, into CUDA graphs unless `compile_config` says
+            otherwise; `disable_compile` prevents that. Default "dynamic": the cache grows, and nothing is compiled.
 
     Raises:
-        UnsupportedError: Another `cache_implementation`.
+        UnsupportedError: `cache_implementation` is neither of the two.
     """
 
     def __init__(self, family: Family, mask: torch.Tensor, position_deltas: torch.Tensor, config: GenerationConfig):
         chosen = config.cache_implementation or "dynamic"
         if chosen not in CACHES:
-            raise UnsupportedError(f"cache_implementation={chosen!r} cannot hold a drawing; expected {' or '.join(CACHES)}.")
+            raise UnsupportedError(f"cache_implementation={chosen!r} does not work for images; expected {' or '.join(CACHES)}.")
         self.family, self.seen = family, 0
         self.text_config = family.base.config.get_text_config()
         self.padded = not bool(mask.all())
@@ -49,15 +49,15 @@ class Steps:
             self.cache = DynamicCache(config=self.text_config)
         self.mask = F.pad(mask, (0, length - mask.shape[1]), value=1)  # (B, length)
         prompts = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-        positions = torch.cat([prompts, prompts[:, -1:] + position_deltas.cumsum(0)], 1)  # (B, L + places)
-        self.positions = F.pad(positions, (0, length - positions.shape[1]))  # (B, length): steps of one layout compile once
+        positions = torch.cat([prompts, prompts[:, -1:] + position_deltas.cumsum(0)], 1)  # (B, L + tokens)
+        self.positions = F.pad(positions, (0, length - positions.shape[1]))  # (B, length): one layout, compiled once
         compiles = family.base._valid_auto_compile_criteria({CACHE_NAME: self.cache}, config)
-        # Of fixed shapes unless the user says otherwise: one token, or two where a known one rides along
+        # Shapes are fixed unless the user says otherwise: a step has one token, or two with a known one
         self.compile_kwargs = (config.compile_config or CompileConfig(dynamic=False)).to_dict() if compiles else None
         self._language_model = self.compiled(_last_hidden)
 
     def compiled(self, function: Callable) -> Callable:
-        """The function, compiled if the steps are."""
+        """Returns the function, compiled if the steps are compiled."""
         return function if self.compile_kwargs is None else torch.compile(function, **self.compile_kwargs)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -66,14 +66,15 @@ class Steps:
         positions = self.positions[:, first : self.seen]
         if first == 0:
             hidden = _last_hidden(self.family, inputs, self.mask[:, : self.seen], positions, self.cache)
-            return hidden.clone(memory_format=torch.contiguous_format)  # a slice's layout tells of the prompt's length
+            return hidden.clone(memory_format=torch.contiguous_format)  # the strides of a slice depend on the prompt's length
         hidden = self._language_model(self.family, inputs, self._mask_of(inputs, positions), positions, self.cache)
-        return hidden.clone() if self.compile_kwargs is not None else hidden  # a CUDA graph's output is overwritten
+        return hidden.clone() if self.compile_kwargs is not None else hidden  # the next step overwrites a CUDA graph's output
 
     def _mask_of(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Returns the attention mask of a step; None if the model needs none."""
         if not self.static and not self.padded:
             return None
-        # Made here: the model itself would look into the mask for padding, and so wait for the device
+        # The mask is made here because the model itself would check it for padding, and so wait for the device
         return create_causal_mask(
             self.text_config,
             inputs,
@@ -87,6 +88,7 @@ class Steps:
 def _last_hidden(
     family: Family, inputs: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
+    """Runs the language model on inputs (B, n, D); returns the hidden state of the last one, (B, D)."""
     output = family.language_model(
         inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}
     )

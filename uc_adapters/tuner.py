@@ -1,4 +1,4 @@
-"""The PEFT method: LoRA in the language model, and a host around each module where the adapter compresses."""
+"""The PEFT tuner: LoRA in the language model, and a layer around each module at which the adapter compresses."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from .identity import identify
 from .lora import ReversibleLora, is_of
 from .tuner_layers import CONTAINER, ONE_ANSWER, UniCompressLayer, layer_classes
 
-WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
+WRAPPED = "_orig_mod"  # torch.compile's name for the module that it wraps
 
 
 class UniCompressTuner(ReversibleLora):
-    """LoRA that also puts hosts around the family's modules. Tuner layers are LoRA's and ours alike."""
+    """A LoRA tuner that also puts `UniCompressLayer`s around modules of the base. Both kinds of layer are tuner layers."""
 
     prefix = "lora_"
     tuner_layer_cls = BaseTunerLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Checks that the base can carry the adapter and records what it is made for, then lets PEFT inject.
+        """Checks that the base can carry the adapter, records the base in its config, and then lets PEFT inject the layers.
 
         Raises:
-            BaseModelError: Unknown family, missing host, a part that `torch.compile` has wrapped, stride that does not divide
-                the grid, or another base than the adapter was made for (`uc_adapters.identity`).
-            AdapterNameError: A name that PEFT cannot hold.
+            BaseModelError: The base has no known family, lacks a module, or has a part that `torch.compile` wrapped; the stride
+                does not divide its grid; or it is another base than the one the adapter was made for (`uc_adapters.identity`).
+            ConfigError: `target_modules` matches an embedding, or nothing in the language model.
+            AdapterNameError: PEFT cannot hold the name.
         """
         _check_not_compiled(model)
         family = family_of(model)
@@ -39,7 +40,7 @@ class UniCompressTuner(ReversibleLora):
         _check_grid(config, family.geometry)
         _check_names(adapter_name, list(self.peft_config), model, config, family)
         self.forget_what_trains(adapter_name)
-        with self.unmerged():  # a merged weight is not the base's: neither its fingerprint nor DoRA's norms may see it
+        with self.unmerged():  # the fingerprint and DoRA's norms need the base's own weights, not merged ones
             identify(config, family)
             if config.target_modules is None:
                 config.target_modules = set(family.target_modules)
@@ -49,11 +50,11 @@ class UniCompressTuner(ReversibleLora):
 
     @property
     def _layer_classes(self) -> dict[str, type[UniCompressLayer]]:
-        """The host of each module that gets one, by the module's path."""
+        """The class of our layer around a module, by the module's path."""
         return {self._family.module_names[role]: layer for role, layer in layer_classes(self._family).items()}
 
     def _check_targets(self, config: UniCompressConfig, model: nn.Module) -> None:
-        # The hosts always match, so PEFT's own "no target module found" would never be raised.
+        # Our own layers always match, so PEFT would never raise its "no target module found"
         if not config.target_modules or config.target_modules == "all-linear":
             return
         language_model = self._family.module_names["language model"] + "."
@@ -63,7 +64,7 @@ class UniCompressTuner(ReversibleLora):
         if embeddings:
             raise ConfigError(
                 f"target_modules={config.target_modules!r} matches {embeddings[0]!r}, an embedding; expected linear layers: an "
-                "adapter leaves the base's words as they are."
+                "adapter never changes the base's embeddings. Name linear layers, or leave it None."
             )
         if not targets:
             raise ConfigError(
@@ -72,10 +73,10 @@ class UniCompressTuner(ReversibleLora):
             )
 
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
-        return peft_config  # LoraModel would look `target_modules` up by model type: `inject_adapter` has set them
+        return peft_config  # `inject_adapter` has set `target_modules`; LoraModel would look it up by model type
 
     def _check_target_module_exists(self, peft_config: UniCompressConfig, key: str):
-        """A host, or a module of the language model that LoRA targets: never one of the vision tower's or the VQ's."""
+        """Matches modules that get our layers, and LoRA's targets in the language model, but never in vision tower or VQ."""
         if key in self._layer_classes:
             return True
         if not key.startswith(self._family.module_names["language model"] + ".") or not peft_config.target_modules:
@@ -86,7 +87,7 @@ class UniCompressTuner(ReversibleLora):
         layer = self._layer_classes.get(current_key)
         if layer is None:
             layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            with align_module_device(layer):  # an offloaded layer's LoRA goes where the layer computes
+            with align_module_device(layer):  # LoRA of an offloaded layer goes to the device where the layer computes
                 super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
         if not isinstance(target, UniCompressLayer):
@@ -94,10 +95,10 @@ class UniCompressTuner(ReversibleLora):
             setattr(parent, target_name, target)
         target.add_adapter(adapter_name, target.module_class(config, self._family.geometry))
         if adapter_name not in self.active_adapters:
-            target.set_requires_grad(adapter_name, False)  # as PEFT leaves an adapter that is added, not chosen
+            target.set_requires_grad(adapter_name, False)  # as PEFT does for an adapter that is added and not active
 
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """PEFT's own, around every forward and `generate`; raises UnsupportedError where images would be repeated wrongly."""
+        """Runs around every forward and `generate`. Raises UnsupportedError if images would be repeated wrongly."""
         if self._family.shared_vocabulary and kwargs.get("pixel_values") is not None:
             for name in ("num_beams", "num_return_sequences"):
                 if (kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None) or 1) > 1:
@@ -107,23 +108,27 @@ class UniCompressTuner(ReversibleLora):
     def _check_merge_allowed(self) -> None:
         raise UnsupportedError(
             "A UniCompress adapter changes the length of the sequence, so it cannot be merged into the base for good. Keep it "
-            "attached, and merge its LoRA alone for speed with model.merge_adapter(); or take it off with model.unload()."
+            "attached, and merge only its LoRA for speed with model.merge_adapter(); or remove it with model.unload()."
         )
 
     def add_weighted_adapter(self, *args, **kwargs):
-        """Raises UnsupportedError: LoRA could be combined, compression modules of different geometry could not."""
+        """Raises UnsupportedError, since compression modules cannot be averaged, only LoRA can."""
         raise UnsupportedError(
             "Compression modules cannot be averaged, so UniCompress adapters cannot be combined. Train one adapter on both "
             "kinds of data, or switch between two with model.set_adapter(name)."
         )
 
     def merge_and_unload(self, *args, **kwargs):
-        """Raises UnsupportedError: a shorter sequence has no merged form."""
+        """Raises UnsupportedError, since a shorter sequence has no merged form."""
         self._check_merge_allowed()
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """PEFT strips the name only next to the last part of a key; our modules nest deeper, and a part may be compiled."""
+        """Removes the adapter's name from a key.
+
+        PEFT removes it only directly before the last part, but our modules nest deeper. A compiled part adds `_orig_mod`, which
+        is removed, too.
+        """
         key = key.replace("_orig_mod.", "")
         named, plain = f".{CONTAINER}.{adapter_name}.", f".{CONTAINER}."
         if named in key:
@@ -132,19 +137,19 @@ class UniCompressTuner(ReversibleLora):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
-        """PEFT's, with the whole name of DoRA's magnitudes: PEFT leaves `.weight` out, and transformers then loads none."""
+        """Returns PEFT's state dict with `.weight` in the keys of DoRA's magnitudes; transformers needs it to load them."""
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         short = f".lora_magnitude_vector.{adapter_name}"
         return {f"{key}.weight" if key.endswith(short) else key: value for key, value in state_dict.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """PEFT's mapping; but a weight that is missing, surplus, of another shape or not finite is an error."""
+        """Maps the keys as PEFT does. Raises AdapterFileError if a weight is missing, surplus or wrong."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if any(isinstance(module, BaseTunerLayer) and adapter_name in module.merged_adapters for module in model.modules()):
             raise UnsupportedError(
-                f"Adapter {adapter_name!r} is merged, so new weights of it would play no part; expected an unmerged one. Call "
-                "unmerge_adapter() first."
+                f"Adapter {adapter_name!r} is merged, so loading new weights would have no effect; expected an unmerged "
+                "adapter. Call unmerge_adapter() first."
             )
         expected = {key: value.shape for key, value in model.state_dict().items() if is_of(key, adapter_name)}
         problems = [
@@ -169,6 +174,7 @@ class UniCompressTuner(ReversibleLora):
 
 
 def _listed(what: str, entries: list[str]) -> list[str]:
+    """Returns a phrase with the number of entries and the first three, in a list; an empty list without entries."""
     if not entries:
         return []
     more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
@@ -176,7 +182,7 @@ def _listed(what: str, entries: list[str]) -> list[str]:
 
 
 def detach(base: nn.Module) -> None:
-    """Takes every tuner layer off a base, as `unload` does, where no tuner is left to ask."""
+    """Removes every tuner layer from a base, as `unload` does, when there is no tuner."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             uncover(base, name, module)
@@ -185,48 +191,50 @@ def detach(base: nn.Module) -> None:
 
 
 def uncover(base: nn.Module, name: str, layer: BaseTunerLayer) -> None:
-    """Puts the base's own module back where a tuner layer stands around it."""
+    """Puts the base's own module back in place of the tuner layer around it."""
     parent, _, child = name.rpartition(".")
     ours = isinstance(layer, UniCompressLayer)
     setattr(base.get_submodule(parent), child, layer.unload_and_optionally_merge_module() if ours else layer.get_base_layer())
 
 
 def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompressConfig, family: Family) -> None:
-    """PEFT finds an adapter's keys by its name as a path segment, so a module of that name would be mistaken for it.
+    """Raises AdapterNameError if PEFT cannot hold an adapter's name.
 
-    The older adapters' names are checked too: the new adapter may bring modules that one of them is named after.
+    PEFT finds an adapter's keys by its name as a path segment, so it would take a module of the same name for the adapter. The
+    names of older adapters are checked too, since the new adapter may add a module with such a name.
     """
     with torch.device("meta"):
         modules = [layer.module_class(config, family.geometry) for layer in layer_classes(family).values()]
-    taken = _path_segments(model) - (set(names) - {new})  # less the older adapters' own containers
+    taken = _path_segments(model) - (set(names) - {new})  # the older adapters' own containers are not taken
     taken = taken.union(*map(_path_segments, modules), {"base_layer", "base_model", CONTAINER, "lora_A", "lora_B"})
     bad = [name for name in names if not name or "." in name or name in "lora_" or name in taken]
     if bad:
         raise AdapterNameError(
-            f"adapter_name={bad[0]!r} cannot be held by PEFT: expected a non-empty name without dots that is no "
-            "part of 'lora_' and no module's name on the path to a weight. Choose another, such as 'default' or 'uc4x'."
+            f"adapter_name={bad[0]!r} does not work in PEFT; expected a non-empty name without dots that is neither part of "
+            "'lora_' nor a module's name on the path to a weight. Choose another, such as 'default' or 'uc4x'."
         )
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """`torch.compile(module)` puts a module around another, and so renames the weights below: adapters could not be loaded."""
+    """Raises BaseModelError if torch.compile wraps a module. That renames weights, so adapters could not be loaded."""
     wrapped = next((path for path, _ in model.named_modules() if WRAPPED in path.split(".")), None)
     if wrapped is not None:
         holder = wrapped.partition(WRAPPED)[0].rstrip(".")
         raise BaseModelError(
             f"{f'The base module {holder!r}' if holder else 'The base'} is wrapped by torch.compile(...), which renames its "
-            "weights; expected a plain module. Attach the adapter first and compile then, model = torch.compile(model), or "
+            "weights; expected an unwrapped module. Attach the adapter first, then call model = torch.compile(model). Or "
             "compile in place with module.compile(), which renames nothing."
         )
 
 
 def _path_segments(module: nn.Module) -> set[str]:
+    """Returns all parts of the parameters' paths."""
     return {segment for path, _ in module.named_parameters() for segment in path.split(".")}
 
 
 def _check_grid(config: UniCompressConfig, geometry: Geometry) -> None:
     if geometry.image_size is None:
-        return  # images have any size: the processor gives them one that the stride divides
+        return  # images have any size, and the processor chooses one that the stride divides
     for side in {geometry.read_side, geometry.draw_side}:
         if side % config.stride:
             legal = [s for s in range(1, side + 1) if side % s == 0]

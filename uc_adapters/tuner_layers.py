@@ -1,8 +1,8 @@
-"""Hosts: the base's own modules with an adapter's compression modules beside them, one host for reading, one for drawing.
+"""Layers around the base's own modules that hold the adapters' compression modules: one layer for reading, one for drawing.
 
-Where features are read, the reading host stands in their path: what goes into the base's aligner is compressed there. Where
-codes are read, images enter as word embeddings and no module takes them in: the host only carries, and a hook compresses
-ahead of the model. The drawing host only carries; the drawing loop and the joint loss ask it for its module.
+If the base reads features, the reading layer compresses the input of the base's aligner. If the base reads codes, images enter
+as token embeddings, and there is no module to wrap: the layer only stores the weights, and a forward pre-hook of the model
+compresses its input. The drawing layer only stores weights; the drawing loop and the joint loss take its module.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .errors import UnsupportedError
 from .families import Family
 from .layers import Grid
 
-CONTAINER = "lora_uc"  # transformers' load_adapter inserts adapter names behind one prefix a method: "lora_"
+CONTAINER = "lora_uc"  # begins with "lora_": transformers' load_adapter inserts adapter names after one prefix per method
 
 
 class UniCompressLayer(nn.Module, BaseTunerLayer):
-    """A host: the base's own module, and the compression modules of each adapter beside it."""
+    """A layer around a module of the base, with the compression module of each adapter."""
 
     adapter_layer_names = (CONTAINER,)
     module_class: type[nn.Module]
@@ -36,12 +36,12 @@ class UniCompressLayer(nn.Module, BaseTunerLayer):
         self.lora_uc = nn.ModuleDict()
 
     def add_adapter(self, adapter_name: str, module: nn.Module) -> None:
-        """Adds an adapter's module on the base layer's device and in its dtype."""
+        """Adds an adapter's module, on the device and in the dtype of the base layer."""
         self.lora_uc[adapter_name] = module
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def active_module(self) -> nn.Module | None:
-        """The active adapter's module; None while disabled, or where no adapter is left.
+        """Returns the active adapter's module; None if the adapter is disabled, or no adapter is left.
 
         Raises:
             UnsupportedError: Two adapters are active.
@@ -51,29 +51,29 @@ class UniCompressLayer(nn.Module, BaseTunerLayer):
             return None
         if len(names) > 1:
             raise UnsupportedError(
-                f"Adapters {', '.join(map(repr, names))} are active at once; an image has one compact form, so expected "
-                f"one. Choose with model.set_adapter({names[0]!r})."
+                f"Adapters {', '.join(map(repr, names))} are active at once; expected one active adapter, since "
+                f"an image has one compact form. Choose it with model.set_adapter({names[0]!r})."
             )
         return self.lora_uc[names[0]]
 
     def unload_and_optionally_merge_module(self, *args, **kwargs) -> nn.Module:
-        """PEFT's way to take a layer off: the base's own module, as it was."""
+        """Returns the base's own module, unchanged. PEFT calls it to remove the layer."""
         return self.base_layer
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """The base's own module."""
+        """Runs the base's own module."""
         return self.base_layer(x, *args, **kwargs)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        # Base layers are containers: PEFT would look for their `.weight`
+        # Base layers are containers without a `.weight`, for which PEFT would look
         layer = next(module for module in base_layer.modules() if list(module.parameters(recurse=False)))
-        with align_module_device(layer):  # of an offloaded one, the device where it computes
+        with align_module_device(layer):  # for an offloaded layer, this is the device where it computes
             parameter = next(layer.parameters(recurse=False))
             return parameter.device, parameter.dtype
 
 
 class ReadLayer(UniCompressLayer):
-    """What both ways to read share."""
+    """The common base of the two layers for reading."""
 
     def __init__(self, base_layer: nn.Module, family: Family):
         super().__init__(base_layer, family)
@@ -84,17 +84,18 @@ class ReadLayer(UniCompressLayer):
         return super().unload_and_optionally_merge_module(*args, **kwargs)
 
     def _refuse_drawn(self, base: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The base takes any argument and looks at few: images to draw would be read, and their places learned as words."""
-        told = [name for name in kwargs if name.startswith("gen_") or name == "teacher_probs"]
-        if told:
+        """Refuses images to draw. The base ignores unknown arguments, so it would read them and learn placeholders as text."""
+        unsupported = [name for name in kwargs if name.startswith("gen_") or name == "teacher_probs"]
+        if unsupported:
             raise UnsupportedError(
-                f"{', '.join(told)} came to the base, which knows nothing of them; expected a UniCompressModel around it: "
-                "get_uc_model(base, config), or UniCompressModel.from_pretrained(...). A plain PeftModel reads alone."
+                f"{', '.join(unsupported)} were passed to the base model, which does not support them; expected a "
+                "UniCompressModel. Make it with get_uc_model(base, config) or UniCompressModel.from_pretrained(...): a plain "
+                "PeftModel can only read images."
             )
 
     @abstractmethod
     def image_embeddings(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[torch.Tensor]:
-        """Images (N, 3, H, W) -> what the language model reads of each, N times (N_g + 1 + T', D)."""
+        """Returns the language model's inputs for each of the images (N, 3, H, W), as a list of N (N_g + 1 + T', D)."""
 
     def embed_prompt(
         self,
@@ -103,7 +104,7 @@ class ReadLayer(UniCompressLayer):
         image_sizes: torch.Tensor | None,
         read_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Word embeddings (B, L, D) with the images to read at the placeholders of `read_mask` (B, L)."""
+        """Returns token embeddings (B, L, D), with the images to read at the placeholders in `read_mask` (B, L)."""
         embeddings = self.family.base.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeddings
@@ -111,12 +112,12 @@ class ReadLayer(UniCompressLayer):
         return embeddings.masked_scatter(read_mask.unsqueeze(-1), images.to(embeddings.dtype))
 
     def encode_for_generate(self, kwargs: dict) -> dict:
-        """Arguments of the base's `generate`, with the images to read as it can take them."""
+        """Returns the arguments of the base's `generate`, with the images encoded if the base cannot do it itself."""
         return kwargs
 
 
 class FeatureReadLayer(ReadLayer):
-    """Host of an aligner: compresses the features that go in."""
+    """The layer around an aligner. It compresses the aligner's input features."""
 
     module_class = ReadCompressor
 
@@ -132,15 +133,15 @@ class FeatureReadLayer(ReadLayer):
 
 
 class DrawLayer(UniCompressLayer):
-    """Host of a head of the codes: carries the drawing side. The drawing loop calls the base layer itself."""
+    """The layer around a generation head. It stores the drawing module; the drawing loop calls the base layer directly."""
 
     module_class = DrawCompressor
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.active_module() is not None:
             raise UnsupportedError(
-                "The base's own drawing loop would draw dense tokens with a model tuned for compact ones. Draw with a "
-                "UniCompressModel: UniCompressModel.from_pretrained(base, adapter).generate(..., "
+                "The base's own drawing loop would draw dense tokens with a model tuned for compact tokens; expected a "
+                "UniCompressModel. Call UniCompressModel.from_pretrained(base, adapter).generate(..., "
                 "generation_mode='image')."
             )
         return self.base_layer(x, *args, **kwargs)
@@ -148,11 +149,11 @@ class DrawLayer(UniCompressLayer):
 
 @dataclass
 class CompactFeatures(BaseModelOutputWithPooling):
-    """What the base takes for its own encoded images; a class of its own, so that nothing is compressed twice."""
+    """Compact images in the form of the base's encoded images. The class marks them, so that they are not compressed twice."""
 
 
 class CodeReadLayer(ReadLayer):
-    """Host of a VQ tokenizer's encoder: carries the reading side, and hooks the model to compress what goes in."""
+    """The layer around a VQ tokenizer's encoder. It stores the reading module; a hook of the model compresses its input."""
 
     module_class = CodeReadCompressor
 
@@ -176,27 +177,28 @@ class CodeReadLayer(ReadLayer):
 
     @torch.no_grad()
     def encode_for_generate(self, kwargs: dict) -> dict:
-        """Encodes ahead: transformers would encode densely, and match placeholders to images by that."""
+        """Encodes the images first. transformers would encode them densely, and count their placeholders by that."""
         return self._encode(kwargs) if kwargs.get("pixel_values") is not None else kwargs
 
     def _encode(self, kwargs: dict) -> dict:
-        """Arguments of the base with compact images in the place of pixels."""
+        """Replaces the pixels in the base's arguments with compact images."""
         images = self._pack(self.image_embeddings(kwargs["pixel_values"], kwargs.get("image_sizes")))
-        left = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
-        return left | {"mm_encoder_outputs": {"image": images}}
+        others = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
+        return others | {"mm_encoder_outputs": {"image": images}}
 
     def _compress(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Codes (B, T) -> (B, N_g + 1 + T', D), in the language model's dtype."""
+        """Compresses codes (B, T) to (B, N_g + 1 + T', D), in the language model's dtype."""
         module, family = self.active_module(), self.family
         dtype, embeddings = module.separator.dtype, family.embed_codes(codes)
         return module(embeddings.to(dtype), family.codebook[codes].to(dtype), grid).to(embeddings.dtype)
 
     def _pack(self, embeddings: list[torch.Tensor]) -> CompactFeatures:
+        """Packs images as the base's own encoder does: a list if images have any size, else one tensor."""
         any_size = self.family.geometry.image_size is None
         return CompactFeatures(pooler_output=embeddings if any_size else torch.stack(embeddings))
 
     def _compress_inputs(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Ahead of the model's forward: pixels, or images that transformers' `generate` encoded densely, become compact."""
+        """Compresses, before the model's forward, pixels, or images that transformers' `generate` encoded densely."""
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if self.active_module() is None or isinstance(images, CompactFeatures):
             return None
@@ -208,22 +210,23 @@ class CodeReadLayer(ReadLayer):
         return None if kwargs.get("pixel_values") is None else (args, self._encode(kwargs))
 
     def _check_repeats(self, input_ids: torch.Tensor | None, images: list[torch.Tensor]) -> None:
-        """transformers repeats dense images for beams and several sequences, by lengths that are not ours."""
+        """Refuses images that transformers repeated for beams or several sequences: it repeats by the dense lengths."""
         if input_ids is None:
             return
-        places, compact = int((input_ids == self.family.image_token_id).sum()), sum(map(len, images))
-        if places > compact and places % compact == 0:
-            raise UnsupportedError(ONE_ANSWER.format(f"{places // compact} answers a prompt"))
+        placeholders, compact = int((input_ids == self.family.image_token_id).sum()), sum(map(len, images))
+        if placeholders > compact and placeholders % compact == 0:
+            raise UnsupportedError(ONE_ANSWER.format(f"{placeholders // compact} answers a prompt"))
 
 
 ONE_ANSWER = (
-    "{} through a plain PeftModel or transformers' own generate; expected one answer a prompt, no beams: this base's images "
-    "would be repeated wrongly. Load the adapter with UniCompressModel.from_pretrained(base, adapter), which does both."
+    "{} through a plain PeftModel or transformers' own generate; expected one answer a prompt and no beams, since they would "
+    "repeat this base's images wrongly. Load the adapter with UniCompressModel.from_pretrained(base, adapter), which supports "
+    "several answers and beams."
 )
 
 
 class CodeDrawLayer(UniCompressLayer):
-    """Host in a VQ tokenizer: carries the drawing side, where the head of the words draws codes."""
+    """The layer in a VQ tokenizer that stores the drawing module, for bases whose text head also generates the codes."""
 
     module_class = DrawCompressor
 
@@ -232,14 +235,14 @@ class CodeDrawLayer(UniCompressLayer):
 
 
 def _train_beside(layer: UniCompressLayer, mode: bool) -> UniCompressLayer:
-    """`train(mode)` for the adapters alone: a batch norm in the frozen tokenizer would drift with every batch."""
+    """Sets the training mode of the adapters alone. A batch norm in the frozen tokenizer would drift with every batch."""
     nn.Module.train(layer, mode)
     layer.base_layer.train(False)
     return layer
 
 
 def layer_classes(family: Family | type[Family]) -> dict[str, type[UniCompressLayer]]:
-    """The host of each of the family's roles."""
+    """Returns the layer class for each role of the family: "read", and "draw" if it draws."""
     if not family.shared_vocabulary:
         layers = {"read": FeatureReadLayer, "draw": DrawLayer}
     else:

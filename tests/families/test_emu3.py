@@ -425,7 +425,7 @@ def test_latents_to_draw_without_their_sizes_are_refused(model, compact, mixed):
 
 def test_images_in_a_prompt_to_draw_are_refused(model, compact, mixed):
     prompt = to_draw(compact, "a red 3")
-    with pytest.raises(InputError, match=r"pixel_values of shape .* with prompts to draw; expected prompts of words alone"):
+    with pytest.raises(InputError, match=r"pixel_values of shape .* with prompts to draw; expected prompts of text alone"):
         draw(model, prompt, pixel_values=torch.zeros(1, 3, 64, 64))
 
 

@@ -513,7 +513,7 @@ def test_an_empty_batch_is_refused(model):
 def test_drawing_prompts_that_cannot_be_are_refused(drawing, model, compact):
     inputs = prompts(model, compact, CAPTIONS)
     short = {**inputs, "input_ids": inputs["input_ids"][:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
-    with pytest.raises(InputError, match="expected the image's begin"):
+    with pytest.raises(InputError, match="which begins an image"):
         draw(model, short)
     blank = model.family.unconditional(inputs["input_ids"], model.generation_config)
     frame = model.family.wrapper_mask(inputs["input_ids"], model.generation_config)

@@ -279,9 +279,9 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
     ("written", "told"),
     [
         (REWRITES, r"turn 3 .*does not continue its own generation prompt.*only appends"),
-        (AS_STRINGS, r"as Python prints it.*lists of parts"),
+        (AS_STRINGS, r"as a Python list.*a list of parts"),
         (NO_IMAGES, r"writes 0 image token\(s\) for 1 image.*once for each"),
-        (NO_SYSTEM, r"fails on turns of system, user.*no system turns.*base's own template"),
+        (NO_SYSTEM, r"fails on turns with the roles system, user.*no system turns.*base's own template"),
         (None, r"chat template.*base's own template"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Chameleon: codes in the text's vocabulary, images of one size. In transformers it reads, and cannot draw."""
+"""Chameleon: image codes share the vocabulary with text, and images have one size. In transformers it cannot draw."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .shared_vocabulary import SharedVocabularyFamily
 
 
 class Chameleon(SharedVocabularyFamily):
-    """A `ChameleonForConditionalGeneration`."""
+    """The family of `ChameleonForConditionalGeneration`."""
 
     model_type = "chameleon"
     model_class = "ChameleonForConditionalGeneration"
     processor_class = "ChameleonProcessor"
     module_names = {
-        "language model": "model.layers",  # its embeddings and VQ tokenizer lie beside them
+        "language model": "model.layers",  # embeddings and VQ tokenizer are outside of it
         "tokenizer": "model.vqmodel",
         "read": "model.vqmodel.encoder",
     }
@@ -66,7 +66,7 @@ class Chameleon(SharedVocabularyFamily):
         return self.base.model(**inputs)
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., D) -> logits of the words; those of images are masked, as the base does."""
+        """Returns the logits of the text tokens from hidden states (..., D). Logits of codes are masked, as in the base."""
         logits = self.base.lm_head(hidden)
         return logits.index_fill(-1, self.code_token_ids, torch.finfo(logits.dtype).min)
 

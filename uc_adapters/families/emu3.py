@@ -1,4 +1,4 @@
-"""Emu3: images of any size, codes in the text's vocabulary, and a row-end word behind each row of them."""
+"""Emu3: images have any size, their codes share the vocabulary with text, and an EOL token follows each row of codes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..layers import Grid
 from .family import Geometry, Size, exact, weight_of
 from .shared_vocabulary import SharedVocabularyFamily
 
-POSITIONS_SIDE = 32  # of the grid that positions are learned on; other grids' are interpolated from it
+POSITIONS_SIDE = 32  # side of the grid on which positions are learned; they are interpolated to other grids
 
 
 class Emu3(SharedVocabularyFamily):
-    """An `Emu3ForConditionalGeneration`."""
+    """The family of `Emu3ForConditionalGeneration`."""
 
     model_type = "emu3"
     model_class = "Emu3ForConditionalGeneration"
@@ -46,8 +46,8 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         missing = [name for name in names if name not in vocabulary]
         if missing:
             raise BaseModelError(
-                f"config.vocabulary_map lacks {', '.join(map(repr, missing))}; expected Emu3's image words. Load the config "
-                "that the base was published with."
+                f"config.vocabulary_map lacks {', '.join(map(repr, missing))}; expected all special tokens of images. Load the "
+                "config that the base was published with."
             )
         self.image_token_id, self._start, self._wrapper, self._end, self._eol, self._file_end = map(vocabulary.get, names)
         self._factor = base.model.vqmodel.vision_spatial_factor
@@ -76,7 +76,7 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         return self.read_grid(size)
 
     def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
-        """Raises InputError unless pixels are (N, 3, H, W), with the size of each image, a multiple of 8 within H and W."""
+        """Raises InputError unless pixels are (N, 3, H, W), and each image's size is a multiple of 8 and lies within H x W."""
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != 3 or shape[0] == 0:
             raise InputError(
@@ -89,14 +89,14 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
             if not within or height % factor or width % factor:
                 raise InputError(
                     f"An image of {height} x {width} pixels in pixel_values of shape {shape}; expected multiples of {factor} "
-                    "that lie within. Let the processor prepare images: processor(text=..., images=...)."
+                    "that lie within this shape. Let the processor prepare images: processor(text=..., images=...)."
                 )
 
     @exact
     @torch.no_grad()
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vqmodel = self.base.model.vqmodel
-        frames = vqmodel.config.temporal_downsample_factor  # an image is a film of as many frames as make one latent
+        frames = vqmodel.config.temporal_downsample_factor  # the encoder takes films: so many frames give one latent
         film = pixel_values.to(vqmodel.dtype).unsqueeze(1).repeat(1, frames, 1, 1, 1)  # (B, frames, 3, H, W)
         hidden = vqmodel.encoder(film).permute(0, 2, 1, 3, 4)  # (B, 1, C, h, w) -> (B, C, 1, h, w)
         return vqmodel.quant_conv(hidden).flatten(2).transpose(1, 2).float()  # (B, T, C)
@@ -109,23 +109,23 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
 
     def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
         start = input_ids == self._start
-        last = start.flip(1).cumsum(1).flip(1) == 0  # behind the last image's start: its size, and its begin
+        last = start.flip(1).cumsum(1).flip(1) == 0  # tokens after the start of the last image: its size, and its begin
         return start | last | (input_ids == generation_config.bos_token_id)
 
     def boi_token_id(self, generation_config: GenerationConfig) -> int:
         return self._wrapper
 
     def prompt_grids(self, count: int, image_sizes: torch.Tensor | None) -> list[Grid]:
-        """Raises InputError unless there is a grid a prompt, of one token at least."""
+        """Returns the grid of each image to draw; raises InputError unless each prompt has one, with at least one token."""
         given = None if image_sizes is None else tuple(torch.as_tensor(image_sizes).shape)
         if given != (count, 2):
             raise InputError(
                 f"image_sizes of shape {given} for {count} prompt(s); expected ({count}, 2), the rows and columns of each "
-                "image in tokens. Pass on what processor(text=..., return_for_image_generation=True) returns."
+                "image in tokens. Pass what processor(text=..., return_for_image_generation=True) returns."
             )
         grids = [(int(rows), int(columns)) for rows, columns in image_sizes]
         if min(map(min, grids)) < 1:
-            raise InputError(f"image_sizes of {grids}; expected rows and columns of 1 or more.")
+            raise InputError(f"image_sizes of {grids}; expected rows and columns of 1 or more. Use the processor's.")
         return grids
 
     @property
@@ -133,7 +133,7 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         return weight_of(self.base.get_input_embeddings())[self._eol]
 
     def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Codes (B, H * W) -> words (B, H * (W + 1) + 3): each row with its end, then the end of file, image and sequence."""
+        """Turns codes (B, H * W) into tokens (B, H * (W + 1) + 3): rows with EOL tokens, end of file, of image, of sequence."""
         rows = F.pad(self.code_token_ids[codes].unflatten(1, grid), (0, 1), value=self._eol)  # (B, H, W + 1)
         tokens = F.pad(rows.flatten(1), (0, 3), value=self.base.config.text_config.eos_token_id)
         tokens[:, -3], tokens[:, -2] = self._file_end, self._end
@@ -150,15 +150,15 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
 
 
 class CompactEmu3Processor(Emu3Processor):
-    """Emu3's processor, for an adapter: N_g + 1 + T / s^2 placeholders an image, with the row ends between them as words.
+    """Emu3's processor for an adapter. An image has N_g + 1 + T / s^2 placeholders, with EOL tokens between their rows.
 
-    Images are resized, and drawings sized, to grids that the stride divides.
+    Images to read are resized to grids that the stride divides, and images to draw get such grids.
 
     Args:
-        image_processor: The base's.
-        tokenizer: The base's.
-        chat_template: The base's.
-        stride: The adapter's. Default 2.
+        image_processor: The base's image processor.
+        tokenizer: The base's tokenizer.
+        chat_template: The base's chat template.
+        stride: The adapter's stride. Default 2.
         num_global_tokens: The adapter's N_g. Default 4.
     """
 
@@ -168,7 +168,7 @@ class CompactEmu3Processor(Emu3Processor):
         self.image_processor.spatial_factor = self.downsample_ratio * stride
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The block of one image: its start and dense size, G and separator, the compact tokens row by row, its end."""
+        """Returns the text of one image: its start and dense size, G and separator, the rows of compact tokens, and its end."""
         rows, columns = (int(side) // self.downsample_ratio for side in image_inputs["image_sizes"][image_idx])
         row = self.image_token * (columns // self.stride) + self.tokenizer.eol_token
         return (
@@ -179,10 +179,10 @@ class CompactEmu3Processor(Emu3Processor):
         )
 
     def calculate_generate_size(self, ratio: str, image_area: int, spatial_factor: int) -> tuple[int, int]:
-        """Rows and columns of tokens to draw: the nearest that the stride divides."""
+        """Returns rows and columns of tokens to draw, the nearest ones that the stride divides."""
         rows, columns = super().calculate_generate_size(ratio, image_area, spatial_factor * self.stride)
         return max(1, rows) * self.stride, max(1, columns) * self.stride
 
 
-# AutoProcessor finds the class by its name in a saved folder; what it is registered for plays no part in that
+# AutoProcessor finds the class by the name in a saved folder; the first argument does not matter for that
 AutoProcessor.register(CompactEmu3Processor, CompactEmu3Processor)

@@ -1,4 +1,4 @@
-"""The contract of a base family: all that the method needs to know of a base model, and where the adapter sits in it."""
+"""The interface of a base family: what the method needs from a base model, and the modules at which an adapter attaches."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shapes of a base that an adapter depends on; recorded in its config and compared on loading."""
+    """The shapes of a base that an adapter depends on. The adapter's config records them, and loading compares them."""
 
     model_type: str
     hidden_size: int  # D, width of the language model
     num_layers: int
     num_heads: int
     intermediate_size: int
-    image_size: int | None  # pixels, square; None where images have any size
-    read_layers: int | None  # of the vision tower; None where codes are read
+    image_size: int | None  # side in pixels; None if images have any size
+    read_layers: int | None  # layers of the vision tower; None if codes are read
     read_width: int  # width of the features that are read
-    read_side: int  # side of their grid; where images have any size, of the grid that positions are learned on
-    draw_side: int  # side of the grid of codes; likewise
+    read_side: int  # side of their grid; if images have any size, of the grid on which positions are learned
+    draw_side: int  # side of the grid of codes; if images have any size, of the grid on which positions are learned
     num_codes: int  # K
     code_width: int  # C
 
 
 def exact(latents: Callable) -> Callable:
-    """Keeps autocast out of an encoder: a code is the nearest of thousands to its latent, and rounding finds others."""
+    """Disables autocast in an encoder. A code is the nearest of thousands to its latent, and rounding would change it."""
 
     @wraps(latents)
     def exact_latents(family: Family, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -50,15 +50,15 @@ def exact(latents: Callable) -> Callable:
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """A module's weight; where accelerate offloads it until the module is called, it is brought here for the caller."""
+    """Returns a module's weight. A weight that accelerate has offloaded is loaded first."""
     with align_module_device(module):
         return module.weight
 
 
 class Family(ABC):
-    """What the method needs to know of one base model. A subclass per family, a short file each.
+    """What the method needs from one base model. Each family is a subclass in a file of its own.
 
-    A family fills five roles, all of them with the base's own modules and weights:
+    A family has five roles, and fills them all with the base's own modules and weights:
 
     read             pixels to the features that the language model reads: `read_features`
     to compact       pixels to latents, and the codebook that quantises them: `latents`, `codebook`
@@ -66,45 +66,45 @@ class Family(ABC):
     codes in, out    codes to inputs of the language model, hidden states to logits of the codes: `embed_codes`, `code_logits`
     language model   `language_model`, `text_logits`
 
-    One that only reads leaves "draw" out of `module_names`, says why in `why_no_drawing`, and implements neither
-    `code_logits` nor what follows "Drawing" below.
+    A family that only reads has no "draw" in `module_names`, gives the reason in `why_no_drawing`, and does not implement
+    `code_logits` and the other methods under "Drawing" below.
 
     Shapes: B images of one size, T = H * W dense tokens, K codes of C dimensions, D width of the language model.
     """
 
     model_type: ClassVar[str]
-    """Of the base's config. A class that names one is a family."""
+    """The `model_type` of the base's config. A class that sets it is registered as a family."""
     model_class: ClassVar[str]
-    """The class of transformers that holds the whole base."""
+    """The name of the transformers class of the whole base."""
     processor_class: ClassVar[str]
-    """The class of transformers that prepares its inputs."""
+    """The name of the transformers class that prepares its inputs."""
     module_names: ClassVar[dict[str, str]]
     """Paths of modules in the base:
     "language model": LoRA stays inside it.
-    "tokenizer": the VQ tokenizer. Never changed; looked up, so that a part of a base is refused.
-    "read": the host of what compresses reading. Where features are read, the module that takes them (B, T, read_width).
-    "draw": the host of what compresses drawing. Where there is a head of the codes, that head.
+    "tokenizer": the VQ tokenizer. It is never changed, only looked up, to refuse a base that is not whole.
+    "read": the module that gets the layer for reading. If features are read, it takes them as input, (B, T, read_width).
+    "draw": the module that gets the layer for drawing. If the base has a generation head, it is this head.
     """
     target_modules: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """What LoRA takes in the language model by default."""
+    """The modules of the language model that LoRA targets by default."""
     shared_vocabulary: ClassVar[bool] = False
-    """Whether codes are words of the vocabulary, read as word embeddings and drawn by the head of the words. Then no module
-    takes the dense features in, and the hosts only carry: see `uc_adapters.tuner_layers`."""
+    """Whether codes are tokens of the text vocabulary, embedded and predicted as text tokens are. Then there is no module that
+    takes dense features, and the layers only store weights: see `uc_adapters.tuner_layers`."""
     has_eol: ClassVar[bool] = False
-    """Whether a word of its own stands behind each row of an image."""
+    """Whether an EOL token follows each row of an image."""
     why_no_drawing: ClassVar[str | None] = None
-    """Why the base cannot draw; None where it can."""
+    """The reason why the base cannot draw; None if it can."""
     default_guidance: ClassVar[float] = 1.0
-    """Guidance of the base's own drawing where nothing sets it; 1 is none."""
+    """The guidance scale that the base itself uses if none is set; 1 is no guidance."""
     question_snippet: ClassVar[str] = """\
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
-    """For the card: Python that makes `prompt`, a question about an image."""
+    """For the card: Python code that makes `prompt`, a question about an image."""
     drawing_snippet: ClassVar[str] = ""
-    """For the card: Python from `prompt` to `image`, with `processor`, `model`, `device` and PIL's `Image` at hand. It has to
-    run with the processor's torchvision backend and with its PIL one."""
+    """For the card: Python code from `prompt` to `image`. It may use `processor`, `model`, `device` and PIL's `Image`, and has
+    to run with both backends of the processor, torchvision and PIL."""
     example_grid: ClassVar[Grid | None] = None
-    """For the card, where images have any size: the grid of an image as the published base draws it."""
+    """For the card, if images have any size: the grid of an image that the published base draws."""
 
     base: nn.Module
     geometry: Geometry
@@ -112,7 +112,7 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
 
     @property
     def device(self) -> torch.device:
-        """Where the base takes its tokens. `base.device` is where a weight lies, which is nowhere if accelerate offloads it."""
+        """The device on which the base takes its tokens. `base.device` is the meta device if accelerate offloads weights."""
         embeddings = self.base.get_input_embeddings()
         offloaded = has_offloaded_params(embeddings)
         return torch.device(embeddings._hf_hook.execution_device if offloaded else embeddings.weight.device)
@@ -121,40 +121,41 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
 
     @staticmethod
     def prompt_text(processor: ProcessorMixin, text: str, to_draw: bool) -> str:
-        """The text that the processor's own call tokenises, of a prompt that the chat template wrote.
+        """Returns the text that a call of the processor tokenises for a prompt from the chat template.
 
-        A call may add to the prompt: a system prompt, a begin, an end. What is learned stands behind exactly this.
+        The call may add a system prompt, a begin or an end to the prompt. Training appends what is learned to exactly this
+        text.
 
         Args:
-            processor: The base's, or an adapter's.
-            text: The prompt, each image to read already written out as its placeholders.
-            to_draw: Whether an image is drawn behind it. What begins that image is left out.
+            processor: The processor of the base or of an adapter.
+            text: The prompt. Images to read are already replaced by their placeholders.
+            to_draw: Whether an image is drawn after the prompt. The tokens that begin this image are left out.
         """
         return processor.prepare_inputs_layout(text=[text])[1][0]
 
     # Images ----------------------------------------------------------------------------------------------------------
 
     def sizes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[Size]:
-        """The size of each image in a batch (N, 3, H, W). `image_sizes` (N, 2) are in pixels, where images have any size."""
+        """Returns the size of each image in (N, 3, H, W). `image_sizes` (N, 2) are in pixels, if images have any size."""
         size = self.geometry.image_size
         return [(size, size)] * len(pixel_values)
 
     def read_grid(self, size: Size) -> Grid:
-        """The grid of the features of an image to read."""
+        """Returns the grid of the features of an image to read."""
         return self.geometry.read_side, self.geometry.read_side
 
     def draw_grid(self, size: Size) -> Grid:
-        """The grid of the codes of an image to draw."""
+        """Returns the grid of the codes of an image to draw."""
         return self.geometry.draw_side, self.geometry.draw_side
 
     def dense_placeholders(self, grid: Grid) -> int:
-        """Placeholders of an image in the base's own prompts; the ends of its rows are some, too."""
+        """Returns the number of placeholders of an image in the base's own prompts, including EOL tokens."""
         return grid[0] * (grid[1] + self.has_eol)
 
     def by_size(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None
     ) -> Iterator[tuple[list[int], torch.Tensor, Size]]:
-        """The images of each size: their indices, their pixels (n, 3, H, W) without padding, and the size."""
+        """Yields, for each size, the indices of its images, their pixels (n, 3, H, W) without padding, and the size."""
         sizes = self.sizes(pixel_values, image_sizes)
         for height, width in dict.fromkeys(sizes):
             rows = [index for index, size in enumerate(sizes) if size == (height, width)]
@@ -162,12 +163,12 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
             yield rows, pixels[..., :height, :width], (height, width)
 
     def check_sizes(self, count: int, image_sizes: torch.Tensor | None) -> None:
-        """Raises InputError unless the sizes of `count` images are known: `image_sizes` are (count, 2), where they have any."""
+        """Raises InputError if images have any size and `image_sizes` are not (count, 2)."""
         given = None if image_sizes is None else tuple(torch.as_tensor(image_sizes).shape)
         if self.geometry.image_size is None and given != (count, 2):
             raise InputError(
                 f"image sizes of shape {given} for {count} image(s); expected ({count}, 2), the height and width of each in "
-                "pixels. Pass the processor's image_sizes on with its pixel_values."
+                "pixels. Pass the processor's image_sizes together with its pixel_values."
             )
 
     def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
@@ -183,28 +184,28 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
 
     @abstractmethod
     def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) -> the dense features that are compressed, (B, T, read_width)."""
+        """Returns the dense features that an adapter compresses, (B, T, read_width), from pixels (B, 3, H, W)."""
 
     @property
     @abstractmethod
     def codebook(self) -> torch.Tensor:
-        """The base's code entries (K, C), float32, in the space where the base compares latents with them."""
+        """The entries of the base's codebook, (K, C), float32, in the space where the base compares latents with them."""
 
     @abstractmethod
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) -> latents before quantisation, (B, T, C), float32, in the codebook's space."""
+        """Returns latents before quantisation, (B, T, C), float32, in the codebook's space, from pixels (B, 3, H, W)."""
 
     def code_space(self, x: torch.Tensor) -> torch.Tensor:
-        """Any vector (..., C) -> the space where the base compares latents with codes: as it is, or on the unit sphere."""
+        """Maps vectors (..., C) to the space where the base compares latents with codes: unchanged, or on the unit sphere."""
         return x
 
     def dense_codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) -> the codes that the base itself makes of them, (B, T)."""
+        """Returns the base's own codes, (B, T), of pixels (B, 3, H, W)."""
         return nearest_codes(self.latents(pixel_values), self.codebook)
 
     @abstractmethod
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (...) -> inputs of the language model, (..., D)."""
+        """Returns inputs of the language model, (..., D), for codes (...)."""
 
     # Language model --------------------------------------------------------------------------------------------------
 
@@ -213,40 +214,40 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         """Runs the language model on `inputs_embeds` (B, L, D); returns its output with `last_hidden_state`."""
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., D) -> logits of the words."""
+        """Returns the logits of the text tokens from hidden states (..., D)."""
         return self.base.lm_head(hidden)
 
     @abstractmethod
     def compact_processor(self, processor: ProcessorMixin, stride: int, num_global_tokens: int) -> ProcessorMixin:
-        """A copy of the base's processor, or of an adapter's, that writes an adapter's placeholders."""
+        """Returns a copy of the processor of the base, or of an adapter, that writes an adapter's placeholders."""
 
     # Drawing ---------------------------------------------------------------------------------------------------------
 
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., D) -> logits of the codes alone (..., K), below any adapter's host."""
+        """Returns the logits of the codes alone, (..., K), from hidden states (..., D), without any adapter's layer."""
         raise NotImplementedError
 
     def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
-        """Which tokens of drawing prompts (B, L) are no words: the begin of the sequence, and what frames an image."""
+        """Returns which tokens of drawing prompts (B, L) are not text: the sequence's begin, and an image's wrapper tokens."""
         raise NotImplementedError
 
     def unconditional(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
-        """Drawing prompts (B, L) without their words, as guidance needs them and caption dropout trains on them."""
+        """Replaces the text of drawing prompts (B, L) with padding, for guidance, and for caption dropout in training."""
         return input_ids.masked_fill(~self.wrapper_mask(input_ids, generation_config), generation_config.pad_token_id)
 
     def boi_token_id(self, generation_config: GenerationConfig) -> int:
-        """The token that a drawing prompt ends in."""
+        """Returns the token that begins an image, with which a drawing prompt ends."""
         raise NotImplementedError
 
     def prompt_grids(self, count: int, image_sizes: torch.Tensor | None) -> list[Grid]:
-        """The grid of each of `count` images to draw. `image_sizes` (count, 2) are in tokens, where images have any size."""
+        """Returns the grids of `count` images to draw. `image_sizes` (count, 2) are in tokens, if images have any size."""
         return [(self.geometry.draw_side, self.geometry.draw_side)] * count
 
     @property
     def eol(self) -> torch.Tensor:
-        """What the language model reads behind each row of an image, (D,), where `has_eol`."""
+        """The embedding of the EOL token after each row of an image, (D,), if `has_eol`."""
         raise NotImplementedError
 
     def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Drawn codes (B, T) -> the tokens that the base's own `generate` would have drawn, for its `decode_image_tokens`."""
+        """Turns drawn codes (B, T) into tokens as the base's own `generate` returns them, for its `decode_image_tokens`."""
         return codes

@@ -1,4 +1,4 @@
-"""Janus and Janus-Pro: SigLIP features are read, codes of a VQ tokenizer are drawn by a head of their own."""
+"""Janus and Janus-Pro: they read SigLIP features, and draw codes of a VQ tokenizer with a generation head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .family import Family, Geometry, exact, weight_of
 
 
 class Janus(Family):
-    """A `JanusForConditionalGeneration`."""
+    """The family of `JanusForConditionalGeneration`."""
 
     model_type = "janus"
     model_class = "JanusForConditionalGeneration"
@@ -54,7 +54,7 @@ image = Image.fromarray(pixels.permute(1, 2, 0).numpy())"""
 
     @staticmethod
     def prompt_text(processor: ProcessorMixin, text: str, to_draw: bool) -> str:
-        """The default system prompt goes in front of questions alone, where the processor has one."""
+        """Adds the default system prompt to questions, if the processor uses one, and not to prompts to draw."""
         return text if to_draw or not processor.use_default_system_prompt else DEFAULT_SYSTEM_PROMPT + text
 
     def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ image = Image.fromarray(pixels.permute(1, 2, 0).numpy())"""
         return self.code_space(latents.flatten(2).transpose(1, 2).float())
 
     def code_space(self, x: torch.Tensor) -> torch.Tensor:
-        return unit(x)  # Janus compares by cosine
+        return unit(x)  # Janus compares by cosine similarity
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         embeddings = self.base.prepare_embeddings_for_image_generation(codes.flatten()[None])  # quantised layers take no more
@@ -83,7 +83,7 @@ image = Image.fromarray(pixels.permute(1, 2, 0).numpy())"""
         head = self.base.model.generation_head
         head = head.get_base_layer() if hasattr(head, "get_base_layer") else head
         dtype = head.proj_out.weight.dtype
-        return head(hidden.to(dtype if dtype.is_floating_point else self.base.dtype))  # quantised, it holds whole numbers
+        return head(hidden.to(dtype if dtype.is_floating_point else self.base.dtype))  # quantised weights are whole numbers
 
     def language_model(self, **inputs):
         return self.base.model.language_model(**inputs)

@@ -1,4 +1,4 @@
-"""Families whose images are words: one VQ tokenizer for what is read and drawn, its codes words of the vocabulary."""
+"""Families with a shared vocabulary: one VQ tokenizer encodes images to read and to draw; its codes are in the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .family import Family, weight_of
 
 
 class SharedVocabularyFamily(Family):
-    """What is the same for all of them."""
+    """The common part of these families."""
 
     shared_vocabulary = True
     _code_token_ids: torch.Tensor | None = None
 
     @property
     def code_token_ids(self) -> torch.Tensor:
-        """The word of each code, (K,), where the embeddings are."""
+        """The token id of each code, (K,), on the device of the embeddings."""
         if self._code_token_ids is None or self._code_token_ids.device != self.device:
             self._code_token_ids = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(self.device)
         return self._code_token_ids
@@ -29,7 +29,7 @@ class SharedVocabularyFamily(Family):
 
     @abstractmethod
     def encoded_codes(self, encoded) -> list[torch.Tensor]:
-        """What the base's `get_image_features` returned for N images -> the codes of each, N times (H, W)."""
+        """Returns the codes of each of N images, (H, W) each, from the output of the base's `get_image_features`."""
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -39,14 +39,14 @@ class SharedVocabularyFamily(Family):
         return self.base.get_input_embeddings()(self.code_token_ids[codes])
 
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The words' own head, where it stands for codes: only an image's words can be drawn where an image is due."""
+        """Computes the rows of the text head that stand for codes. So only image tokens can be drawn in an image."""
         weight = weight_of(self.base.lm_head)
-        words = weight[self._run] if self._run is not None else weight[self.code_token_ids]  # a slice copies nothing
-        return F.linear(hidden.to(weight.dtype), words)
+        rows = weight[self._run] if self._run is not None else weight[self.code_token_ids]  # a slice copies nothing
+        return F.linear(hidden.to(weight.dtype), rows)
 
     @cached_property
     def _run(self) -> slice | None:
-        """Where the codes' words stand in one run and in order."""
-        words = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.tolist()
-        run = slice(words[0], words[0] + len(words))
-        return run if words == list(range(run.start, run.stop)) else None
+        """The slice of the vocabulary that holds the codes' tokens, if they are consecutive and in order; else None."""
+        token_ids = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.tolist()
+        run = slice(token_ids[0], token_ids[0] + len(token_ids))
+        return run if token_ids == list(range(run.start, run.stop)) else None

@@ -1,7 +1,8 @@
-"""Pure tensor modules of the method: nothing here knows Hugging Face, PEFT or any base model.
+"""The method's tensor modules. They do not depend on Hugging Face, PEFT or any base model.
 
-Letters in shape comments: B batch, T = H * W dense tokens, T' = T / s^2 compact tokens, s stride, N_g global tokens, K codes
-of the base's codebook, C their dimension, D width of the language model; W also the width of the decompressor.
+Letters in shapes: B is the batch, T = H * W the dense tokens, T' = T / s^2 the compact tokens, s the stride, N_g the number of
+global tokens, K the number of codes in the base's codebook, C their dimension, D the width of the language model. W is also the
+width of the decompressor.
 """
 
 from .expansion import ExpansionDecompressor, PhaseDecompressor, RasterDecompressor

@@ -1,4 +1,4 @@
-"""Multi-head attention from explicit projections: `nn.MultiheadAttention` is not bit-exact across a reload."""
+"""Multi-head attention with explicit projections, because `nn.MultiheadAttention` is not bit-exact after a reload."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ HEAD_DIM = 64
 
 
 def head_count(width: int) -> int:
-    """Heads of about 64 dimensions that divide `width`; at least one."""
+    """Returns the number of heads: it divides `width`, gives them about 64 dimensions each, and is at least one."""
     return next(heads for heads in range(max(1, width // HEAD_DIM), 0, -1) if width % heads == 0)
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T) V over keys and values that may come from another sequence, or from a cache."""
+    """Computes softmax(Q K^T) V. Keys and values may come from another sequence, or from a cache."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -26,13 +26,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def keys_values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a source (B, M, W), each (B, heads, M, W / heads)."""
+        """Returns keys and values of a source (B, M, W), each (B, heads, M, W / heads)."""
         return self._split(self.key(source)), self._split(self.value(source))
 
     def forward(
         self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x (B, L, W), mask (L, M) with True where attention is allowed; returns (B, L, W)."""
+        """Attends from x (B, L, W); `mask` (L, M) is True where attention is allowed. Returns (B, L, W)."""
         keys, values = keys_values
         y = F.scaled_dot_product_attention(self._split(self.query(x)), keys, values, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, heads, L, W / heads) -> (B, L, W)

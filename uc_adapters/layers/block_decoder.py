@@ -1,8 +1,8 @@
-"""The autoregressive decoder of a decompressor (UniCompress, eq. 7): a small transformer over codes in a fixed order.
+"""The autoregressive decoder of the decompressors (UniCompress, eq. 7): a small transformer over codes in a fixed order.
 
-Every layer attends to the codes before (block-causally) and to a memory. The input at a position is the embedding of the code
-before it in the order, the position, and a condition. The output has the language model's width: the base's own generation
-head turns it into logits, so no new matrix of K rows is learned.
+Every layer attends block-causally to the earlier codes, and to a memory. The input at a position is the sum of the embedding of
+an earlier code (one block before it), the position embedding, and a condition. The output has the language model's width, and
+the base's own generation head turns it into logits, so no new matrix of K rows is learned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PickCodes = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm self-attention, cross-attention, MLP."""
+    """A layer of self-attention, cross-attention and an MLP, each with a norm before it."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -29,7 +29,7 @@ class DecoderLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, memory, past=None, mask=None):
-        """x (B, L, W), memory keys and values, past keys and values or None; returns x and the grown past."""
+        """Runs the layer on x (B, L, W). `memory` and `past` are keys and values. Returns the new x, and the past plus x."""
         y = self.norms[0](x)
         keys, values = self.self_attention.keys_values(y)
         if past is not None:
@@ -40,14 +40,14 @@ class DecoderLayer(nn.Module):
 
 
 class BlockDecoder(nn.Module):
-    """A transformer decoder over codes in a fixed order, a block of them a step.
+    """A transformer decoder over codes in a fixed order. Each step draws a block of codes.
 
     Args:
-        length: Learned positions.
+        length: The number of learned positions.
         code_width: C, the codebook's dimension.
-        width: W.
-        out_width: D.
-        layers: Number of layers.
+        width: W, the decoder's width.
+        out_width: D, the language model's width.
+        layers: The number of layers.
     """
 
     def __init__(self, length: int, code_width: int, width: int, out_width: int, layers: int):
@@ -62,17 +62,14 @@ class BlockDecoder(nn.Module):
     def forward(
         self, entries: torch.Tensor, positions: torch.Tensor, condition: torch.Tensor, memory: torch.Tensor, block: int
     ) -> torch.Tensor:
-        """Teacher forcing.
+        """Returns the features of every position, (B, L, D), with teacher forcing.
 
         Args:
-            entries: The codebook entries of the true codes, in the order, (B, L, C).
-            positions: Where each code stands, (L, W): `self.positions`, or those interpolated.
-            condition: What each position knows of its window or step, (B, L, W).
-            memory: (B, M, W).
-            block: Codes drawn at once; it divides L.
-
-        Returns:
-            Features of every position, (B, L, D).
+            entries: The codebook entries of the true codes, in the decoder's order, (B, L, C).
+            positions: The position embedding of each code, (L, W): `self.positions`, or these interpolated.
+            condition: The embedding of each code's window or step, (B, L, W).
+            memory: What cross-attention attends to, (B, M, W).
+            block: The number of codes that are drawn at once. It divides L.
         """
         before = self.code_in(entries[:, :-block])  # (B, L - block, W)
         start = self.start.expand(len(entries), block, -1)
@@ -92,18 +89,18 @@ class BlockDecoder(nn.Module):
         block: int,
         pick: PickCodes,
     ) -> torch.Tensor:
-        """Draws all codes, `block` a step, with cached keys and values.
+        """Draws all codes, `block` of them in each step, with cached keys and values.
 
         Args:
-            codebook: Entries, (K, C).
-            positions: (L, W).
-            condition: (B, L, W).
-            memory: (B, M, W).
+            codebook: The entries of the codebook, (K, C).
+            positions: As in `forward`, (L, W).
+            condition: As in `forward`, (B, L, W).
+            memory: As in `forward`, (B, M, W).
             block: As in `forward`.
-            pick: Turns features (B * block, D) into codes (B * block,).
+            pick: Chooses codes (B * block,) from features (B * block, D).
 
         Returns:
-            Codes in the order, (B, L).
+            The codes in the decoder's order, (B, L).
         """
         memories = [layer.cross_attention.keys_values(memory) for layer in self.layers]
         pasts: list = [None] * len(self.layers)

@@ -1,9 +1,9 @@
 """Decompressors that expand compact codes after the language model's loop (UniCompress, section 3, eq. 7).
 
-    raster   T steps of one dense code, as in the paper
-    phase    s^2 steps; step p draws sub-position p of every window at once
+    raster   T steps of one dense code each, as in the paper
+    phase    s^2 steps; step p draws sub-position p of all windows at once
 
-The memory is (X_deq, G_hat): the entries of the compact codes and of the global codes.
+The decoder's memory is (X_deq, G_hat), the entries of the compact codes and of the global codes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .positions import interpolate
 
 
 class ExpansionDecompressor(nn.Module, ABC):
-    """Dense codes from compact codes, after the language model's loop. A subclass gives the order and the block of a step.
+    """Expands compact codes to dense codes after the language model's loop. A subclass defines the order and the block size.
 
     Args:
         stride: s.
-        side: Of the square grid of dense codes that the positions are learned on.
-        code_width: C.
-        width: W.
-        out_width: D.
-        layers: Number of layers.
+        side: The side of the square grid of dense codes on which positions are learned.
+        code_width: C, the codebook's dimension.
+        width: W, the decompressor's width.
+        out_width: D, the language model's width.
+        layers: The number of layers.
     """
 
     def __init__(self, stride: int, side: int, code_width: int, width: int, out_width: int, layers: int):
@@ -40,29 +40,29 @@ class ExpansionDecompressor(nn.Module, ABC):
         self.decoder = BlockDecoder(side**2, code_width, width, out_width, layers)
 
     def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
-        """The distance of each compact code from the token before it, in position ids, T' of them: one each."""
+        """Returns by how much the position id grows at each of the T' compact codes: by one."""
         return [1] * math.prod(compact_grid(grid, self.stride))
 
     @abstractmethod
     def block(self, grid: Grid) -> int:
-        """Codes drawn at once."""
+        """Returns the number of codes that one step draws."""
 
     @abstractmethod
     def positions(self, grid: Grid) -> torch.Tensor:
-        """The decoder's positions on a grid, in the order of drawing, (T, W)."""
+        """Returns the decoder's position embeddings for a grid, in the order of drawing, (T, W)."""
 
     @abstractmethod
     def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """From raster (B, T, ...) to the order of drawing."""
+        """Reorders x (B, T, ...) from raster order to the order of drawing."""
 
     @abstractmethod
     def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """The inverse of `order`."""
+        """Reorders x (B, T, ...) from the order of drawing to raster order."""
 
     def forward(self, entries: torch.Tensor, compact: torch.Tensor, globals_: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Teacher forcing: entries of the true codes (B, T, C) -> features (B, T, D), both in raster order.
+        """Returns features (B, T, D) for entries of the true codes (B, T, C), with teacher forcing; both are in raster order.
 
-        compact are the entries X_deq (B, T', C), globals_ is G_hat (B, N_g, C).
+        `compact` are the entries X_deq (B, T', C), and `globals_` is G_hat (B, N_g, C).
         """
         condition, memory = self._read(compact, globals_, grid)
         ordered = self.order(entries, grid)
@@ -74,6 +74,7 @@ class ExpansionDecompressor(nn.Module, ABC):
         return self.unorder(self.decoder.draw(codebook, self.positions(grid), condition, memory, self.block(grid), pick), grid)
 
     def _read(self, compact: torch.Tensor, globals_: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the decoder's condition (B, T, W), in the order of drawing, and its memory (B, T' + N_g, W)."""
         positions = interpolate(self.compact_positions, self.side // self.stride, compact_grid(grid, self.stride))
         compact = self.compact_in(compact) + positions  # (B, T', W)
         spread = compact.unsqueeze(2).expand(-1, -1, self.stride**2, -1)  # (B, T', s^2, W)
@@ -82,7 +83,7 @@ class ExpansionDecompressor(nn.Module, ABC):
 
 
 class RasterDecompressor(ExpansionDecompressor):
-    """T steps of one token, as in the paper."""
+    """Draws one code in each of T steps, as in the paper."""
 
     def block(self, grid: Grid) -> int:
         return 1
@@ -98,7 +99,7 @@ class RasterDecompressor(ExpansionDecompressor):
 
 
 class PhaseDecompressor(ExpansionDecompressor):
-    """s^2 steps; step p draws sub-position p of every window."""
+    """Draws in s^2 steps; step p draws sub-position p of every window."""
 
     def block(self, grid: Grid) -> int:
         return math.prod(compact_grid(grid, self.stride))

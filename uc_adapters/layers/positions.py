@@ -1,4 +1,4 @@
-"""Learned positions of a square reference grid, interpolated to images of other sizes."""
+"""Interpolates positions that were learned on a square grid to images of other sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from .grid import Grid
 
 
 def interpolate(positions: torch.Tensor, side: int, grid: Grid) -> torch.Tensor:
-    """Positions of a `side` x `side` grid (side^2, W) -> of another grid (H * W, W), bilinearly; the same grid's are exact."""
+    """Interpolates positions of a `side` x `side` grid (side^2, W) bilinearly to another grid (H * W, W).
+
+    Positions of the same grid are returned unchanged.
+    """
     if grid == (side, side):
         return positions
     square = positions.T.unflatten(1, (1, side, side)).transpose(0, 1)  # (W, side^2) -> (1, W, side, side)

@@ -1,4 +1,4 @@
-"""Quantising with the base's own codebook (UniCompress, section 3: Z_g, Z_x)."""
+"""Quantises with the base's own codebook (UniCompress, section 3: Z_g, Z_x)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import torch.nn.functional as F
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """x on the unit sphere, along its last dimension."""
+    """Scales x to length one along its last dimension."""
     return F.normalize(x, dim=-1)
 
 
 def nearest_codes(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Indices (...) of the entries of the codebook (K, C) nearest to x (..., C).
+    """Returns the indices (...) of the codebook entries (K, C) that are nearest to x (..., C).
 
-    |x - e|^2 is least where x e - |e|^2 / 2 is greatest. For a codebook on the unit sphere that is the nearest by cosine.
+    |x - e|^2 is smallest for the e with the largest x e - |e|^2 / 2. On the unit sphere that is the nearest entry by cosine.
     """
-    with torch.autocast(x.device.type, enabled=False):  # rounded to bfloat16, a fifth of the codes would be others
+    with torch.autocast(x.device.type, enabled=False):  # rounding to bfloat16 would change a fifth of the codes
         x, codebook = x.float(), codebook.float()
         return (x @ codebook.T - codebook.square().sum(-1) / 2).argmax(-1)
 
 
 def straight_through(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The nearest entries of x (..., C) in the forward pass, the identity in the backward pass."""
+    """Returns the nearest entries of x (..., C) in the forward pass; the backward pass is the identity."""
     return x + (codebook[nearest_codes(x, codebook)] - x).detach()

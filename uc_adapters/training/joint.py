@@ -1,6 +1,6 @@
-"""Stage 2: fine-tunes the language model with LoRA on compact sequences, tokenizer side frozen (UniCompress, section 3).
+"""Stage 2: fine-tunes the language model with LoRA on compact sequences; the tokenizer side is frozen (UniCompress, section 3).
 
-`finetune.py` runs it. TRL's own `SFTTrainer`: the model hands it the scores of words and drawn codes alike.
+`finetune.py` runs it. The trainer extends TRL's `SFTTrainer`. The model returns it the scores of text tokens and image codes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PARTS = {"loss_text": TEXT, "loss_global_codes": GLOBAL_CODE, "loss_codes": CODE
 
 
 class NamingCollator:
-    """A collator whose batches name their rows."""
+    """A collator that adds the names of the rows to a batch, under `origins`."""
 
     def __init__(self, collator: UniCompressCollator):
         self.collator = collator
@@ -32,7 +32,7 @@ class NamingCollator:
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the collator the epoch: other rows lose their captions in the next."""
+    """Sets the collator's epoch, so that other rows lose their captions in each epoch."""
 
     def __init__(self, collator: UniCompressCollator):
         self.collator = collator
@@ -42,26 +42,39 @@ class EpochCallback(TrainerCallback):
 
 
 class JointTrainer(ResumableTrainer, SFTTrainer):
-    """Trains an adapter's language side on what it reads and draws; logs the loss of text, global codes and codes apart."""
+    """Trains an adapter's language side to answer and to draw. Logs the losses of text, global codes and codes separately.
+
+    Args:
+        model: The base with an adapter.
+        args: TRL's training arguments.
+        data_collator: The adapter's collator.
+        **kwargs: Passed to `SFTTrainer`.
+
+    Raises:
+        InputError: `args` is not an `SFTConfig`.
+    """
 
     parts = tuple(PARTS)
 
     def __init__(self, model: UniCompressModel, args: SFTConfig, *, data_collator: UniCompressCollator, **kwargs: Any):
         if not isinstance(args, SFTConfig):
-            raise InputError(f"args={type(args).__name__}; expected a trl.SFTConfig: transformers' arguments lack TRL's own.")
+            raise InputError(
+                f"args={type(args).__name__}; expected a trl.SFTConfig, since transformers' arguments lack TRL's own."
+            )
         args = copy.copy(args)
         args.max_length, args.packing = None, False
         args.dataset_kwargs = {"skip_prepare_dataset": True}
-        # TRL turns what trains on a quantised base into bfloat16, where AdamW's steps vanish beside any weight of size
+        # On a quantised base, TRL casts trainable weights to bfloat16, which rounds AdamW's steps on larger weights to zero.
+        # So no weight is trainable until TRL is set up.
         model.requires_grad_(False)
         super().__init__(model, args, data_collator=NamingCollator(data_collator), **kwargs)
         self.eval_collator = NamingCollator(replace(data_collator, caption_dropout=0.0))
         self.add_callback(EpochCallback(data_collator))
         self.model.train_only("language model")
-        self.model.register_forward_hook(self._record_scores)  # SFTTrainer keeps the model's output to itself
+        self.model.register_forward_hook(self._record_scores)  # SFTTrainer does not pass the model's output on
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """By labels alone: no caption is dropped, and nobody teaches."""
+        """Returns a loader for evaluation by labels alone, without caption dropout and without a teacher."""
         training, self.data_collator = self.data_collator, self.eval_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -79,8 +92,8 @@ class JointTrainer(ResumableTrainer, SFTTrainer):
                 self.record(part, -output.log_probs[of_kind].sum(), of_kind.sum())
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card would name another library: the adapter's own is written where it is saved."""
+        """Writes no card. TRL's card would name another library, and saving the adapter writes its own."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.model.train_only("language model")  # loading makes all of the adapter trainable
+        self.model.train_only("language model")  # loading made all weights of the adapter trainable

@@ -1,14 +1,15 @@
-"""Stage 1: an adapter's tokenizer side learns by reconstruction, while the language model is frozen (UniCompress, eq. 8).
+"""Stage 1: an adapter's tokenizer side learns by reconstruction, with the language model frozen (UniCompress, eq. 8).
 
-- generation: the extractor of global codes and the decompressor, from the VQ tokenizer's latents,
-  L = L_reg + codebook_weight * L_cb, with L_cb the cross-entropy of the true dense codes and L_reg the distance of the
-  expected codebook entry to the true one. Global tokens pass the codebook straight through; a commitment term keeps
-  them near their codes and a usage term (what a code tells of its image, over the batch) keeps them from collapsing.
-- understanding: the extractor of global tokens, by regression of the dense features (of the vision tower, or the embeddings of
-  the codes) from {G, X_cont} with a readout that is thrown away. A base that cannot generate images trains this alone.
+- Generation: the extractor of global codes and the decompressor learn from the VQ tokenizer's latents. The loss is
+  L = L_reg + codebook_weight * L_cb. L_cb is the cross-entropy of the true dense codes, and L_reg the squared distance between
+  the expected codebook entry and the true one. Global tokens are quantised with a straight-through gradient. A commitment term
+  keeps them near their codes, and a usage term (how much a code tells about its image, over the batch) prevents collapse.
+- Understanding: the extractor of global tokens learns by regression of the dense features (of the vision tower, or the
+  embeddings of the codes) from {G, X_cont}, with a readout that is discarded afterwards. A base that cannot generate images
+  trains only this part.
 
-With decompressor="strip" stage 1 trains nothing of generation: the decoder learns from the language model's hidden states, in
-stage 2.
+With decompressor="strip", stage 1 trains nothing for generation, since the decompressor learns from the language model's hidden
+states in stage 2.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from ..layers.positions import interpolate
 from ..model import UniCompressModel
 from .resumable import ResumableTrainer
 
-ENOUGH_USAGE = 2.0  # nats: above it the guard against collapse rests, and reconstruction alone decides
+ENOUGH_USAGE = 2.0  # nats; above it the usage term has no gradient, and only reconstruction counts
 
 
 class FeatureReadout(nn.Module):
-    """Dense features back from {G, X_cont}: scaffolding for the reading extractor, thrown away."""
+    """Restores dense features from {G, X_cont}, to train the reading extractor. It is discarded after training."""
 
     def __init__(self, width: int, side: int, stride: int):
         super().__init__()
@@ -46,7 +47,7 @@ class FeatureReadout(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, globals_: torch.Tensor, pooled: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """G (B, N_g, C), X_cont (B, T', C) -> (B, T, C)."""
+        """Returns features (B, T, C) from G (B, N_g, C) and X_cont (B, T', C)."""
         spread = windows_to_raster(pooled.unsqueeze(2).expand(-1, -1, self.stride**2, -1), self.stride, grid)  # (B, T, C)
         x = self.norm(spread + interpolate(self.positions, self.side, grid))
         x = x + self.attention(x, self.attention.keys_values(globals_))
@@ -54,15 +55,15 @@ class FeatureReadout(nn.Module):
 
 
 def scale_of(codebook: torch.Tensor) -> torch.Tensor:
-    """Mean square length of the entries, by which squared distances are measured: 1 on the unit sphere."""
+    """Returns the mean squared length of the entries, the unit of squared distances. It is 1 on the unit sphere."""
     return codebook.square().sum(-1).mean()
 
 
 def usage(globals_: torch.Tensor, codebook: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
-    """How much a global token's code tells of its image, in nats, mean over tokens: 0 is collapse.
+    """Returns how much a global token's code tells about its image, in nats, as a mean over the tokens. 0 means collapse.
 
-    The mutual information of code and image over the batch: entropy of the mean assignment less mean entropy. The first
-    term alone would be content with one vague assignment for all images.
+    It is the mutual information of code and image over the batch: the entropy of the mean assignment minus the mean entropy.
+    The first term alone would also be large for one vague assignment that is the same for all images.
     """
     near = globals_ @ codebook.T - codebook.square().sum(-1) / 2  # (B, N_g, K)
     shares = (near / (temperature * scale_of(codebook))).softmax(-1)
@@ -74,23 +75,24 @@ def usage(globals_: torch.Tensor, codebook: torch.Tensor, temperature: float = 0
 
 
 def over_processes(mean: torch.Tensor) -> torch.Tensor:
-    """A mean over the batch, as a mean over the batches of all processes: two must train as one does."""
+    """Averages a mean over the batches of all processes, so that two processes train as one does."""
     if not distributed.is_initialized():
         return mean
     return all_reduce(mean) / distributed.get_world_size()
 
 
 class ReconstructionStage(nn.Module):
-    """What stage 1 trains of an adapter, with its losses; in a module of its own, so that no checkpoint holds the base.
+    """The parts of an adapter that stage 1 trains, with their losses. They are a separate module, so no checkpoint has the
+    base.
 
     Args:
-        model: Its adapter's tokenizer side is trained in place; the rest is frozen.
+        model: The base with an adapter. The adapter's tokenizer side is trained in place, and the rest is frozen.
     """
 
     def __init__(self, model: UniCompressModel):
         super().__init__()
         model.train_only("tokenizer")
-        self.unregistered = (model,)  # in a tuple: the base is no part of what is saved and trained
+        self.unregistered = (model,)  # the tuple hides the base from PyTorch, so that it is neither saved nor trained
         config, geometry, reader = model.active_peft_config, model.family.geometry, model.read_layer.active_module()
         self.trained = nn.ModuleDict()
         if reader.extractor is not None:
@@ -101,7 +103,7 @@ class ReconstructionStage(nn.Module):
             if module.extractor is not None:
                 self.trained["draw_extractor"] = module.extractor
             if "decompressor" in module.tokenizer_parts:
-                self.trained["pool"] = module.pool  # the average has no weights; ablate.py's have
+                self.trained["pool"] = module.pool  # the average has no weights, but the poolings of ablate.py have
                 self.trained["decompressor"] = module.decompressor
 
     @property
@@ -112,17 +114,26 @@ class ReconstructionStage(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, latents: list[torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Images (N, 3, H, W), where they are at hand with latents N times (T, C) -> the loss, and its parts."""
+        """Computes the loss and its parts.
+
+        Args:
+            pixel_values: Images, (N, 3, H, W).
+            image_sizes: (N, 2), height and width in pixels, if images have any size.
+            latents: The images' latents, N times (T, C). Default: they are computed.
+
+        Returns:
+            `loss`, and the parts of the loss by name.
+        """
         parts: dict[str, torch.Tensor] = {}
         family = self.model.family
         for rows, pixels, size in family.by_size(pixel_values, image_sizes):
-            share, of_size = len(rows) / len(pixel_values), {}
+            share, losses = len(rows) / len(pixel_values), {}
             if "decompressor" in self.trained:
-                own = family.latents(pixels) if latents is None else torch.stack([latents[row] for row in rows])
-                of_size |= self.drawing_losses(own, family.draw_grid(size))
+                size_latents = family.latents(pixels) if latents is None else torch.stack([latents[row] for row in rows])
+                losses |= self.drawing_losses(size_latents, family.draw_grid(size))
             if "read_extractor" in self.trained:
-                of_size["reading_reconstruction"] = self.reading_loss(pixels, family.read_grid(size))
-            for name, value in of_size.items():
+                losses["reading_reconstruction"] = self.reading_loss(pixels, family.read_grid(size))
+            for name, value in losses.items():
                 parts[name] = parts.get(name, 0) + share * value
         weight = self.model.active_peft_config.codebook_weight
         weights = {"reconstruction": 1, "codebook": weight, "commitment": 0.25 * weight, "reading_reconstruction": 1}
@@ -132,7 +143,7 @@ class ReconstructionStage(nn.Module):
         return {"loss": loss, **parts}
 
     def drawing_losses(self, latents: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
-        """Eq. 8 for the drawing side, from latents (B, T, C)."""
+        """Returns the losses of eq. 8 for the drawing side, from latents (B, T, C)."""
         head: CodeHead = self.model.code_head
         codebook = head.codebook
         scale = scale_of(codebook)
@@ -152,7 +163,7 @@ class ReconstructionStage(nn.Module):
         return losses
 
     def reconstruct(self, latents: torch.Tensor, globals_: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Teacher-forced logits of the dense codes, (B, T, K), from global tokens (B, N_g, C) and pooled latents."""
+        """Returns teacher-forced logits of the dense codes, (B, T, K), from global tokens (B, N_g, C) and pooled latents."""
         head = self.model.code_head
         codebook = head.codebook
         g_hat = straight_through(globals_, codebook)
@@ -162,7 +173,7 @@ class ReconstructionStage(nn.Module):
 
     @torch.no_grad()
     def give_back(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Images (B, 3, H, W) through their compact codes and the decompressor again: dense codes (B, T), the likeliest."""
+        """Compresses images (B, 3, H, W) and expands them again; returns the most likely dense codes, (B, T)."""
         head = self.model.code_head
         codebook, latents = head.codebook, head.family.latents(pixels)
         pooled = head.module.pool(latents, grid)
@@ -175,7 +186,7 @@ class ReconstructionStage(nn.Module):
         )
 
     def reading_loss(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Regression of the dense features, relative to their variance: 1 is what the mean would give."""
+        """Returns the squared error of the restored features relative to their variance. Predicting the mean would give 1."""
         with torch.no_grad():
             features = self.model.family.read_features(pixels).float()  # (B, T, read_width)
         pooled = average_pool(features, self.model.active_peft_config.stride, grid)
@@ -185,7 +196,7 @@ class ReconstructionStage(nn.Module):
 
     @torch.no_grad()
     def least_perplexity(self, rows: Sequence[dict], collator: ImageCollator, images: int = 512) -> float:
-        """Of the codes of the least used global token, over images of the rows: 1 is collapse."""
+        """Returns the perplexity of the codes of the least used global token, over images of the rows. 1 means collapse."""
         head, device = self.model.code_head, self.model.device
         codes = []
         for first in range(0, min(images, len(rows)), 32):
@@ -201,11 +212,11 @@ class ReconstructionStage(nn.Module):
 
 @dataclass
 class ImageCollator:
-    """Makes a batch for `ReconstructionStage` of rows with `images`, and with `latents` where these are cached.
+    """Makes batches for `ReconstructionStage` from rows with `images`, and with `latents` if they are cached.
 
     Args:
-        processor: The adapter's.
-        code_width: C.
+        processor: The adapter's processor.
+        code_width: C, the codebook's dimension.
     """
 
     processor: ProcessorMixin
@@ -216,13 +227,20 @@ class ImageCollator:
         prepared = self.processor.image_processor(images, return_tensors="pt")
         batch = {name: prepared[name] for name in ("pixel_values", "image_sizes") if name in prepared}
         latents = [packed for row in rows for packed in row.get("latents") or [None]]
-        if all(latents):  # of what is only read, there are none
+        if all(latents):  # images that are only read have no latents
             batch["latents"] = [unpack_latents(packed, self.code_width) for packed in latents]
         return batch | {"origins": [row["origin"] for row in rows if "origin" in row]}
 
 
 class ReconstructionTrainer(ResumableTrainer, Trainer):
-    """Trains a `ReconstructionStage`; logs its parts."""
+    """Trains a `ReconstructionStage` and logs the parts of its loss.
+
+    Args:
+        model: The stage to train.
+        args: transformers' training arguments.
+        processing_class: The adapter's processor.
+        **kwargs: Passed to `Trainer`.
+    """
 
     parts = ("reconstruction", "codebook", "code_accuracy", "commitment", "global_code_usage", "reading_reconstruction")
 
