@@ -262,7 +262,7 @@ def test_a_damaged_image_is_named_before_a_model_is_loaded(tmp_path):
         ([{"image": "0.png", "text": "a red 3"}], r"1 caption\(s\).* and 0 question\(s\)"),
         ([{"image": "0.png", "question": "?", "answer": "3"}], r"0 caption\(s\).* and 1 question\(s\)"),
         ([{"image": "0.png", "text": " "}] * 2, "a caption without words"),
-        ([{"messages": [turn("user", say("hello"))], "images": ["0.png"]}] * 2, r"row 0 \(0.png\): 1 image\(s\) for 0 place"),
+        ([{"messages": [turn("user", say("hello"))], "images": ["0.png"]}] * 2, r"row 0 .*: 1 image\(s\) for 0 image part"),
     ],
 )
 def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, message):
@@ -274,9 +274,9 @@ def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, me
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Nothing to score"),
-        ({"prompts": "prompts.jsonl"}, "--prompts and --output_dir; expected both"),
-        ({"dataset": "rows", "output_dir": "drawn"}, "--prompts and --output_dir; expected both"),
+        ({}, "nothing to score"),
+        ({"prompts": "prompts.jsonl"}, "--prompts prompts.jsonl with --output_dir None; expected both"),
+        ({"dataset": "rows", "output_dir": "drawn"}, "--prompts None with --output_dir drawn; expected both"),
         ({"dataset": "rows", "batch_size": 0}, "--batch_size 0: expected 1 or more"),
         ({"dataset": "rows", "limit": 1}, "--limit 1: expected 2 or more"),
         ({"dataset": "rows", "temperature": 0.0}, r"--temperature 0\.0: expected a number above 0"),
