@@ -252,7 +252,7 @@ def test_columns_with_other_names_are_named(tmp_path):
 def test_a_damaged_image_is_named_before_a_model_is_loaded(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
     source = write_rows(tmp_path / "rows.jsonl", [{"image": "0.png", "text": "a red 3"}] * 2)
-    with pytest.raises(DatasetError, match=r"row 0 \(0.png\).*An image is none that PIL can read"):
+    with pytest.raises(DatasetError, match=r"row 0 \(0.png\).*PIL cannot read an image"):
         run(base="not-there", dataset=source)
 
 
