@@ -189,8 +189,8 @@ def test_prompts_are_drawn_into_the_folders_that_geneval_reads(models, tmp_path)
     [
         ("", "is empty"),
         ("\n \n", "is empty"),
-        (json.dumps(PROMPTS[0]) + "\n{'prompt': 'a dog'}\n", "line 2 is no JSON"),
-        ('["a dog"]\n', "line 1 is list"),
+        (json.dumps(PROMPTS[0]) + "\n{'prompt': 'a dog'}\n", "line 2 is not JSON"),
+        ('["a dog"]\n', "line 1 is a list"),
         ('{"tag": "x", "include": [{"class": "dog", "count": 1}]}', "line 1 has prompt = None"),
         ('{"prompt": "a dog", "tag": "x"}', "line 1 has include"),
         ('{"prompt": "a dog", "tag": "x", "include": [{"class": "dog", "count": "1"}]}', "line 1 has include"),
@@ -205,7 +205,7 @@ def test_a_bad_prompt_file_is_named_before_anything_is_loaded(tmp_path, lines, m
 
 def test_a_prompt_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "prompts.jsonl").write_bytes(json.dumps(PROMPTS[0], ensure_ascii=False).encode("utf-16"))
-    with pytest.raises(SystemExit, match=r"prompts\.jsonl is no text in UTF-8"):
+    with pytest.raises(SystemExit, match=r"prompts\.jsonl is not UTF-8"):
         run(base="not-there", prompts=str(tmp_path / "prompts.jsonl"), output_dir=str(tmp_path / "drawn"))
 
 
