@@ -1,17 +1,18 @@
-"""Seconds and bytes of a dense Janus and of an adapter on it, side by side in one run: drawing, reading, memory.
+"""Measures a dense Janus and an adapter on it side by side in one run: seconds of drawing and reading, and memory.
 
     python recipes/benchmark.py --shape tiny --batch_sizes 1 8                     # two minutes: the shipped base and adapter
     python recipes/benchmark.py --shape janus-pro-1b --repeats 1 --warm_up false   # 20 to 40 minutes on two cores, 14 GiB
-    python recipes/benchmark.py --shape tiny --also phase raster                    # other decompressors in the same turns
+    python recipes/benchmark.py --shape tiny --also phase raster                    # other decompressors, in the same run
     python recipes/benchmark.py --shape tiny --fused true                          # also the adapter with its LoRA merged
     python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8 --alternatives compiled
     python recipes/benchmark.py --shape janus-pro-1b --train                       # a step of training: six minutes, 14 GiB
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the line with cuda needs a GPU.
-The base is transformers' own `generate`, bare, beside the adapter on the same weights; they take turns, after a warm-up of
-each, and medians count. Drawing is end to end, from prompt to pixels. Janus-Pro's shapes have random weights, which say
-nothing of quality; `evaluate_scenes.py` measures that. Where the time goes is measured in another drawing: watching costs.
-A batch that does not fit in memory is reported, and the run goes on. docs/figures/speed.md tells what each figure is.
+The base runs transformers' own `generate` without an adapter, and the adapter shares its weights. They take turns after a
+warm-up of each, and the medians are reported. Drawing is timed end to end, from prompt to pixels. Janus-Pro's shapes have
+random weights, which say nothing about quality; `evaluate_scenes.py` measures that. The shares of time come from a separate
+drawing, because the hooks that measure them cost time. A batch that does not fit in memory is reported, and the run goes on.
+docs/figures/speed.md explains each figure.
 """
 
 from __future__ import annotations
@@ -43,21 +44,23 @@ class BenchmarkArguments:
     """What to time, and where."""
 
     shape: str = field(default="tiny", metadata={"help": "tiny, janus-pro-1b or janus-pro-7b."})
-    decompressor: str = field(default="strip", metadata={"help": "Of a random adapter: not with --shape tiny."})
-    also: list[str] = field(default_factory=list, metadata={"help": "Further decompressors to draw with, of random adapters."})
-    fused: bool = field(default=False, metadata={"help": "Also draw and read with the adapter's LoRA merged."})
-    train: bool = field(default=False, metadata={"help": "Time a step of training instead: LoRA on dense tokens, and stage 2."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "In training, on both sides."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once; training takes the first."})
-    alternatives: list[str] = field(
-        default_factory=list, metadata={"help": "Also draw with dynamic and static caches, and compiled."}
+    decompressor: str = field(
+        default="strip", metadata={"help": "Decompressor of an adapter with random weights; not with --shape tiny."}
     )
-    repeats: int = field(default=3, metadata={"help": "Timed turns each; reading one prompt has three at least."})
-    warm_up: bool = field(default=True, metadata={"help": "First once untimed. False where a drawing takes minutes."})
-    dtype: str = field(default="float32", metadata={"help": "Of the base: float32, bfloat16 or float16."})
+    also: list[str] = field(default_factory=list, metadata={"help": "More decompressors to draw with, with random weights."})
+    fused: bool = field(default=False, metadata={"help": "Also draw and read with the adapter's LoRA merged."})
+    train: bool = field(default=False, metadata={"help": "Time a training step instead: LoRA on dense tokens, and stage 2."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Use it on both sides. Needs --train true."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once. Training uses the first."})
+    alternatives: list[str] = field(
+        default_factory=list, metadata={"help": "Also draw in other ways: dynamic and static caches, compiled."}
+    )
+    repeats: int = field(default=3, metadata={"help": "Timed turns of each side. Reading one prompt takes at least three."})
+    warm_up: bool = field(default=True, metadata={"help": "Run each side once untimed. False if a drawing takes minutes."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the base: float32, bfloat16 or float16."})
     device: str = field(default="cpu", metadata={"help": "Torch device."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
-    chart: str | None = field(default=None, metadata={"help": "PNG to draw them in."})
+    chart: str | None = field(default=None, metadata={"help": "PNG file to draw the figures in."})
 
     def __post_init__(self):
         for name, allowed in {"shape": ("tiny", *SHAPES), "decompressor": DECOMPRESSORS, "dtype": DTYPES}.items():
@@ -75,7 +78,7 @@ class BenchmarkArguments:
         of_drawing = {"also": " ".join(self.also), "alternatives": " ".join(self.alternatives), "fused": "true" * self.fused}
         for name, chosen in of_drawing.items():
             if self.train and chosen:
-                raise SystemExit(f"--{name} {chosen} with --train true; expected one: they are of drawing.")
+                raise SystemExit(f"--{name} {chosen} with --train true; expected one of them: --{name} is for drawing only.")
         for name in ("json", "chart"):
             check_output(name, getattr(self, name))
         self._require("chart", self.chart is None or Path(self.chart).suffix == ".png", "a file that ends in .png")
@@ -86,7 +89,7 @@ class BenchmarkArguments:
 
 
 def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
-    """Of each side, the batches of drawings that ran out of memory, and the largest that fits."""
+    """For each side, the batch sizes of drawing that ran out of memory, and the largest one that fits."""
     found = {}
     for name in next(iter(by_batch.values())):
         fits = [int(batch) for batch, seconds in by_batch.items() if seconds[name] is not None]
@@ -97,11 +100,14 @@ def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
 
 @torch.no_grad()
 def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
-    """Drawing of all sides; reading of base, "adapter" and "fused", since the other adapters read as "adapter" does."""
+    """The figures of drawing on all sides, and of reading on base, "adapter" and "fused".
+
+    The other adapters read just as "adapter" does.
+    """
     pair = {name: models[name] for name in ("base", "adapter")}
     readers = pair | {name: models[name] for name in models if name == "fused"}
     reading = reading_figures(readers, args.batch_sizes, args.repeats, args.warm_up)
-    # Before the turns: without a warm-up of their own, this drawing is theirs
+    # This runs before the timed turns, because it is their only warm-up if warm_up is false
     shares = {name: fitting(lambda model=model: drawing_shares(model, args.warm_up)) for name, model in models.items()}
     drawing = drawing_figures(models, args.batch_sizes, args.repeats, args.warm_up, args.alternatives)
     drawing["shares"], peaks = shares, drawing.pop("peak_bytes")
@@ -122,7 +128,11 @@ def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dic
 
 
 def training_speed(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
-    """Of a step of training, on both sides at one batch: where it does not fit, there is nothing to compare."""
+    """The figures of a training step on both sides, at one batch size.
+
+    Raises:
+        SystemExit: One of the sides runs out of memory, so there is nothing to compare.
+    """
     base, batch = models["base"], args.batch_sizes[0]
 
     def timed(works: dict[str, Work], what: str) -> dict[str, float]:
@@ -132,27 +142,27 @@ def training_speed(models: dict[str, nn.Module], args: BenchmarkArguments) -> di
         return {name: found.seconds for name, found in measured.items()}
 
     def work() -> dict:
-        words, pixels = prompts(base, batch)["input_ids"], random_pixels(base, batch)
-        return training_figures(models, words, pixels, args.gradient_checkpointing, timed)
+        ids, pixels = prompts(base, batch)["input_ids"], random_pixels(base, batch)
+        return training_figures(models, ids, pixels, args.gradient_checkpointing, timed)
 
     figures = fitting(work)
     if figures is None:
         raise SystemExit(
-            f"--batch_sizes {batch}: training ran out of memory; expected a batch that fits. Take a smaller one, or "
+            f"--batch_sizes {batch}: training ran out of memory; expected a batch that fits. Choose a smaller one, or pass "
             "--gradient_checkpointing true."
         )
     return figures
 
 
 def main(args: BenchmarkArguments) -> dict:
-    transformers.logging.set_verbosity_error()  # stock drawing warns of defaults that do not matter here
+    transformers.logging.set_verbosity_error()  # transformers' generate warns about defaults that do not matter here
     set_seed(0)
     make_current(args.device)
     models = fitting(lambda: sides(args.shape, args.decompressor, args.also, getattr(torch, args.dtype), args.device))
     if models is None:
         raise SystemExit(
-            f"--shape {args.shape} ran out of memory at {args.dtype}: base and adapter do not fit on {args.device}. Take "
-            "bfloat16, or a smaller shape."
+            f"--shape {args.shape} ran out of memory at {args.dtype}: base and adapter do not fit on {args.device}. "
+            "Pass --dtype bfloat16, or choose a smaller shape."
         )
     if args.fused:
         models["fused"] = fused(models["adapter"])

@@ -34,17 +34,17 @@ STYLE = {
 
 @dataclass
 class Point:
-    """One contender of a scored run: how well it draws, with its 95 % interval in per cent, and how fast."""
+    """One contender of a scored run: the share of right quarters and its 95 % interval, in per cent, and the speed."""
 
     quality: float
     low: float
     high: float
     seconds: float
-    steps: int  # of the language model to draw one
+    steps: int  # steps of the language model per image
 
 
 def points(scores: dict) -> dict[str, Point]:
-    """Base, adapter and raster of `evaluate_scenes.py --json`. The only place that knows how the file names its scores."""
+    """Reads base, adapter and raster from `evaluate_scenes.py --json`. Only this function knows the file's keys."""
     found = {}
     for name, aspects in scores["drawing_by_aspect"].items():
         quality, low, high = (100 * aspects["quarters"][key] for key in ("value", "low", "high"))
@@ -53,12 +53,12 @@ def points(scores: dict) -> dict[str, Point]:
 
 
 def drawing_seconds(benchmark: dict) -> dict[str, float]:
-    """Seconds of one drawing, by contender, of `benchmark.py --json`."""
+    """The seconds of one drawing, by contender, from `benchmark.py --json`."""
     return benchmark["drawing"]["by_batch"]["1"]
 
 
 def frontier(scores: dict, benchmark: dict) -> Figure:
-    """Left: quality against speed on the tiny pair, both from one run. Right: seconds on Janus-Pro-1B's shape."""
+    """Draws, left, quality against speed on the tiny pair, from one run; right, the seconds on Janus-Pro-1B's shape."""
     figure = Figure(figsize=(10, 4.2), facecolor=PAPER)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1.75, 1])
@@ -126,7 +126,7 @@ def _draw_seconds(axis, of: dict[str, float]) -> None:
 
 
 def token_flow() -> Figure:
-    """How Janus-Pro's 576 image tokens become 149 to read, and 144 steps to draw."""
+    """Draws how Janus-Pro's 576 image tokens become 149 tokens to read, and 144 steps to draw."""
     figure = Figure(figsize=(10, 5.3), facecolor=PAPER)
     FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
@@ -229,11 +229,11 @@ def main(output_dir: Path, dpi: int = 160) -> list[Path]:
     with mpl.rc_context(STYLE):
         for name, figure in (("frontier", frontier(scores, benchmark)), ("token-flow", token_flow())):
             written.append(output_dir / f"{name}.png")
-            figure.savefig(written[-1], dpi=dpi, metadata={"Software": None})  # the same bytes from the same figures
+            figure.savefig(written[-1], dpi=dpi, metadata={"Software": None})  # so that the same figures give the same bytes
     return written
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=DOCS / "images", help="Folder of the two pictures.")
+    parser.add_argument("--output_dir", type=Path, default=DOCS / "images", help="Folder to write the two pictures to.")
     print(*main(parser.parse_args().output_dir), sep="\n")

@@ -3,11 +3,11 @@
     python recipes/evaluate_dataset.py --base B --adapter A --dataset pictures --json scores.json
     python recipes/evaluate_dataset.py --base B --adapter A --prompts evaluation_metadata.jsonl --output_dir work/geneval
 
-Needs: pip install -c constraints.txt -e ".[recipes]"; FID's own Inception also pip install torch-fidelity.
+Needs: pip install -c constraints.txt -e ".[recipes]"; FID's own Inception also needs pip install torch-fidelity.
 
-`--dataset` is a Hub id, a folder or a file, with columns as `finetune.py` takes them (`conversations.py`)
-    image + text, messages       captions are drawn: FID (--features) and CLIP score (--clip)
-    image + question + answer,   questions are answered greedily: exact match, and accuracy as VQA counts it
+`--dataset` is a Hub id, a folder or a file. Its columns are those of `finetune.py`, and they decide what is scored:
+    image + text, messages       both draw the captions: FID (--features) and CLIP score (--clip)
+    image + question + answer,   both answer greedily: exact match, and accuracy as VQA counts it
     image + question + answers,  (several people's answers, as in VQA v2)
     messages
 `--prompts` draws a prompt file in GenEval's format into OUTPUT_DIR/base and OUTPUT_DIR/adapter, which GenEval's own evaluator
@@ -50,29 +50,29 @@ class EvaluateDatasetArguments:
     base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
     adapter: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id. None: the base alone."})
     dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or file."})
-    split: str = field(default="train", metadata={"help": "Of the dataset; a file or a plain folder has train alone."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset. A file or a plain folder only has train."})
     columns: list[str] | None = field(
-        default=None, metadata={"help": "Its names of columns, such as text=caption, as finetune.py takes them."}
+        default=None, metadata={"help": "The dataset's names of columns, such as text=caption, as in finetune.py."}
     )
-    limit: int | None = field(default=None, metadata={"help": "Rows at most, chosen by --seed. None: all."})
+    limit: int | None = field(default=None, metadata={"help": "Maximum number of rows, chosen by --seed. None: all."})
     features: str = field(default="inception", metadata={"help": "FID's extractor: inception, module:factory, or none."})
     clip: str = field(
         default="openai/clip-vit-base-patch16", metadata={"help": "CLIP score's CLIPModel: folder or Hub id, or none."}
     )
     prompts: str | None = field(default=None, metadata={"help": "A prompt file in GenEval's format (JSONL) to draw."})
-    samples: int = field(default=4, metadata={"help": "Drawings of each of the prompts."})
+    samples: int = field(default=4, metadata={"help": "Drawings of each prompt of --prompts."})
     output_dir: str | None = field(default=None, metadata={"help": "A new folder for the drawings of --prompts."})
-    seed: int = field(default=0, metadata={"help": "Of the rows and of the sampling."})
-    batch_size: int = field(default=8, metadata={"help": "Rows at once."})
+    seed: int = field(default=0, metadata={"help": "Seed of the chosen rows and of the sampling."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance, base and adapter alike."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of drawings, base and adapter alike."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Of an answer."})
-    device: str = field(default="cpu", metadata={"help": "Where both run."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Maximum number of tokens of an answer."})
+    device: str = field(default="cpu", metadata={"help": "Torch device of both models."})
     json: str | None = field(default=None, metadata={"help": "File to write the scores to."})
 
 
 def main(args: EvaluateDatasetArguments) -> dict:
-    # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+    # Janus warns at every answer that max_new_tokens overrides max_length, which is only at its default (20)
     transformers.logging.set_verbosity_error()
     check(args)
     make_current(args.device)
@@ -82,17 +82,17 @@ def main(args: EvaluateDatasetArguments) -> dict:
     drawn = rows.select([index for index, row in enumerate(rows) if is_drawn(row)]) if rows else []
     questions = questions_of(rows) if rows else []
     counts = len(drawn), len(questions)
-    if rows and (1 in counts or not any(counts)):  # one alone has no spread
+    if rows and (1 in counts or not any(counts)):  # a single row has no interval
         raise DatasetError(
             f"{args.dataset} has {counts[0]} caption(s) with an image to draw, and {counts[1]} question(s) about an image with "
-            "an answer; expected two or more of one of them, or of both."
+            "an answer; expected two or more of one of them, or of both. Take more rows, or raise --limit."
         )
     features, clip = (load_features(args.features), load_clip(args.clip)) if drawn else (None, None)
     pair = contenders(args.base, args.adapter, args.device)
     reason = why_no_drawing(pair[0])
     if reason is not None and (drawn or prompts):
         raise SystemExit(
-            f"{args.adapter or args.base} cannot draw: {reason}. It reads; expected a dataset of questions, and no --prompts."
+            f"{args.adapter or args.base} cannot draw: {reason}. Expected a dataset of questions to read, and no --prompts."
         )
     sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
 
@@ -104,8 +104,8 @@ def main(args: EvaluateDatasetArguments) -> dict:
         if questions:
             scores["reading"] = {"n": len(questions), **score_answers(pair, rows, questions, args)}
         if prompts:
-            taken = draw_prompts(pair, prompts, args.samples, folder, args.seed, args.batch_size, **sampling)
-            scores["geneval"] = {"prompts": len(prompts), "samples": args.samples, "seconds": taken}
+            seconds = draw_prompts(pair, prompts, args.samples, folder, args.seed, args.batch_size, **sampling)
+            scores["geneval"] = {"prompts": len(prompts), "samples": args.samples, "seconds": seconds}
         return scores
 
     scores = fitting_batch(score_all, args.batch_size)
@@ -118,24 +118,24 @@ def main(args: EvaluateDatasetArguments) -> dict:
 
 
 def score_answers(pair: list[Contender], rows: Dataset, questions: list[Question], args: EvaluateDatasetArguments) -> dict:
-    """Exact match and VQA accuracy, each by contender."""
+    """Exact match and VQA accuracy of each contender, as {score: {contender: estimate}}."""
     references = [question.references for question in questions]
     answers = {c.name: answer_questions(c, rows, questions, args.batch_size, args.max_new_tokens) for c in pair}
-    estimates = {name: vqa_scores(told, references) for name, told in answers.items()}
-    return side_by_side({name: {what: asdict(x) for what, x in of_one.items()} for name, of_one in estimates.items()})
+    estimates = {name: vqa_scores(given, references) for name, given in answers.items()}
+    return side_by_side({name: {what: asdict(x) for what, x in by_score.items()} for name, by_score in estimates.items()})
 
 
 def check(args: EvaluateDatasetArguments) -> None:
-    """Stops on what would fail after minutes, or would say nothing."""
+    """Exits on arguments that would fail after minutes, or give scores without meaning."""
     if not args.dataset and not args.prompts:
-        raise SystemExit("Nothing to score; expected --dataset, or --prompts with --output_dir.")
+        raise SystemExit("There is nothing to score; expected --dataset, or --prompts with --output_dir.")
     if bool(args.prompts) != bool(args.output_dir):
-        raise SystemExit("One of --prompts and --output_dir; expected both, or none.")
+        raise SystemExit(f"--prompts {args.prompts} with --output_dir {args.output_dir}; expected both, or neither.")
     for option in ("batch_size", "samples", "max_new_tokens"):
         if getattr(args, option) < 1:
             raise SystemExit(f"--{option} {getattr(args, option)}: expected 1 or more.")
     if args.limit is not None and args.limit < 2:
-        raise SystemExit(f"--limit {args.limit}: expected 2 or more; one row alone has no spread.")
+        raise SystemExit(f"--limit {args.limit}: expected 2 or more, because a single row has no interval.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
     if not is_here(args.device):
         raise SystemExit(f"--device {args.device!r}: expected cpu, or the device of a GPU that is there, such as cuda.")
@@ -143,10 +143,11 @@ def check(args: EvaluateDatasetArguments) -> None:
 
 
 def checked_rows(args: EvaluateDatasetArguments) -> Dataset:
-    """The dataset's rows, still encoded, all of which can be decoded and say what is asked.
+    """The dataset's rows, still encoded. Each can be decoded, and its caption has a text.
 
     Raises:
-        DatasetError: Nothing to load, other columns, or a row with a damaged image or without words.
+        DatasetError: There is nothing to load, the columns are of no known form, or a row has a damaged image, no text, or not
+            as many images as its messages say.
     """
     columns = column_names(args.columns)
     rows = conversations(args.dataset, forms=REFERENCED_FORMS | FORMS, split=args.split, columns=columns)
@@ -157,18 +158,20 @@ def checked_rows(args: EvaluateDatasetArguments) -> Dataset:
     for row in tqdm(rows, desc="check rows", leave=False):
         try:
             row = decoded(row)
-        except Exception as error:  # whatever a file may hold: PIL's, datasets'
+        except Exception as error:  # a damaged file can raise anything, from PIL or from datasets
             raise DatasetError(f"{row['origin']}: {type(error).__name__}: {error}") from error
-        places = sum(part["type"] == "image" for turn in row["messages"] for part in turn["content"])
-        if places != len(row["images"]):
-            raise DatasetError(f"{row['origin']}: {len(row['images'])} image(s) for {places} place(s) in the messages.")
+        parts = sum(part["type"] == "image" for turn in row["messages"] for part in turn["content"])
+        if parts != len(row["images"]):
+            raise DatasetError(
+                f"{row['origin']}: {len(row['images'])} image(s) for {parts} image part(s) in the messages; expected as many."
+            )
         if is_drawn(row) and not all(part.get("text", "").strip() for part in row["messages"][0]["content"]):
             raise DatasetError(f"{row['origin']}: a caption without words; expected a text to draw the image from.")
     return rows
 
 
 def markdown(scores: dict) -> str:
-    """A table with a column each for base and adapter, and a row a score."""
+    """A markdown table with one column for each contender and one row for each score."""
     table = [
         (LABELS[what], figures) for part in ("drawing", "reading") for what, figures in scores[part].items() if what != "n"
     ]
@@ -182,7 +185,7 @@ def markdown(scores: dict) -> str:
 
 
 def figure(value: float | dict[str, float]) -> str:
-    """A figure, or a share with its interval, in words."""
+    """A number, or a share with its interval in per cent, as text."""
     if isinstance(value, dict):
         return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * value[name] for name in ("value", "low", "high")))
     return f"{value:.3g}"

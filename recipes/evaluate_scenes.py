@@ -4,10 +4,10 @@
         --scenes 500 --seed 1 --json scores.json --grid drawings.png
 
 Needs: pip install -c constraints.txt -e ".[recipes]". About six minutes on two CPU cores.
-Prints a markdown table: reading by kind of question, drawing by aspect, nats an image, reconstruction, tokens, seconds.
-Drawings are judged by a classifier trained on the real scans (`digits.judge`), no part of the model. Base and adapter draw
-the same prompts in turn, batch by batch; the seconds are those of the drawings that are judged, end to end (language model,
-decompressor, image decoder), after a warm-up batch each. docs/how-to/evaluate.md says what each score is.
+Prints a markdown table: reading by kind of question, drawing by aspect, NLL (nats an image), reconstruction, tokens, seconds.
+A classifier trained on the real scans (`digits.judge`) judges the drawings; it is no part of the model. Base and adapter draw
+the same prompts in turn, batch by batch. The seconds are those of the drawings that are judged, end to end (language model,
+decompressor, image decoder), after a warm-up batch each. docs/how-to/evaluate.md explains each score.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ class EvaluateArguments:
     base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
     adapter: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id. None: the base alone."})
     also: list[str] | None = field(
-        default=None, metadata={"help": "Further adapters beside that one: a column of the table and a row of the grid each."}
+        default=None, metadata={"help": "More adapters, with a column of the table and a row of the grid each."}
     )
-    scenes: int = field(default=500, metadata={"help": "Held-out scenes to read, and prompts to draw; two or more."})
+    scenes: int = field(default=500, metadata={"help": "Held-out scenes to read, and prompts to draw. At least two."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the sampling."})
     batch_size: int = field(default=25, metadata={"help": "Prompts drawn at once."})
     guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance, base and adapter alike."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature, base and adapter alike."})
     json: str | None = field(default=None, metadata={"help": "File to write the scores to."})
     grid: str | None = field(default=None, metadata={"help": "PNG of the first prompts, as base and adapter drew them."})
-    card: bool = field(default=False, metadata={"help": "Write them into the card of --adapter, which is a folder."})
+    card: bool = field(default=False, metadata={"help": "Write the scores into the card of --adapter, which is a folder."})
 
 
 def main(args: EvaluateArguments) -> dict:
     check(args)
-    # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+    # Janus warns at every answer that max_new_tokens overrides max_length, which is only at its default (20)
     transformers.logging.set_verbosity_error()
     pair = contenders(args.base, args.adapter)
     pair += [with_adapter(pair[0], source, name) for source, name in zip(args.also or [], also_names(args), strict=True)]
@@ -81,7 +81,7 @@ def main(args: EvaluateArguments) -> dict:
     reason = why_no_drawing(pair[0])
     if reason is not None:
         if args.grid:
-            raise SystemExit(f"--grid {args.grid} shows drawings, and {args.base} cannot draw: {reason}. Leave it out.")
+            raise SystemExit(f"--grid {args.grid} shows drawings, and {args.base} cannot draw: {reason}. Leave --grid out.")
         print(f"Only reading is scored: {args.base} cannot draw, since {reason}.")
     rng = np.random.default_rng(args.seed)
     scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
@@ -103,17 +103,17 @@ def main(args: EvaluateArguments) -> dict:
 
 
 def check(args: EvaluateArguments) -> None:
-    """Stops on what would fail after minutes, or would say nothing."""
+    """Exits on arguments that would fail after minutes, or give scores without meaning."""
     if args.scenes < 2:
-        raise SystemExit(f"--scenes {args.scenes}: expected 2 or more; an interval needs several.")
+        raise SystemExit(f"--scenes {args.scenes}: expected 2 or more, because a single scene has no interval.")
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
     names = ["base", "adapter", *also_names(args)]
     if len(set(names)) < len(names):
         raise SystemExit(
-            f"--also {' '.join(args.also)}: expected adapters in folders of different names, none of them base or adapter; "
-            "they name the columns."
+            f"--also {' '.join(args.also)}: expected adapters in folders of different names, none of them base or adapter, "
+            "because the names head the columns."
         )
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise SystemExit(f"--card writes into the folder of --adapter, and that is {args.adapter!r}; expected a folder.")
@@ -124,12 +124,16 @@ def check(args: EvaluateArguments) -> None:
 
 
 def also_names(args: EvaluateArguments) -> list[str]:
-    """The columns of the adapters of --also: their folders' own names."""
+    """The names that head the columns of the adapters of --also: those of their folders."""
     return [Path(source).resolve().name for source in args.also or []]
 
 
 def score_scenes(pair: list[Contender], scenes: list[Scene], args: EvaluateArguments) -> tuple[dict, dict[str, DrawingScore]]:
-    """The scores as they are written out, each by contender; and the drawings, none where the base cannot draw."""
+    """Scores every contender.
+
+    Returns:
+        The scores as `--json` writes them, each by contender; and the drawings by contender, empty if the base cannot draw.
+    """
     reading = {contender.name: score_reading(contender, scenes, args.seed) for contender in pair}
     scores = {
         "reading": {name: score.estimates["mean"].value for name, score in reading.items()},

@@ -7,7 +7,7 @@
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores, with one process and with two.
 
 `--help` lists the options; the docs (How-to, Train) describe the data. Without `--dataset` it trains on scenes of digits.
-Stage 1 is saved in OUTPUT_DIR/stage1. `--adapter A` trains stage 2 of an adapter that exists. `--resume true` goes on with an
+Stage 1 is saved in OUTPUT_DIR/stage1. `--adapter A` trains stage 2 of an existing adapter. `--resume true` continues an
 interrupted run and reaches the same weights. `--push_to_hub --hub_model_id org/name` pushes the finished adapter with its card.
 The trainers are the package's own, `uc_adapters.training`; this script adds options, datasets and checks.
 """
@@ -29,7 +29,7 @@ from uc_adapters import UniCompressModel, check_push, get_uc_model, push_folder
 def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     check_options(args, training)
     set_seed(training.seed)
-    push, training.push_to_hub = training.push_to_hub, False  # the finished adapter is pushed, not the trainer's folder
+    push, training.push_to_hub = training.push_to_hub, False  # push the finished adapter, not the trainer's folder
     folder, repo_id = Path(training.output_dir), training.hub_model_id or Path(training.output_dir).name
     if push and training.should_save:
         check_push(repo_id, args.base_id or args.base, token=training.hub_token)
@@ -42,13 +42,13 @@ def main(args: FinetuneArguments, training: TrainingConfig) -> None:
     base = load_base(args, training)
     if done:
         model = UniCompressModel.from_pretrained(base, stage_1, is_trainable=True)
-        print(f"stage 1: done before, in {stage_1}; its options are not used")
+        print(f"stage 1: done before, in {stage_1}; the options of stage 1 are ignored")
     else:
         model = get_uc_model(base, args.config())
     if args.quantize is None:
         model = model.to(training.device)
     dense = AutoProcessor.from_pretrained(args.base)
-    if training.chat_template_path is not None:  # for a base without one, such as Chameleon
+    if training.chat_template_path is not None:  # for a base without a chat template, such as Chameleon
         dense.chat_template, training.chat_template_path = Path(training.chat_template_path).read_text(), None
     processor = model.compact_processor(dense)
     collator = make_collator(args, model, processor)

@@ -1,4 +1,4 @@
-"""Scenes of held-out digits as a folder of images with a metadata.jsonl: a dataset to try the evaluators on.
+"""Writes scenes of held-out digits as a folder of images with a metadata.jsonl: a dataset to try the evaluators on.
 
     python recipes/make_scenes_folder.py --output_dir work/digit-questions --scenes 40 --seed 1
     python recipes/make_scenes_folder.py --output_dir work/digit-captions --scenes 300 --captions true
@@ -20,31 +20,31 @@ from trl import TrlParser
 
 @dataclass
 class ScenesFolderArguments:
-    """What to write."""
+    """What to write, and where."""
 
-    output_dir: str = field(default="work/digit-questions", metadata={"help": "A new folder."})
-    scenes: int = field(default=100, metadata={"help": "Scenes, with a question of each kind that they settle."})
-    captions: bool = field(default=False, metadata={"help": "Their captions, in place of questions."})
-    seed: int = field(default=0, metadata={"help": "Of scenes and questions."})
+    output_dir: str = field(default="work/digit-questions", metadata={"help": "The new folder to write."})
+    scenes: int = field(default=100, metadata={"help": "Scenes, with a question of each kind that fits them."})
+    captions: bool = field(default=False, metadata={"help": "Write captions in place of questions."})
+    seed: int = field(default=0, metadata={"help": "Seed of scenes and questions."})
 
 
 def main(args: ScenesFolderArguments) -> None:
     folder = Path(args.output_dir)
-    if folder.exists():  # other images there would be rows without words
-        raise SystemExit(f"--output_dir {folder} is there; expected a new folder.")
+    if folder.exists():  # images already there would become rows without a text
+        raise SystemExit(f"--output_dir {folder} exists; expected a new folder. Name another, or remove it.")
     folder.mkdir(parents=True)
     rng, lines = np.random.default_rng(args.seed), []
     for index in range(args.scenes):
         scene = random_scene(rng, "held-out")
         if args.captions:
-            told = {"caption": {"text": scene.caption()}}
+            texts = {"caption": {"text": scene.caption()}}
         else:
             pairs = {kind: scene.question(kind, rng) for kind in QUESTION_KINDS}
-            told = {kind: dict(zip(("question", "answer"), pair, strict=True)) for kind, pair in pairs.items() if pair}
-        for kind, words in told.items():
+            texts = {kind: dict(zip(("question", "answer"), pair, strict=True)) for kind, pair in pairs.items() if pair}
+        for kind, columns in texts.items():
             name = f"{index:05}-{kind}.png"
             scene.image("held-out").save(folder / name)
-            lines.append(json.dumps({"file_name": name, **words}))
+            lines.append(json.dumps({"file_name": name, **columns}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 

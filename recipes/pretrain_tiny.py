@@ -1,13 +1,13 @@
-"""Pretrains a tiny dense base from nothing: VQ tokenizer, vision tower, then everything jointly.
+"""Pretrains a tiny dense base from nothing: first the VQ tokenizer, then the vision tower, then reading and drawing together.
 
     python recipes/pretrain_tiny.py --output_dir model_cards/tiny-janus
     python recipes/pretrain_tiny.py --family emu3 --output_dir work/tiny-emu3
     python recipes/pretrain_tiny.py --dataset pictures --output_dir work/pictures-base
 
-Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the time is on the checkpoint's card.
-Without `--dataset` it trains on scenes of real handwritten digits; with it, on the captioned images of any dataset, a few
-thousand and up, such as a folder of images whose metadata.jsonl has {"file_name": ..., "text": ...}. Images become 64 x 64.
-Each stage is saved in `work_dir`; `--resume` starts behind the last stage found there.
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the checkpoint's card says how long it took.
+Without `--dataset` it trains on scenes of real handwritten digits. With it, it trains on the captioned images of any dataset,
+a few thousand or more, such as a folder of images whose metadata.jsonl has {"file_name": ..., "text": ...}. Images become
+64 x 64. Each stage is saved in `work_dir`; `--resume true` starts after the last stage found there.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ FAMILIES = {"janus": (tiny_janus, JanusPretraining), "emu3": (tiny_emu3, Emu3Pre
 
 @dataclass
 class PretrainArguments:
-    """Arguments of the three stages."""
+    """What to pretrain, on what, and for how long."""
 
     family: str = field(default="janus", metadata={"help": "janus or emu3."})
-    output_dir: str = field(default="work/tiny", metadata={"help": "The repo folder to write."})
+    output_dir: str = field(default="work/tiny", metadata={"help": "The model folder to write."})
     work_dir: str = field(default="work/pretrain_tiny", metadata={"help": "Where finished stages are kept."})
     resume: bool = field(default=False, metadata={"help": "Reuse the stages found in work_dir."})
-    seed: int = field(default=0, metadata={"help": "Seed of the weights and of what is trained on."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights and of the training data."})
     dataset: str | None = field(
         default=None, metadata={"help": "Captioned images: folder, file or Hub id. None: digit scenes."}
     )
-    pool: int = field(default=16384, metadata={"help": "Images made or read once and drawn from at random, at most."})
+    pool: int = field(default=16384, metadata={"help": "Maximum number of images, made or read once, to sample from."})
     vq_steps: int | None = field(
         default=None, metadata={"help": "Steps of the VQ tokenizer. None: 900 for digit scenes, 2,000 for a dataset."}
     )
-    vision_steps: int = field(default=1800, metadata={"help": "Steps in which the vision tower names what it sees."})
+    vision_steps: int = field(default=1800, metadata={"help": "Steps in which the vision tower learns to name what it sees."})
     joint_steps: int | None = field(
         default=None,
         metadata={"help": "Steps of joint reading and drawing. None: 1,100 for digit scenes, 2,000 for a dataset."},
@@ -60,6 +60,8 @@ class PretrainArguments:
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 50):
+    """A schedule of the learning rate: linear warm-up, and a cosine that falls to 0 at `steps`."""
+
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
@@ -67,7 +69,10 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 
 
 
 def train_vq(tiny: JanusPretraining | Emu3Pretraining, steps: int, batch_size: int = 24) -> dict:
-    """Autoencoder first, then a codebook by spherical k-means, kept up by moving averages and restarts."""
+    """Trains the VQ tokenizer: an autoencoder first, then with a codebook.
+
+    The codebook starts from spherical k-means. Moving averages and restarts keep it up to date.
+    """
     vqmodel, pool = tiny.vqmodel, tiny.pool
     codebook = vqmodel.quantize.embedding.weight  # (K, 8)
     size = codebook.shape[0]
@@ -93,7 +98,7 @@ def train_vq(tiny: JanusPretraining | Emu3Pretraining, steps: int, batch_size: i
             chosen = codebook[codes].detach()
             commitment = (latents - chosen).square().sum(-1).mean()
             update_codebook(codebook, counts, sums, flat, codes.flatten(), restart=step < 0.8 * steps)
-            latents = latents + (chosen - latents).detach()  # straight through
+            latents = latents + (chosen - latents).detach()  # straight-through estimator
         restored = tiny.restore(latents)
         loss = pool.restoration_loss(restored, pixels) + 0.1 * commitment
         loss.backward()
@@ -109,7 +114,7 @@ def train_vq(tiny: JanusPretraining | Emu3Pretraining, steps: int, batch_size: i
 
 @torch.no_grad()
 def update_codebook(codebook, counts, sums, latents, codes, restart: bool, decay: float = 0.97) -> None:
-    """Moving averages on the sphere; codes that fell out of use restart at the worst represented latents."""
+    """Updates the codebook by moving averages on the sphere; codes out of use restart at the worst represented latents."""
     size = codebook.shape[0]
     counts.mul_(decay).add_(torch.bincount(codes, minlength=size).float(), alpha=1 - decay)
     sums.mul_(decay).index_add_(0, codes, latents, alpha=1 - decay)
@@ -127,7 +132,7 @@ def update_codebook(codebook, counts, sums, latents, codes, restart: bool, decay
 
 
 def train_vision(tiny: JanusPretraining, steps: int, batch_size: int = 48) -> dict:
-    """Teaches the vision tower to name what it sees: from the default start it stays blind to digits."""
+    """Trains the vision tower to name what it sees. From the default initialisation it stays blind to digits."""
     tower, pool = tiny.model.model.vision_model, tiny.pool
     with torch.no_grad():
         tower.embeddings.position_embedding.weight.normal_(std=0.3)
@@ -152,7 +157,7 @@ def train_vision(tiny: JanusPretraining, steps: int, batch_size: int = 48) -> di
 
 
 def train_joint(tiny: JanusPretraining | Emu3Pretraining, steps: int, read_rows: int = 24, draw_rows: int = 32) -> dict:
-    """Reading and drawing together."""
+    """Trains reading and drawing together; returns the losses of every tenth step."""
     head = tiny.pool.head(tiny.model.config.text_config.hidden_size)
     trained = [*tiny.joint_parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.02)
@@ -175,7 +180,7 @@ def train_joint(tiny: JanusPretraining | Emu3Pretraining, steps: int, read_rows:
 
 
 def save_repo(model: PreTrainedModel, processor: ProcessorMixin, output_dir: str) -> None:
-    """bfloat16 on disk to stay small; the config says float32, in which it loads and runs."""
+    """Saves the weights in bfloat16, to stay small. The config says float32, so that the model loads and runs in it."""
     model.to(torch.bfloat16)
     model.save_pretrained(output_dir)
     config_file = Path(output_dir, "config.json")
@@ -199,7 +204,7 @@ def main(args: PretrainArguments) -> None:
         print(f"{len(rows):,} captioned images, {len(words):,} words")
         processor = make.make_processor(words=words)
         pool = CaptionPool(rows, processor, rng)
-        work /= Path(args.dataset).name  # no stage of another vocabulary
+        work /= Path(args.dataset).name  # so that --resume finds no stage of another vocabulary
     work.mkdir(parents=True, exist_ok=True)
     model = make.make_model(processor)
     tiny = pretraining(model, processor, pool)
@@ -209,7 +214,7 @@ def main(args: PretrainArguments) -> None:
         stages["vision"] = lambda: train_vision(tiny, args.vision_steps)
     stages["joint"] = lambda: train_joint(tiny, args.joint_steps or joint_steps)
     for index, (name, train) in enumerate(stages.items()):
-        if index:  # a stage's own seed: resuming gives what one run gives
+        if index:  # each stage has its own seed, so that a resumed run gives what an uninterrupted one gives
             set_seed(args.seed + index)
             pool.rng = np.random.default_rng([args.seed, index])
         checkpoint = work / f"{name}.safetensors"

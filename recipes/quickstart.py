@@ -1,4 +1,4 @@
-"""Base beside adapter in a minute: reads held-out scans, draws prompts, prints one table, writes quickstart.png.
+"""Compares base and adapter in a minute: reads held-out scans, draws prompts, prints a table, writes quickstart.png.
 
     python recipes/quickstart.py
     python recipes/quickstart.py --image cat.jpg --question "What is on the table?"
@@ -30,30 +30,30 @@ from tqdm.auto import tqdm
 from trl import TrlParser
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed
+import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
-CARDS = Path(__file__).parents[1] / "model_cards"  # wherever the recipe is started from
+CARDS = Path(__file__).parents[1] / "model_cards"  # found from any working directory
 
 
 @dataclass
 class QuickstartArguments:
-    """What to read, what to draw, and with what."""
+    """What to read, what to draw, and with which models."""
 
     base: str = field(default=str(CARDS / "tiny-janus"), metadata={"help": "The dense base: folder or Hub id."})
     adapter: str = field(default=str(CARDS / "tiny-janus-uc4x"), metadata={"help": "The adapter: folder or Hub id."})
-    image: str | None = field(default=None, metadata={"help": "An image of yours to ask about."})
+    image: str | None = field(default=None, metadata={"help": "Your image to ask about."})
     question: str | None = field(default=None, metadata={"help": "The question about --image."})
-    prompt: str | None = field(default=None, metadata={"help": "A prompt of yours to draw."})
+    prompt: str | None = field(default=None, metadata={"help": "Your prompt to draw."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Torch device."})
-    temperature: float = field(default=0.7, metadata={"help": "Of drawing. Janus-Pro: 1."})
-    guidance_scale: float = field(default=2.0, metadata={"help": "Of drawing. Janus-Pro: 5."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature of drawings. Janus-Pro: 1."})
+    guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance of drawings. Janus-Pro: 5."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the sampling."})
     output: str = field(default="quickstart.png", metadata={"help": "The picture to write."})
 
 
 @dataclass
 class Reading:
-    """A question about an image, its answer where one is known, and what each contender said."""
+    """A question about an image, the true answer if it is known, and each contender's answer."""
 
     image: Image.Image
     question: str
@@ -63,7 +63,7 @@ class Reading:
 
 @dataclass
 class Drawn:
-    """A prompt and what each contender drew; `right` counts its right quarters where the prompt is of the tiny world."""
+    """A prompt and each contender's drawing; for a scene of digits, `right` counts the quarters that are right."""
 
     prompt: str
     images: dict[str, Image.Image] = field(default_factory=dict)
@@ -71,13 +71,18 @@ class Drawn:
 
 
 def read_all(pair: list[Contender], readings: list[Reading]) -> None:
+    """Asks both contenders every question, and stores their answers in `readings`."""
     for contender in pair:
         for reading in tqdm(readings, desc=f"{contender.name} reads", leave=False):
             reading.told[contender.name] = answer(contender, [reading.image], [reading.question], max_new_tokens=64)[0]
 
 
 def draw_all(pair: list[Contender], drawings: list[Drawn], args: QuickstartArguments) -> dict[str, float]:
-    """Draws every prompt by both in turn, one at a time; mean seconds an image, after one warm-up each."""
+    """Draws every prompt with both contenders in turn, one at a time, and stores the images in `drawings`.
+
+    Returns:
+        Each contender's mean seconds an image, after one warm-up each.
+    """
     sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
     seconds = {contender.name: 0.0 for contender in pair}
     for contender in pair:
@@ -92,7 +97,7 @@ def draw_all(pair: list[Contender], drawings: list[Drawn], args: QuickstartArgum
 
 
 def tiny_world(seed: int, count: int = 12) -> tuple[list[Reading], list[Drawn], list]:
-    """Held-out scenes with a question of each kind in turn, and prompts with the scenes they ask for."""
+    """Held-out scenes with questions of each kind in turn, prompts to draw, and the scenes that the prompts describe."""
     rng = np.random.default_rng(seed)
     readings, drawings, asked = [], [], []
     while len(readings) < count:
@@ -107,7 +112,7 @@ def tiny_world(seed: int, count: int = 12) -> tuple[list[Reading], list[Drawn], 
 
 
 def print_table(pair: list[Contender], readings: list[Reading], drawings: list[Drawn], seconds: dict[str, float]) -> None:
-    """One line a figure: base, adapter, ratio."""
+    """Prints one line per figure: base, adapter, ratio."""
     base, adapter = (contender.name for contender in pair)
     rows = [("tokens an image, read", *(read_tokens(contender.processor) for contender in pair), "{:.0f}")]
     rows.append(("model steps an image, drawn", *(drawn_steps(contender) for contender in pair), "{:.0f}"))
@@ -128,7 +133,7 @@ def print_table(pair: list[Contender], readings: list[Reading], drawings: list[D
 
 
 def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn], path: str) -> None:
-    """Drawings above, base over adapter; readings below, with what each said."""
+    """Writes a picture: drawings at the top, base over adapter, and below them the images read, with both answers."""
     drawings, readings = drawings[:6], readings[:6]
     columns = max(len(drawings), len(readings), 2)
     rows = (2 if drawings else 0) + (1 if readings else 0)
@@ -154,30 +159,30 @@ def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn
 
 
 def check(args: QuickstartArguments) -> None:
-    """Stops before anything is loaded, with one line, on what could not be read, drawn or written."""
+    """Exits with one line, before anything is loaded, on arguments that cannot work."""
     if (args.image is None) != (args.question is None):
         raise SystemExit(f"--image {args.image} and --question {args.question}: expected both, or neither.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
     output = Path(args.output)
     if not output.parent.is_dir():
-        raise SystemExit(f"--output {output}: there is no folder {output.parent}. Make it first.")
+        raise SystemExit(f"--output {output}: the folder {output.parent} does not exist. Create it first.")
     formats = FigureCanvasAgg.get_supported_filetypes()
     if output.is_dir() or output.suffix[1:] not in formats:
         raise SystemExit(f"--output {output}: expected a file that ends in one of .{', .'.join(sorted(formats))}.")
     try:
         torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # torch has several words for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise SystemExit(
             f"--device {args.device}: {str(error).splitlines()[0]} Expected cpu, or a device of this machine."
         ) from None
 
 
 def load_image(path: str) -> Image.Image:
-    """An image file as the recipes train on it: upright, RGB, what is transparent on white."""
+    """Loads an image file as the recipes train on it: upright, RGB, transparent parts on white."""
     try:
         return to_rgb(ImageOps.exif_transpose(Image.open(path)))
     except UnidentifiedImageError:
-        raise SystemExit(f"--image {path} is no image that PIL can read; expected a PNG, a JPEG or the like.") from None
+        raise SystemExit(f"--image {path} is not an image that PIL can read; expected a PNG, a JPEG or the like.") from None
     except OSError as error:
         raise SystemExit(
             f"--image {path} cannot be read: {error.strerror or error}. Expected the path of an image file."
@@ -185,7 +190,7 @@ def load_image(path: str) -> Image.Image:
 
 
 def load(args: QuickstartArguments) -> list[Contender]:
-    """Base and adapter; what they cannot be loaded for is told in one line."""
+    """Loads base and adapter; exits with one line if that fails."""
     try:
         return contenders(args.base, args.adapter, args.device)
     except (OSError, ValueError) as error:
@@ -195,12 +200,12 @@ def load(args: QuickstartArguments) -> list[Contender]:
 def main(args: QuickstartArguments) -> None:
     check(args)
     image = None if args.image is None else load_image(args.image)
-    # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+    # Janus warns at every answer that max_new_tokens overrides max_length, which is only at its default (20)
     transformers.logging.set_verbosity_error()
     torch.manual_seed(args.seed)
     pair = load(args)
-    own = [text for text in (args.prompt, args.question) if text is not None]
-    if unknown := unknown_words(pair[0].processor.tokenizer, own):
+    texts = [text for text in (args.prompt, args.question) if text is not None]
+    if unknown := unknown_words(pair[0].processor.tokenizer, texts):
         print(
             f"warning: the model does not know {', '.join(unknown)}; it reads each as the same unknown word.", file=sys.stderr
         )
@@ -217,8 +222,8 @@ def main(args: QuickstartArguments) -> None:
         for name, image in drawn.images.items():
             drawn.right[name] = right_quarters(scene, judge(np.asarray(image)[None])[0])
     for reading in readings:
-        told = ", ".join(f"{name}: {said!r}" for name, said in reading.told.items())
-        print(f"{reading.question} {told}" + ("" if reading.truth is None else f" (truth: {reading.truth!r})"))
+        answers = ", ".join(f"{name}: {said!r}" for name, said in reading.told.items())
+        print(f"{reading.question} {answers}" + ("" if reading.truth is None else f" (truth: {reading.truth!r})"))
     print_table(pair, readings, drawings, seconds)
     picture(pair, readings, drawings, args.output)
 

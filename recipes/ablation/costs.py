@@ -1,4 +1,4 @@
-"""What a variant of `ablate.py` costs, whatever it has learned: the size of its weights, and the seconds of a drawing."""
+"""The costs of a variant of `ablate.py`, which do not depend on training: the size of its weights, the time of a drawing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TURNS = 5
 
 
 def fresh(name: str, dense: Contender, variant: Variant) -> Contender:
-    """The variant as it starts, on a bare base's weights."""
+    """An untrained adapter of the variant, on a bare base's weights."""
     model = variant.attach(twin_of(dense.model))
     variant.begin_stage_2(model)
     model.eval()
@@ -26,27 +26,27 @@ def fresh(name: str, dense: Contender, variant: Variant) -> Contender:
 
 
 def megabytes(model: UniCompressModel) -> float:
-    """Of the weights that its repo would hold."""
+    """The size of the weights that the adapter's repo would hold, in MB."""
     return sum(weight.nbytes for weight in get_peft_model_state_dict(model).values()) / 1e6
 
 
 def costs(base: str, runs: dict[str, Variant], batch_size: int, sampling: dict) -> dict[str, dict[str, float]]:
-    """The "megabytes" of the weights, and the "milliseconds" of a drawing, of the base and of each run, side by side.
+    """The "megabytes" of the weights and the "milliseconds" of a drawing, for the base and for each run.
 
-    Drawing is timed end to end (language model, decompressor, image decoder), a batch by everyone in turn behind a warm-up
-    each: the median of five turns.
+    Drawing is timed end to end (language model, decompressor, image decoder). After a warm-up each, all draw a batch in turn;
+    the figure is the median of five turns.
     """
     (dense,) = contenders(base, None)
     everyone = [dense, *(fresh(name, dense, variant) for name, variant in runs.items())]
     rng = np.random.default_rng(0)
     captions = drawing_prompts([random_scene(rng, SPLIT) for _ in range(TURNS * batch_size)], 0)
     seconds = defaultdict(list)
-    for _, one, images, taken in draw_in_turn(everyone, captions, 0, batch_size, **sampling):
-        seconds[one.name].append(taken / len(images))
+    for _, contender, images, taken in draw_in_turn(everyone, captions, 0, batch_size, **sampling):
+        seconds[contender.name].append(taken / len(images))
     return {
-        one.name: {
-            "megabytes": 0.0 if one is dense else megabytes(one.model),
-            "milliseconds": 1000 * statistics.median(seconds[one.name]),
+        contender.name: {
+            "megabytes": 0.0 if contender is dense else megabytes(contender.model),
+            "milliseconds": 1000 * statistics.median(seconds[contender.name]),
         }
-        for one in everyone
+        for contender in everyone
     }

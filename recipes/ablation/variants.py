@@ -1,7 +1,7 @@
-"""What `ablate.py` varies: the paper's ablations (UniCompress, section 4), one change each; and the way to "strip", by steps.
+"""The variants of `ablate.py`: the paper's ablations (UniCompress, section 4), one change each, and the way to "strip".
 
 All axes but "drawing" start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as in
-the paper. Modules that did not win are not in the package; they live here.
+the paper. Modules that did not win are defined here, and not in the package.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from uc_adapters.layers.attention import Attention
 
 
 class MaxPool(nn.Module):
-    """The largest of each window, feature by feature."""
+    """Pools each window by the maximum of each feature."""
 
     def __init__(self, stride: int, width: int):
         super().__init__()
@@ -41,7 +41,7 @@ class MaxPool(nn.Module):
 
 
 class StridedConv(nn.Module):
-    """A linear map of each window; starts as the average."""
+    """Pools each window by a linear map, which starts as the average."""
 
     def __init__(self, stride: int, width: int):
         super().__init__()
@@ -49,11 +49,12 @@ class StridedConv(nn.Module):
         self.weight = nn.Parameter(torch.eye(width).repeat(stride**2, 1) / stride**2)  # (s^2 * C, C)
 
     def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, T, C) -> (B, T', C)."""
         return raster_to_windows(x, self.stride, grid).flatten(2) @ self.weight  # (B, T', s^2 * C) -> (B, T', C)
 
 
 class GatedPool(nn.Module):
-    """A mean whose weights a linear gate gives; starts as the average."""
+    """Pools each window by a weighted mean, whose weights come from a linear gate; it starts as the average."""
 
     def __init__(self, stride: int, width: int):
         super().__init__()
@@ -61,13 +62,14 @@ class GatedPool(nn.Module):
         self.gate = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        cells = raster_to_windows(x, self.stride, grid)  # (B, T', s^2, C)
-        shares = (cells @ self.gate).softmax(2)  # (B, T', s^2)
-        return (shares.unsqueeze(-1) * cells).sum(2)
+        """(B, T, C) -> (B, T', C)."""
+        windows = raster_to_windows(x, self.stride, grid)  # (B, T', s^2, C)
+        shares = (windows @ self.gate).softmax(2)  # (B, T', s^2)
+        return (shares.unsqueeze(-1) * windows).sum(2)
 
 
 class TopK(nn.Module):
-    """As many tokens of the dense grid as there are windows, those of the highest learned score, in raster order."""
+    """Keeps as many dense tokens as there are windows: those with the highest learned scores, in raster order."""
 
     def __init__(self, stride: int, width: int):
         super().__init__()
@@ -75,13 +77,14 @@ class TopK(nn.Module):
         self.score = nn.Parameter(torch.randn(width) / width)
 
     def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, T, C) -> (B, T', C)."""
         scores = x @ self.score  # (B, T)
         kept = scores.topk(x.shape[1] // self.stride**2).indices.sort().values.unsqueeze(-1)  # (B, T', 1)
-        return (x * 2 * scores.sigmoid().unsqueeze(-1)).gather(1, kept.expand(-1, -1, x.shape[-1]))  # scaled: so it learns
+        return (x * 2 * scores.sigmoid().unsqueeze(-1)).gather(1, kept.expand(-1, -1, x.shape[-1]))  # so scores learn
 
 
 class MeanToken(nn.Module):
-    """The mean of the dense tokens as the only global token."""
+    """Makes the mean of the dense tokens the only global token."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -93,7 +96,7 @@ class MeanToken(nn.Module):
 
 
 class ClsToken(nn.Module):
-    """A learned token that attends to the dense tokens and to itself, as a CLS token in a layer of a transformer."""
+    """Makes one global token: a learned token that attends to the dense tokens and to itself, like a CLS token."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -108,7 +111,7 @@ class ClsToken(nn.Module):
 
 
 class CellDecompressor(StripDecompressor):
-    """Draws the codes of one s x s window from each hidden state; it attends to the global codes, too."""
+    """Draws the codes of one s x s window from each hidden state, and attends to the global codes, too."""
 
     def __init__(self, stride: int, code_width: int, width: int, out_width: int, layers: int):
         super().__init__(stride, code_width, width, out_width, layers)
@@ -128,16 +131,16 @@ class CellDecompressor(StripDecompressor):
 
 
 class CellAtDensePlaces(CellDecompressor):
-    """A window stands at the mean of its codes' places in the base's own sequence."""
+    """Each window uses the mean of its codes' positions in the base's own sequence as its position id."""
 
     def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
-        places = torch.arange(math.prod(grid)).view(1, -1)  # (1, T), in the raster
-        of_cells = self.order(places, grid)[0].float().mean(-1).round().long()  # (T',)
-        return of_cells.diff(prepend=of_cells.new_zeros(1)).tolist()
+        positions = torch.arange(math.prod(grid)).view(1, -1)  # (1, T), in raster order
+        of_windows = self.order(positions, grid)[0].float().mean(-1).round().long()  # (T',)
+        return of_windows.diff(prepend=of_windows.new_zeros(1)).tolist()
 
 
 class StripOfLast(StripDecompressor):
-    """A step's input is the embedding of its last code, what the base would read in its place: not the mean of all."""
+    """A step's input is the embedding of its last code, which the base would read there, and not the mean of all codes."""
 
     def embed(self, embeddings: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         """(..., s^2, D) and (..., s^2, C) -> (..., D)."""
@@ -145,13 +148,13 @@ class StripOfLast(StripDecompressor):
 
 
 class StripOfLastAtCompactPlaces(StripOfLast):
-    """Positions count compact tokens, as those of "cell" do."""
+    """Positions count compact tokens, as in "cell"."""
 
     position_deltas = CellDecompressor.position_deltas
 
 
 class OneShotDecompressor(RasterDecompressor):
-    """All dense codes in one step, none seeing another."""
+    """Draws all dense codes in one step, in which no code sees another."""
 
     def block(self, grid: Grid) -> int:
         return math.prod(grid)
@@ -161,61 +164,61 @@ Change = Callable[[UniCompressModel], None]
 
 
 def read_with(make: Callable[[int, int], nn.Module], model: UniCompressModel) -> None:
-    """Another pooling of what is read. `cell` has no pooling of its own in what is drawn."""
+    """Replaces the pooling on the reading side. `cell` has no pooling of its own on the drawing side."""
     reader = model.read_layer.active_module()
     reader.pool = make(reader.pool.stride, model.family.geometry.read_width)
 
 
 def pool_drawn_with(make: Callable[[int, int], nn.Module], model: UniCompressModel) -> None:
-    """Another pooling of what is drawn, where a decompressor after the loop has one. Stage 1 trains it."""
+    """Replaces the pooling on the drawing side, for a decompressor after the loop, which has one. Stage 1 trains it."""
     module = model.code_head.module
     module.pool = make(module.stride, model.family.geometry.code_width)
 
 
 def summarise_with(make: Callable[[int], nn.Module], model: UniCompressModel) -> None:
-    """Another global token, of what is read and of what is drawn."""
+    """Replaces the global tokens on the reading side and on the drawing side."""
     model.read_layer.active_module().extractor = make(model.family.geometry.read_width)
     model.code_head.module.extractor = make(model.family.geometry.code_width)
 
 
 def decompress_at_once(model: UniCompressModel) -> None:
-    """One step, in the place of `raster`'s T."""
+    """Replaces the T steps of `raster` by one."""
     config, geometry = model.active_peft_config, model.family.geometry
     model.code_head.module.decompressor = make_decompressor(OneShotDecompressor, config, geometry)
 
 
 def draw_with(kind: type[StripDecompressor], model: UniCompressModel) -> None:
-    """Another decompressor inside the loop."""
+    """Replaces the decompressor inside the loop."""
     device, module = model.device, model.code_head.module
     module.decompressor = make_decompressor(kind, model.active_peft_config, model.family.geometry).to(device)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One adapter."""
+    """One adapter of an ablation."""
 
     options: dict = field(default_factory=dict)
-    """Of `finetune.py`."""
+    """Options of `finetune.py`."""
     change: Change | None = None
-    """Of a fresh adapter, where no option does it."""
+    """A change of the new adapter, if no option makes it."""
     after_stage_1: Change | None = None
-    """Of the adapter between the stages."""
+    """A change of the adapter between the stages."""
 
     def attach(self, base: nn.Module) -> UniCompressModel:
-        """A fresh adapter of it on a base."""
+        """Attaches a new adapter of this variant to a base."""
         model = get_uc_model(base, FinetuneArguments(**self.options).config())
         if self.change is not None:
             self.change(model)
         return model
 
     def begin_stage_2(self, model: UniCompressModel) -> None:
-        """Makes the change between the stages."""
+        """Makes the change between the stages, if there is one."""
         if self.after_stage_1 is not None:
             self.after_stage_1(model)
 
 
 def cell(change: Change | None = None, kind: type[CellDecompressor] = CellDecompressor, **options) -> Variant:
-    """An adapter with a `CellDecompressor`. Its global codes learn in stage 1 with "phase", which is then replaced."""
+    """An adapter with a `CellDecompressor`. Stage 1 trains its global codes with "phase", which is replaced after it."""
     return Variant({"decompressor": "phase", **options}, change, partial(draw_with, kind))
 
 
@@ -225,7 +228,7 @@ def strip(change: Change | None = None, **options) -> Variant:
 
 
 def strip_of_last(**options) -> Variant:
-    """One whose steps read their last code alone."""
+    """An adapter with `StripOfLast`: the input of a step is its last code alone."""
     return strip(partial(draw_with, StripOfLast), **options)
 
 
@@ -290,4 +293,4 @@ AXES: dict[str, dict[str, Variant]] = {
         ),
     },
 }
-"""What is varied: by its name, the variants by theirs. One that stands on several axes is trained once; `START` is on all."""
+"""The variants by name, for each axis by name. A variant on several axes is trained once; `START` is on every axis."""

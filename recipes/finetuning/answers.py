@@ -1,4 +1,4 @@
-"""What a dataset leaves out the dense base fills in: answers to questions, drawings of prompts (`finetune.py --distill`)."""
+"""The dense base fills in what a dataset lacks: answers to questions, drawings of prompts (`finetune.py --distill`)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from uc_adapters import UniCompressModel
 from uc_adapters.messages import malformed
 
 ANSWER_TOKENS = 64
-TOGETHER = 8  # rows that the base is asked at once
+TOGETHER = 8  # rows in a batch of the base
 
 
 @torch.no_grad()
 def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin, seed: int = 0) -> Dataset:
-    """Rows of `conversations` whose questions the base has answered, and whose prompts it has drawn.
+    """Completes rows of `conversations` with the base's own answers and drawings.
 
     Args:
-        rows: Those that end in a user turn are answered, greedily, unless the base has no word to say; a prompt whose image is
-            missing is drawn. Rows with something wrong stay as they are: `training_rows` names them.
-        model: The base with an adapter, which is disabled for it.
-        processor: The base's own.
-        seed: Of the drawings, which are drawn eight at once.
+        rows: A row that ends in a user turn gets the base's greedy answer, unless that is empty. A prompt without its image
+            gets the base's drawing. A row with an error is left unchanged; `training_rows` names it.
+        model: The base with an adapter. The adapter is disabled meanwhile.
+        processor: The base's own processor.
+        seed: Seed of the drawings. The base draws eight at once.
 
     Raises:
-        DatasetError: A prompt to draw, for a base that cannot.
+        DatasetError: There is a prompt to draw, and the base cannot draw.
     """
     teacher, why_no_drawing = Contender("base", model.get_base_model(), processor), model.family.why_no_drawing
 
@@ -47,17 +47,20 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
             answers = reply(teacher, [question["messages"] for _, question in asked], images, ANSWER_TOKENS)
             for (row, _), answer in zip(asked, answers, strict=True):
                 if answer:
-                    row["taught"] = all(turn["role"] != "assistant" for turn in row["messages"])  # else labels are learned, too
+                    # Beside answers of the dataset, which are learned as labels, this one is learned as a label, too.
+                    row["taught"] = all(turn["role"] != "assistant" for turn in row["messages"])
                     row["messages"] = [*row["messages"], {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        prompts = [place for place, row in enumerate(rows) if _is_prompt(row, processor)]
+        prompts = [index for index, row in enumerate(rows) if _is_prompt(row, processor)]
         if prompts:
             if why_no_drawing is not None:
                 origin = batch["origin"][prompts[0]]
-                raise DatasetError(f"{origin} is a prompt for the base to draw, which cannot: {why_no_drawing}.")
+                raise DatasetError(
+                    f"{origin} is a prompt to draw, and the base cannot draw: {why_no_drawing}. Leave such rows out."
+                )
             torch.manual_seed(seed * 1_000_003 + indices[0])
-            drawings, _ = draw(teacher, [caption_of(rows[place]) for place in prompts], do_sample=True)
-            for place, drawing in zip(prompts, drawings, strict=True):
-                rows[place]["images"] = [{"path": None, "bytes": _png(drawing)}]
+            drawings, _ = draw(teacher, [caption_of(rows[index]) for index in prompts], do_sample=True)
+            for index, drawing in zip(prompts, drawings, strict=True):
+                rows[index]["images"] = [{"path": None, "bytes": _png(drawing)}]
         return {name: [row[name] for row in rows] for name in ("messages", "images", "taught")}
 
     settings = rows._fingerprint, model.active_peft_config.base_fingerprint, state_of(processor), seed
@@ -75,19 +78,19 @@ def filled_in(rows: Dataset, model: UniCompressModel, processor: ProcessorMixin,
 
 
 def _question(row: dict, processor: ProcessorMixin) -> dict | None:
-    """A row that ends in a user turn, decoded; None where it does not, or something is wrong with it."""
+    """The row, decoded, if it ends in a user turn; None if it does not, or has an error."""
     messages = row["messages"]
     if malformed(messages, processor) or messages[-1]["role"] != "user":
         return None
-    places = sum(part["type"] == "image" for turn in messages for part in turn["content"])
+    parts = sum(part["type"] == "image" for turn in messages for part in turn["content"])
     try:
-        return decoded(row) if len(row["images"]) == places else None
-    except Exception:  # whatever a file may hold
+        return decoded(row) if len(row["images"]) == parts else None
+    except Exception:  # a damaged file can raise anything
         return None
 
 
 def _is_prompt(row: dict, processor: ProcessorMixin) -> bool:
-    """Whether a row, with nothing wrong in it, is a caption whose image is missing."""
+    """Whether a row is a caption without its image, and has no error."""
     return not malformed(row["messages"], processor) and is_drawn(row) and not row["images"]
 
 

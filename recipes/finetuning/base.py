@@ -1,4 +1,4 @@
-"""Loads the dense base. Quantised, its language model is in eight or four bits; the rest is small and less forgiving."""
+"""Loads the dense base. Quantisation covers the language model alone: the rest is small and less forgiving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ BITS = ("8bit", "4bit")
 
 
 def quantisation(base: str, bits: str) -> BitsAndBytesConfig:
-    """How transformers shall load a base (folder or Hub id) in `bits`, "8bit" or "4bit". Needs bitsandbytes."""
+    """The settings for transformers to load a base's language model in eight or four bits. Needs bitsandbytes.
+
+    Args:
+        base: Folder or Hub id.
+        bits: "8bit" or "4bit".
+
+    Raises:
+        SystemExit: `bits` is neither.
+    """
     if bits not in BITS:
         raise SystemExit(f"--quantize {bits!r} is not known; expected {' or '.join(BITS)}.")
     config = AutoConfig.from_pretrained(base)
@@ -31,7 +39,7 @@ def quantisation(base: str, bits: str) -> BitsAndBytesConfig:
 
 
 def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedModel:
-    """The dense base; quantised, it is loaded where it stays."""
+    """Loads the dense base. A quantised one is loaded onto the training device, where it stays."""
     options = {"dtype": args.dtype}
     if args.quantize is not None:
         options |= {"quantization_config": quantisation(args.base, args.quantize), "device_map": {"": training.device}}

@@ -1,4 +1,4 @@
-"""The rows and the collator of a run."""
+"""Makes the rows and the collator of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from transformers import ProcessorMixin
 from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.training import teacher_collator
 
-SCENES = 8192  # of digits, where no dataset is named: those of stage 1, and of an epoch of stage 2
+SCENES = 8192  # rows without --dataset: of stage 1, and of an epoch of stage 2
 
 
 def make_collator(args: FinetuneArguments, model: UniCompressModel, processor: ProcessorMixin) -> UniCompressCollator:
-    """The collator of an adapter, which ends answers as the base's own generation does; `processor` is the adapter's."""
+    """The collator for an adapter and its `processor`; it ends answers with the token that ends the base's generation."""
     ends = model.get_base_model().generation_config.eos_token_id
     return UniCompressCollator(processor, model.active_peft_config, args.caption_dropout, eos_token_id=ends)
 
@@ -33,11 +33,15 @@ def make_rows(
     collator: UniCompressCollator,
     dense: ProcessorMixin,
 ) -> tuple[AnyDataset, AnyDataset, Dataset | None]:
-    """Rows of stage 1, each image once, of stage 2, and to evaluate on; `dense` is the base's own processor."""
+    """Loads or makes the rows of a run; `dense` is the base's own processor.
+
+    Returns:
+        The rows of stage 1 (each image once), those of stage 2, and those to evaluate on (None if there are none).
+    """
     if args.dataset is None:
         check_scene_size(model.family.geometry.image_size)
-        of_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        count = training.max_steps * of_step if training.max_steps > 0 else SCENES
+        rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        count = training.max_steps * rows_per_step if training.max_steps > 0 else SCENES
         return scenes_dataset(SCENES, training.seed), scenes_dataset(count, training.seed + 1), None
     context = model.get_base_model().config.get_text_config().max_position_embeddings
     check = RowCheck(collator, context, partial(places_of, model), teacher_collator(collator, dense) if args.distill else None)

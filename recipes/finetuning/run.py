@@ -1,4 +1,4 @@
-"""A run: which options go together, and its settings, written down when it begins and compared when it is resumed."""
+"""Checks the options of a run, writes its settings down when it begins, and compares them when it is resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uc_adapters import UniCompressConfig
 from uc_adapters.training import TrainingError, last_checkpoint
 
 RUN_FILE = "run.json"
-# What decides which weights a seeded run ends with, of TrainingArguments
+# The fields of TrainingArguments that decide which weights a seeded run ends with
 DECISIVE = (
     *("seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
@@ -26,25 +26,27 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_options(args: FinetuneArguments, training: TrainingConfig) -> None:
-    """Raises SystemExit where options contradict each other, and sets what follows from them."""
+    """Raises SystemExit if options contradict each other, and sets the options that follow from others."""
     if args.stage not in (None, 1, 2):
-        raise SystemExit(f"--stage {args.stage} is not known; expected 1, 2, or nothing for both.")
+        raise SystemExit(f"--stage {args.stage} is not known; expected 1, 2, or no --stage for both.")
     if args.streaming and training.max_steps <= 0:
-        raise SystemExit(f"--streaming with --max_steps {training.max_steps}: nobody knows how long it is; expected a number.")
+        raise SystemExit(
+            f"--streaming with --max_steps {training.max_steps}: the length of a stream is unknown; expected a number of steps."
+        )
     if args.streaming and args.distill:
-        raise SystemExit("--streaming with --distill: what the base fills in is kept on the disk; expected one of them.")
+        raise SystemExit("--streaming with --distill; expected one of them: what the base fills in is kept on disk.")
     if args.dtype not in DTYPES:
         raise SystemExit(f"--dtype {args.dtype} is not known; expected one of {', '.join(DTYPES)}.")
     if args.stage == 1 and args.adapter:
-        raise SystemExit(f"--stage 1 with --adapter {args.adapter}: with that, stage 1 is done; expected one of them.")
+        raise SystemExit(f"--stage 1 with --adapter {args.adapter}; expected one of them: that adapter has finished stage 1.")
     _evaluate_where_asked(args, training)
 
 
 def stage_1_is_done(args: FinetuneArguments, stage_1: Path) -> bool:
-    """Whether the adapter in a folder has stage 1 behind it, as the options say or as a run to resume left it.
+    """Whether the adapter in a folder has finished stage 1, by the options or by the run to resume.
 
     Raises:
-        SystemExit: The folder holds no adapter, or one of other settings than the options name.
+        SystemExit: The folder holds no adapter, or one whose settings differ from the options.
     """
     there = (stage_1 / CONFIG_NAME).is_file()
     if args.stage == 2 and not args.adapter and not there:
@@ -62,7 +64,7 @@ def stage_1_is_done(args: FinetuneArguments, stage_1: Path) -> bool:
 
 
 def check_warm_up(training: TrainingArguments, steps: int) -> None:
-    """Raises TrainingError where a warm-up of so many steps is as long as the run; a share of it never is."""
+    """Raises TrainingError if the warm-up is as long as a run of `steps` steps; a warm-up that is a share never is."""
     if 1 <= training.warmup_steps >= steps:
         raise TrainingError(
             f"--warmup_steps {training.warmup_steps:g} in a run of {steps} step(s): the learning rate would never reach its "
@@ -71,25 +73,25 @@ def check_warm_up(training: TrainingArguments, steps: int) -> None:
 
 
 def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume: bool, stages: list[Path]) -> None:
-    """Writes down the settings of a run, or, to resume it, compares them with those it began with.
+    """Writes down the settings of a new run; compares those of a resumed one with the settings that it began with.
 
     Args:
-        folder: Of the run.
-        settings: All that decides its outcome beside `training`.
-        training: Of the language side.
-        resume: Whether to go on with a run.
-        stages: Where checkpoints will be written.
+        folder: Folder of the run.
+        settings: The settings that decide its outcome, beside `training`.
+        training: Arguments of stage 2.
+        resume: Whether to continue a run.
+        stages: Folders where checkpoints will be written.
 
     Raises:
-        TrainingError: There is no run to resume, it had other settings, or a new one would be mixed with an older one.
+        TrainingError: There is no run to resume, it had other settings, or a new run would mix with an older one.
     """
-    file, told = folder / RUN_FILE, training.to_dict() | {"world_size": training.world_size}
-    settings = json.loads(json.dumps(settings | {name: told[name] for name in DECISIVE}))
+    file, arguments = folder / RUN_FILE, training.to_dict() | {"world_size": training.world_size}
+    settings = json.loads(json.dumps(settings | {name: arguments[name] for name in DECISIVE}))
     if not resume:
         older = [stage for stage in stages if any(stage.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))]
         if older:
             raise TrainingError(
-                f"{older[0]} holds checkpoints of an earlier run. Go on with it: --resume true. Or choose another "
+                f"{older[0]} holds checkpoints of an earlier run. Continue it with --resume true, choose another "
                 "--output_dir, or remove the folder."
             )
         if training.should_save:
@@ -97,22 +99,24 @@ def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume:
             file.write_text(json.dumps(settings, indent=2) + "\n")
         return
     if not file.is_file():
-        raise TrainingError(f"--resume true, but no run began in {folder} ({RUN_FILE} is missing); expected its --output_dir.")
+        raise TrainingError(
+            f"--resume true, but no run began in {folder} ({RUN_FILE} is missing); expected the --output_dir of a run."
+        )
     began = json.loads(file.read_text())
     other = [f"{name}: {began.get(name)!r} then, {value!r} now" for name, value in settings.items() if began.get(name) != value]
     if other:
         raise TrainingError(
             f"--resume true, but the run in {folder} began with other settings ({'; '.join(other)}). Resume it with its own. "
-            "Or train its weights on with the new ones, in another --output_dir: "
+            "To train its weights with the new ones, start a run in another --output_dir with "
             f"--adapter {last_checkpoint(folder) or folder}."
         )
 
 
 def _evaluate_where_asked(args: FinetuneArguments, training: TrainingConfig) -> None:
-    """Where there are rows to evaluate on, evaluation goes with the checkpoints, unless the options say otherwise.
+    """Evaluates at every checkpoint if there are rows to evaluate on, unless the options say otherwise.
 
     Raises:
-        SystemExit: Options about evaluation without rows for it, or two ways to choose them.
+        SystemExit: Options about evaluation without rows for it, or two ways to choose these rows.
     """
     rows = args.eval_dataset is not None or args.eval_split is not None
     if rows and args.eval_share:
@@ -122,7 +126,7 @@ def _evaluate_where_asked(args: FinetuneArguments, training: TrainingConfig) -> 
             "--eval_dataset, --eval_split or --eval_share without --dataset; expected one: name the rows to train on."
         )
     if args.streaming and args.eval_share:
-        raise SystemExit("--streaming with --eval_share: nobody knows how many rows there are; expected an --eval_dataset.")
+        raise SystemExit("--streaming with --eval_share: a stream has no known number of rows; expected an --eval_dataset.")
     if not (rows or args.eval_share):
         if args.early_stopping or training.load_best_model_at_end or training.eval_strategy != "no":
             raise SystemExit(
@@ -130,7 +134,7 @@ def _evaluate_where_asked(args: FinetuneArguments, training: TrainingConfig) -> 
                 "--eval_dataset, --eval_split or --eval_share."
             )
         return
-    training.prediction_loss_only = True  # logits of all rows would fill the memory
+    training.prediction_loss_only = True  # the logits of all rows would fill the memory
     if training.eval_strategy == "no":
         training.eval_strategy, training.eval_steps = training.save_strategy, training.save_steps
     training.load_best_model_at_end = training.load_best_model_at_end or args.early_stopping > 0

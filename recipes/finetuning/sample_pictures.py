@@ -1,4 +1,4 @@
-"""Pictures of a training: what the tokenizer side gives back of an image, and what the model draws for its caption."""
+"""Pictures during training: images after a round trip through the tokenizer side, and drawings for their captions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from uc_adapters.layers import Grid
 
 
 class SamplePictures(TrainerCallback):
-    """Writes a grid of pictures every N steps; the training goes on as if it had not."""
+    """Writes a grid of pictures every N steps, without an effect on the training."""
 
     def __init__(self, every: int, folder: Path, titles: list[str], rows: Callable[[], Rows]):
-        """`rows` makes the pictures of each row of the grid by its name, a column for each of `titles`."""
+        """`rows` makes the grid: the pictures of each row by the row's name, one for each of `titles`."""
         self.every, self.folder, self.titles, self.rows = every, folder, titles, rows
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every or not state.is_world_process_zero:
             return
-        model.eval()  # the trainer's next step puts it back
+        model.eval()  # the trainer's next step switches it back to training
         with torch.random.fork_rng(), torch.no_grad():  # a resumed run must see the same random numbers
             torch.manual_seed(0)
             rows = self.rows()
@@ -39,7 +39,7 @@ def reconstructions(
     images: list[Image.Image],
     codes_of: Callable[[torch.Tensor, Grid], torch.Tensor],
 ) -> list[Image.Image]:
-    """Images through the base's decoder again, from the dense codes (1, T) that `codes_of(pixels, grid)` gives."""
+    """Decodes images with the base's own decoder, from the dense codes (1, T) that `codes_of(pixels, grid)` returns."""
     family, calls, restored = model.family, calls_of(model), []
     for image in images:
         prepared = processor.image_processor([image], return_tensors="pt").to(model.device)
@@ -50,7 +50,7 @@ def reconstructions(
 
 
 def drawings(model: UniCompressModel, processor: ProcessorMixin, captions: list[str]) -> list[Image.Image]:
-    """What the model draws for each caption."""
+    """Draws an image for each caption."""
     calls, drawn = calls_of(model), []
     for caption in captions:
         inputs = drawing_inputs(processor, [caption], calls).to(model.device)

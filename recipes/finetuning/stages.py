@@ -1,4 +1,4 @@
-"""The two stages of a run (UniCompress, section 3), each with its checkpoints, its sample pictures and its checks."""
+"""The two stages of a run (UniCompress, section 3), each with checkpoints, sample pictures and checks."""
 
 from __future__ import annotations
 
@@ -27,35 +27,42 @@ from uc_adapters.training import (
     last_checkpoint,
 )
 
-ENOUGH_PERPLEXITY = 2.0  # of a global token's codes: below it, it has collapsed
+ENOUGH_PERPLEXITY = 2.0  # of a global token's codes; below it, the token has collapsed
 SHOWN = 6  # samples in a picture
 
 
 def train_stage_1(
     args: FinetuneArguments, training: TrainingConfig, model: UniCompressModel, processor: ProcessorMixin, rows: AnyDataset
 ) -> float | None:
-    """Trains the tokenizer side, with checkpoints in OUTPUT_DIR/stage1.
+    """Trains the tokenizer side (stage 1), with checkpoints in OUTPUT_DIR/stage1.
 
     Returns:
-        The perplexity of the least used global token's codes; None where none is drawn.
+        The perplexity of the least used global token's codes; None without global codes.
+
+    Raises:
+        TrainingError: No row has an image, or the run is sharded.
     """
     if isinstance(rows, Dataset) and not len(rows):
         raise TrainingError(
-            "No row has an image, and stage 1 learns from images; expected some, or --adapter with stage 1 done."
+            "No row has an image, and stage 1 learns from images. Expected rows with images, or --adapter with an adapter "
+            "that has finished stage 1."
         )
     stage, training = ReconstructionStage(model), copy.copy(training)
     if not stage.trained:
-        print("stage 1: nothing to learn, without global tokens and without a decompressor that works after the loop")
+        print("stage 1: nothing to train, since there are no global tokens and no decompressor that works after the loop")
         return None
     training.output_dir = str(Path(training.output_dir, "stage1"))
     training.eval_strategy, training.load_best_model_at_end = IntervalStrategy.NO, False
     training.max_steps, training.learning_rate = args.stage_1_steps, args.stage_1_learning_rate
     training.per_device_train_batch_size, training.gradient_accumulation_steps = args.stage_1_batch_size, 1
-    training.gradient_checkpointing = training.activation_checkpointing = False  # the old name and the new
+    training.gradient_checkpointing = training.activation_checkpointing = False  # the old name of the option, and its new name
     folder = Path(training.output_dir)
     trainer = ReconstructionTrainer(stage, training, processing_class=processor, train_dataset=rows)
     if training.fsdp:
-        raise TrainingError("Stage 1 trains some millions of weights and is not sharded: run it with --stage 1 and torchrun.")
+        raise TrainingError(
+            "--fsdp in stage 1, which trains some millions of weights and is not sharded. Run it before, with --stage 1 and "
+            "torchrun, without --fsdp."
+        )
     if args.sample_steps and "decompressor" in stage.trained:
         shown = [row["images"][0] for row in islice(rows, SHOWN)]
         trainer.add_callback(
@@ -63,7 +70,7 @@ def train_stage_1(
                 args.sample_steps,
                 folder / "samples",
                 [""] * len(shown),
-                lambda: {"image": shown, "given back": reconstructions(model, processor, shown, stage.give_back)},
+                lambda: {"image": shown, "reconstructed": reconstructions(model, processor, shown, stage.give_back)},
             )
         )
     checkpoint = last_checkpoint(folder) if args.resume else None
@@ -74,7 +81,7 @@ def train_stage_1(
 
 
 def check_global_codes(perplexity: float | None) -> None:
-    """Stops where a global token says the same of every image: stage 2 would learn to draw it in vain."""
+    """Raises TrainingError if a global token is the same for every image: stage 2 would learn to draw it in vain."""
     if perplexity is None:
         return
     print(f"global codes: perplexity of the least used token {perplexity:.1f}")
@@ -86,11 +93,11 @@ def check_global_codes(perplexity: float | None) -> None:
 
 
 def steps_of(training: TrainingConfig, rows: AnyDataset) -> int:
-    """Of the language side."""
+    """The number of optimizer steps of stage 2."""
     if training.max_steps > 0:
         return training.max_steps
-    of_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    return math.ceil(len(rows) * training.num_train_epochs / of_step)
+    rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return math.ceil(len(rows) * training.num_train_epochs / rows_per_step)
 
 
 def train_stage_2(
@@ -102,12 +109,15 @@ def train_stage_2(
     rows: AnyDataset,
     held_out: Dataset | None = None,
 ) -> tuple[JointTrainer, float]:
-    """Trains the language side, with checkpoints in OUTPUT_DIR.
+    """Trains the language side (stage 2), with checkpoints in OUTPUT_DIR.
 
     Returns:
-        The trainer, and the seconds that it took.
+        The trainer, and the seconds that training took.
+
+    Raises:
+        TrainingError: FSDP on a CPU, or together with distillation.
     """
-    set_seed(training.seed)  # its own: the same whether stage 1 has just run or lies on the disk
+    set_seed(training.seed)  # so that a stage 1 that has just run and one loaded from disk give the same stage 2
     folder, processor = Path(training.output_dir), collator.processor
     make_trainer = partial(DistillationTrainer, teacher_processor=dense) if args.distill else JointTrainer
     trainer = make_trainer(
@@ -120,12 +130,16 @@ def train_stage_2(
         callbacks=[EarlyStoppingCallback(args.early_stopping)] if args.early_stopping else None,
     )
     if training.fsdp and not trainer.is_fsdp_enabled:
-        raise TrainingError("--fsdp on CPUs: accelerate shards on accelerators alone, and would train each process as a whole.")
+        raise TrainingError(
+            "--fsdp on a CPU: accelerate shards on accelerators only, and each process would train all weights. Leave it out."
+        )
     if args.distill and trainer.is_fsdp_enabled:
-        raise TrainingError("--distill with FSDP: the teacher is the base itself, and its sharded weights cannot be run twice.")
+        raise TrainingError(
+            "--distill with FSDP: the teacher is the base itself, and its sharded weights cannot run twice. Leave one out."
+        )
     model.print_trainable_parameters()
     drawn = list(islice((row for row in islice(rows, 64) if is_drawn(row)), SHOWN)) if args.sample_steps else []
-    if drawn and not trainer.is_fsdp_enabled:  # sharded weights cannot draw on one process alone
+    if drawn and not trainer.is_fsdp_enabled:  # with sharded weights a single process cannot draw
         captions, shown = [caption_of(row) for row in drawn], [row["images"][0] for row in drawn]
         trainer.add_callback(
             SamplePictures(
@@ -157,7 +171,7 @@ def save_adapter(
 
 
 def card_facts(args: FinetuneArguments, training: TrainingConfig, seconds: float, rows: AnyDataset) -> CardFacts:
-    """How the adapter was trained, for its card."""
+    """The facts about the training that the adapter's card shows."""
     sources, epochs = args.dataset or [], f"{training.num_train_epochs:g} epochs"
     settings = {
         "recipe": f"`recipes/finetune.py{' --distill' if args.distill else ''}`, stock `trl.SFTTrainer`",

@@ -1,4 +1,4 @@
-"""Around figures: the machine, versions and day they are quoted with, the device they are made on, the file they go to."""
+"""What every file of figures needs: the machine, versions and date; a check of the device and of the output file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PACKAGES = ("torch", "transformers", "peft", "uc-adapters")
 
 
 def environment(device: str = "cpu") -> dict:
-    """For a file of figures: "hardware" in words, "versions" by package, "date"."""
+    """The "hardware" as text, the "versions" by package and the "date" of a file of figures."""
     versions = {package: version(package) for package in PACKAGES}
     return {"hardware": hardware(device), "versions": versions, "date": date.today().isoformat()}
 
 
 def hardware(device: str) -> str:
-    """The machine, in words."""
+    """The GPU's name, or the number and model of the CPU cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -29,7 +29,7 @@ def hardware(device: str) -> str:
 
 
 def check_output(option: str, file: str | None) -> None:
-    """Stops, before hours of work, on a file that could not be written after them."""
+    """Exits, before hours of work, if the output file could not be written."""
     if file is not None and not Path(file).parent.is_dir():
         raise SystemExit(f"--{option} {file}: the folder {Path(file).parent} does not exist; make it first.")
     if file is not None and Path(file).is_dir():
@@ -37,19 +37,19 @@ def check_output(option: str, file: str | None) -> None:
 
 
 def in_words(found: dict) -> str:
-    """An `environment` in a line."""
+    """An `environment` as one line of text."""
     versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
     return f"{found['hardware']}; {versions}; {found['date']}"
 
 
 def make_current(device: str) -> None:
-    """Whoever synchronises or measures without naming a GPU is to mean this one."""
+    """Makes a GPU the current one, so that calls that synchronise or measure without a device use it."""
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
 
 
 def is_here(device: str) -> bool:
-    """Whether a device can be used: the CPU, or a GPU that is there."""
+    """Whether a device can be used: the CPU, or a GPU of this machine."""
     try:
         return torch.empty(0, device=device).device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):  # PyTorch asserts that it was built for CUDA

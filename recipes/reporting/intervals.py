@@ -1,12 +1,12 @@
-"""Scores with their 95 % intervals: what a second set of scenes of the same size could have given.
+"""Scores with their 95 % intervals, which say what another set of scenes of the same size could give.
 
-What counts as one independent trial, here and in every figure that is made with this file:
+One independent trial, here and in every figure that this file makes, is:
 
-- reading: a question. Every scene is asked one of each kind that it settles.
+- reading: a question. Every scene gets one question of each kind that it can answer.
 - drawing, by quarter of a scene (digit, colour, position, emptiness, quarters): a quarter. The quarters of a scene are drawn
   together, so their errors may come together; these intervals are then a little too narrow.
 - drawing, by scene (count, scenes): a scene.
-- nats, and differences of base and adapter: a scene, the same one for both.
+- NLL, and differences of base and adapter: a scene, the same one for both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NUMBERS_AT_ONCE = 10**7
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, its 95 % interval, and how many trials it was made of."""
+    """A score, its 95 % interval, and its number of trials."""
 
     value: float
     low: float
@@ -39,7 +39,7 @@ def share(right: Sequence[bool]) -> Estimate:
 
 
 def mean_share(shares: Sequence[Estimate]) -> Estimate:
-    """The mean of several shares of trials of their own: each one's distance to its bounds adds up as errors do (MOVER)."""
+    """The mean of several independent shares. Their distances to their bounds are added like errors (MOVER)."""
     value = sum(share.value for share in shares) / len(shares)
     below = math.hypot(*(share.value - share.low for share in shares)) / len(shares)
     above = math.hypot(*(share.high - share.value for share in shares)) / len(shares)
@@ -47,8 +47,8 @@ def mean_share(shares: Sequence[Estimate]) -> Estimate:
 
 
 def mean(values: np.ndarray) -> Estimate:
-    """The mean of a value a scene, (N,), with the bootstrap's interval over scenes; of a difference, it is the paired one."""
-    at_once = max(1, _NUMBERS_AT_ONCE // len(values))  # resamples: ten thousand of a large dataset's answers take gigabytes
+    """The mean of one value per scene, (N,), with a bootstrap interval over scenes. For differences it is a paired interval."""
+    at_once = max(1, _NUMBERS_AT_ONCE // len(values))  # resamples at once: all ten thousand take gigabytes for a large dataset
     rng = np.random.default_rng(0)
     interval = bootstrap((values,), np.mean, method="percentile", batch=at_once, rng=rng).confidence_interval
     return Estimate(float(values.mean()), float(interval.low), float(interval.high), len(values))

@@ -1,4 +1,4 @@
-"""Grids of pictures as PNG files."""
+"""Writes grids of pictures as PNG files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import matplotlib as mpl
 from PIL import Image
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # after the choice of backend, which needs no screen
+import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
 Rows = dict[str, list[Image.Image]]
 
 
 def save_grid(rows: Rows, titles: list[str], path: Path) -> None:
-    """A PNG with a row of pictures for each name, the titles above."""
+    """Writes a PNG with one row of pictures per name, and the titles above the columns."""
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=(2.4 * len(titles), 2.6 * len(rows) + 0.6), squeeze=False, layout="constrained"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def caption_of(row: dict) -> str:
-    """The words of a row's first turn."""
+    """The text of a row's first turn."""
     return " ".join(part["text"] for part in row["messages"][0]["content"] if part["type"] == "text")
 
 

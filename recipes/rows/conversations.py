@@ -1,7 +1,7 @@
-"""Any dataset as conversations: a Hub id, a folder of images with their words, parquet, JSONL.
+"""Reads any dataset as conversations: a Hub id, a folder of images with texts, parquet, JSONL.
 
-A row becomes {"messages": [...], "images": [...], "origin": "scans, row 7 (cat.png)", ...}, the columns of ROW; FORMS are the
-columns it may come in. Images stay encoded until `samples` decodes them: as RGB, whatever a file holds.
+A row becomes {"messages": [...], "images": [...], "origin": "scans, row 7 (cat.png)", ...}, with the columns of ROW. FORMS
+lists the columns that a source may have. Images stay encoded until `samples` decodes them, to RGB whatever a file holds.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ ROW = Features(
 
 
 class Form(NamedTuple):
-    """Columns that rows may come in.
+    """The columns that the rows of a source may have.
 
     Attributes:
-        what: What is done with them, in words.
-        conversations: Makes conversations of a row with these columns.
-        whole: False where something is missing, which any other column might hold: then no other may be there.
+        what: What is done with them, as text for an error message.
+        conversations: Makes the conversations of a row with these columns.
+        whole: False if something is missing that any other column might hold. Then there may be no other column.
     """
 
     what: str
@@ -58,21 +58,21 @@ FORMS: Forms = {
         for images in _IMAGES
     },
     **{("prompt", "completion", *images): Form("TRL's: only the completion is learned", continued) for images in _IMAGES},
-    **{("conversations", *images): Form("ShareGPT's from and value", told) for images in _IMAGES},
+    **{("conversations", *images): Form("ShareGPT's turns of from and value", told) for images in _IMAGES},
     ("image", "question", "answer"): Form("the image is read", asked),
     ("image", "text"): Form("each image is drawn from its text, and described by it", drawn_and_described),
 }
 REFERENCED_FORMS: Forms = {  # to score, not to train on
-    ("image", "question", "answers"): Form("the image is read, and scored by several reference answers", referenced),
+    ("image", "question", "answers"): Form("the image is read, and the answer is scored by several references", referenced),
 }
 UNFINISHED_FORMS: Forms = {  # rows that lack an answer, or the image to draw
-    ("image", "question"): Form("a teacher answers, where no column but these is there or named", to_answer, whole=False),
-    ("text",): Form("a teacher draws the text, where no column but this is there or named", to_draw, whole=False),
+    ("image", "question"): Form("a teacher answers, if these are the only columns there or named", to_answer, whole=False),
+    ("text",): Form("a teacher draws the text, if this is the only column there or named", to_draw, whole=False),
 }
 
 
 def fingerprint_of(*parts: Any) -> str:
-    """A name for datasets' cache: of a map over a model, or over what datasets cannot hash alike from run to run."""
+    """A name in datasets' cache for a map over a model, or over anything that datasets hashes differently in each run."""
     return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -83,36 +83,37 @@ def conversations(
     split: str = "train",
     columns: dict[str, str] | None = None,
 ) -> AnyDataset:
-    """A split of a Hub id, a folder or a file as rows of ROW's columns.
+    """Opens a split of a Hub id, a folder or a file as rows with the columns of ROW.
 
-    A source row is never refused here: what it lacks is None, or an empty list, and `training_rows` names it.
+    A bad row is not refused here: what it lacks becomes None or an empty list, and `training_rows` names the row.
 
     Args:
-        source: A Hub id, a folder, or a .jsonl, .json or .parquet file. Paths of images are relative to the folder.
-        streaming: Reads rows as they are asked for, instead of all into datasets' cache.
-        forms: The columns that rows may come in, those that are preferred first. Default: FORMS.
-        split: Default "train", which is all that a file has.
-        columns: The source's name of a column, by ours: {"text": "caption"}. Others keep their names. The form that is read has
-            all of these columns.
+        source: A Hub id, a folder, or a .jsonl, .json or .parquet file. Paths of images are relative to
+            the folder.
+        streaming: Reads rows when they are asked for, instead of all of them into datasets' cache.
+        forms: The columns that rows may have, with the preferred ones first. Default: FORMS.
+        split: The split. Default "train", the only one that a file has.
+        columns: The source's column for each of our names: {"text": "caption"}. Other columns keep their names. The form that
+            is read has all of these columns.
 
     Returns:
         messages: Turns of {"role", "content"}, the content always a list of {"type", "text"}.
-        images: {"path", "bytes"}, one of them None; None in place of a missing image.
+        images: A {"path", "bytes"} for each, one of the two None; None in place of a missing image.
         origin: The source, the index of the row there, and the names of its images.
-        first: False where the row above was made of the same images: `image` + `text` is drawn, then described.
-        given: How many turns at the start are not learned, whoever says them: those of TRL's `prompt`. Otherwise 0.
+        first: False if the row before was made of the same images: `image` + `text` is drawn, then described.
+        given: How many turns at the start are not learned, of any role: those of TRL's `prompt`. Otherwise 0.
         taught: False. Distillation sets it.
 
     Raises:
-        DatasetError: Nothing to load, no such split or column, no rows, or columns of no known form.
+        DatasetError: There is nothing to load, no such split or column, no row, or the columns are of no known form.
     """
     opened = open_source(source, split, streaming)
     names, form = _form_of(source, opened, forms or FORMS, columns or {})
     read = {name: (columns or {}).get(name, name) for name in names}
     picked = list(dict.fromkeys(read.values()))
-    left = [column for column in opened.first if column not in picked]
-    if left:
-        tqdm.write(f"{source}: reads the columns {_listed(picked)}; leaves out {_listed(left)}.")
+    unread = [column for column in opened.first if column not in picked]
+    if unread:
+        tqdm.write(f"{source}: reads the columns {_listed(picked)}; leaves out {_listed(unread)}.")
     dataset, folder = opened.rows.select_columns(picked), opened.folder
 
     def rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -122,43 +123,43 @@ def conversations(
             images = [_encoded(image, folder) for image in images_of(row)]
             files = [name for image in images_of(row) if (name := _file_name(image))]
             origin = f"{source}, row {index}" + (f" ({', '.join(files)})" if files else "")
-            for place, messages in enumerate(form.conversations(row)):
-                for name, value in zip(ROW, (messages, images, origin, place == 0, given(row), False), strict=True):
+            for number, messages in enumerate(form.conversations(row)):
+                for name, value in zip(ROW, (messages, images, origin, number == 0, given(row), False), strict=True):
                     made[name].append(value)
         return made
 
     options = {"batched": True, "batch_size": 100, "with_indices": True, "remove_columns": picked, "features": ROW}
     if streaming:
         return dataset.map(rows, **options)
-    # datasets knows when a data file changes, but not when an image does that a data file names.
+    # datasets notices a changed data file, but not a changed image that a data file names.
     paths = [*opened.files, *_paths(dataset, read, folder)]
     fingerprint = fingerprint_of(__version__, dataset._fingerprint, Hasher.hash(rows), [_stamp(path) for path in paths])
     return dataset.map(rows, **options, new_fingerprint=fingerprint, desc=f"read {source}")
 
 
 def column_names(pairs: list[str] | None) -> dict[str, str]:
-    """The source's names by ours, of options such as ["text=caption"].
+    """Parses options such as ["text=caption"] into {ours: theirs}.
 
     Raises:
-        DatasetError: A pair that is none, or a name of ours that comes twice.
+        DatasetError: An option is not such a pair, or one of our names comes twice.
     """
     split = [pair.partition("=") for pair in pairs or []]
     for pair, (ours, _, theirs) in zip(pairs or [], split, strict=True):
         if not (ours and theirs) or [name for name, *_ in split].count(ours) > 1:
-            raise DatasetError(f"--columns {pair}: expected each of ours once, with the dataset's name, such as text=caption.")
+            raise DatasetError(f"--columns {pair}: expected OURS=THEIRS, with each of our names once, such as text=caption.")
     return {ours: theirs for ours, _, theirs in split}
 
 
 def _form_of(source: str, opened: Source, forms: Forms, columns: dict[str, str]) -> tuple[tuple[str, ...], Form]:
-    """The first form whose columns are there and that has all the named ones.
+    """The first form whose columns the source has and that has all the columns of --columns.
 
     Raises:
-        DatasetError: A named column that is not there, no such form, or images that it does not read.
+        DatasetError: A named column is missing, no form fits, or the form would leave images out.
     """
     first = opened.first
     missing = [column for column in columns.values() if column not in first]
     if missing:
-        raise DatasetError(f"{source} has no column {_listed(missing)}; it has the columns {_listed(first)}. Mend --columns.")
+        raise DatasetError(f"{source} has no column {_listed(missing)}; it has the columns {_listed(first)}. Change --columns.")
     there = {name: name for name in first if name not in columns.values()} | columns
     for names, form in forms.items():
         if not set(columns) <= set(names) <= set(there):
@@ -175,12 +176,12 @@ def _form_of(source: str, opened: Source, forms: Forms, columns: dict[str, str])
     named = f" and --columns {' '.join(f'{ours}={theirs}' for ours, theirs in columns.items())}" if columns else ""
     raise DatasetError(
         f"{source} has the columns {_listed(first)}{named}; expected one of\n  {known}\n"
-        "Name them, such as --columns text=caption."
+        "Name the columns to read, such as --columns text=caption."
     )
 
 
 def _check_that_no_images_are_lost(source: str, rows: AnyDataset, names: tuple[str, ...], there: dict[str, str]) -> None:
-    """Refuses words beside a column that holds images, or names of their files, in one of the first rows."""
+    """Refuses a form without images if another column has images, or names of their files, in one of the first rows."""
     head = list(rows.take(100))
     for name, column in there.items():
         if name not in names and any(_is_image(row[column]) for row in head):
@@ -192,7 +193,7 @@ def _check_that_no_images_are_lost(source: str, rows: AnyDataset, names: tuple[s
 
 
 def _is_image(value: Any) -> bool:
-    """Whether a value, or the first of several, is an image or the name of its file."""
+    """Whether a value, or the first value of a list, is an image or the name of an image file."""
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, str):
@@ -205,7 +206,7 @@ def _listed(names: Any) -> str:
 
 
 def _encoded(image: Any, folder: Path) -> dict[str, Any] | None:
-    """A path, bytes or both as one of them; None where there is neither."""
+    """A path, bytes or both as {"path", "bytes"} with one of them None; None if there is neither."""
     if isinstance(image, str):
         return {"path": str(folder / image), "bytes": None}
     if isinstance(image, bytes):
@@ -213,7 +214,7 @@ def _encoded(image: Any, folder: Path) -> dict[str, Any] | None:
     if not isinstance(image, dict) or (image.get("path") is None and image.get("bytes") is None):
         return None
     if image.get("bytes") is not None:
-        # Bytes keep no path: datasets would read a file of that name in the working directory instead.
+        # The path is dropped, because datasets would read a file of that name in the working directory instead.
         return {"path": None, "bytes": image["bytes"]}
     return {"path": image["path"] if "://" in image["path"] else str(folder / image["path"]), "bytes": None}
 
@@ -224,28 +225,28 @@ def _file_name(image: Any) -> str | None:
 
 
 def _paths(dataset: Dataset, read: dict[str, str], folder: Path) -> list[str]:
-    """Of the images that rows name by their paths."""
+    """The paths of the images that rows name by path."""
     column = next((read[name] for name in ("image", "images") if name in read), None)
     if column is None:
         return []
     feature = getattr(dataset.features[column], "feature", dataset.features[column])
-    if isinstance(feature, (ImageFeature, dict)) or feature == Value("binary"):  # no paths written in words
+    if isinstance(feature, (ImageFeature, dict)) or feature == Value("binary"):  # no paths as text
         return []
     encoded = (_encoded(image, folder) for value in dataset[column] for image in images_of({"images": value}))
     return [image["path"] for image in encoded if image and image["path"]]
 
 
 def _stamp(path: str | Path) -> tuple[int, int] | None:
-    """Size and time of a file; None where it is missing."""
+    """Size and modification time of a file; None if it is missing."""
     try:
         stat = os.stat(path)
-    except (OSError, ValueError):  # no file, or no name of one
+    except (OSError, ValueError):  # no such file, or not a valid name
         return None
     return stat.st_size, stat.st_mtime_ns
 
 
 def samples(rows: AnyDataset) -> AnyDataset:
-    """The same rows as a collator takes them, decoded when they are asked for; columns beside messages and images stay."""
+    """The same rows as a collator takes them: decoded when they are asked for. Columns beside messages and images stay."""
     if isinstance(rows, IterableDataset):
         return rows.map(decoded)
     return rows.with_transform(_decoded_batch)
@@ -257,7 +258,7 @@ def _decoded_batch(batch: dict[str, list]) -> dict[str, list]:
 
 
 def decoded(row: dict) -> dict:
-    """A row with its images decoded, upright and RGB, and its parts without what they do not have."""
+    """A row with its images decoded, upright and RGB, and its parts without the fields that are None."""
     made = dict(row)
     if "messages" in row:
         made["messages"] = [{**turn, "content": [_without_none(part) for part in turn["content"]]} for turn in row["messages"]]
@@ -274,17 +275,17 @@ def _decode(image: dict | None) -> Image.Image:
     if image is None:
         raise DatasetError("An image is missing; expected a path or an encoded image.")
     try:
-        return to_rgb(ImageFeature().decode_example(image))  # which turns it as its EXIF says
+        return to_rgb(ImageFeature().decode_example(image))  # decode_example applies the EXIF rotation
     except UnidentifiedImageError as error:
-        raise DatasetError("An image is none that PIL can read: it is empty, damaged or of another format.") from error
+        raise DatasetError("PIL cannot read an image: its file is empty, damaged or of another format.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as mode RGB: deep greys scaled to 8 bits, what is transparent on white, an animation's first frame."""
+    """Converts any image to RGB: deep greys scaled to 8 bits, transparent parts on white, the first frame of an animation."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        if image.mode == "La":  # PIL has no way from La to RGBA but this
+        if image.mode == "La":  # PIL converts La to RGBA only by way of LA
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -292,8 +293,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """A grey of 16 or 32 bits as uint8, (H, W)."""
+    """A grey image of 16 or 32 bits as uint8, (H, W)."""
     depth = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0).clip(0)
-    # Modes I and F do not say what white is: the first of the usual values that is no darker than the image.
+    # Modes I and F do not say which value is white: take the first usual one that the image does not exceed.
     white = 65535 if image.mode.startswith("I;16") else next(top for top in (1, 255, 65535, depth.max()) if depth.max() <= top)
     return (depth * (255 / white)).round().astype(np.uint8)

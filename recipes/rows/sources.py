@@ -1,4 +1,4 @@
-"""Opens a dataset by what people name it: a Hub id, a file, a folder of data files, a folder of images with their words."""
+"""Opens a dataset by its name: a Hub id, a file, a folder of data files, or a folder of images with texts."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from tqdm.auto import tqdm
 
 AnyDataset = Dataset | IterableDataset
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-IMAGE_SUFFIXES = {*ImageFolder.EXTENSIONS, ".avif", ".heic", ".heif"}  # PIL may lack the last two: such a row is named as bad
+IMAGE_SUFFIXES = {*ImageFolder.EXTENSIONS, ".avif", ".heic", ".heif"}  # without PIL's support for these, a row is bad
 METADATA = set(ImageFolder.METADATA_FILENAMES)
 _TABLES = {*BUILDERS, ".csv", ".tsv", ".arrow", ".tar", ".zip"}
-_SPLIT_NAMES = {  # by the words that datasets goes by
+_SPLIT_NAMES = {  # by the words in which datasets recognises a split
     str(split): re.compile(rf"(^|[{NON_WORDS_CHARS}])({'|'.join(words)})([{NON_WORDS_CHARS}]|$)", re.IGNORECASE)
     for split, words in SPLIT_KEYWORDS.items()
 }
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be trained on; says what was found, what was expected, and what to do."""
+    """A dataset that cannot be used. The message says what was found, what was expected, and what to do."""
 
 
 class Source(NamedTuple):
     """An open dataset.
 
     Attributes:
-        rows: With images still encoded.
+        rows: The rows, with images still encoded.
         first: Its first row.
-        folder: Paths of images are relative to it.
-        files: Images whose change datasets' cache would not notice.
+        folder: The folder that paths of images are relative to.
+        files: Image files whose change datasets' cache would not notice.
     """
 
     rows: AnyDataset
@@ -51,10 +51,10 @@ class Source(NamedTuple):
 
 
 def open_source(source: str, split: str, streaming: bool) -> Source:
-    """A split of a Hub id, a folder or a file.
+    """Opens a split of a Hub id, a folder or a file.
 
     Raises:
-        DatasetError: Nothing to load, no such split, or no rows.
+        DatasetError: There is nothing to load, no such split, or no row.
     """
     path = Path(source)
     if path.is_file() and path.suffix not in BUILDERS:
@@ -67,12 +67,12 @@ def open_source(source: str, split: str, streaming: bool) -> Source:
         else:
             rows = _undecoded(load_dataset(**options, split=split, streaming=streaming))
         first = next(iter(rows))
-    except (StopIteration, IndexError):  # of an empty dataset; load_dataset itself raises them for an empty file, or metadata
+    except (StopIteration, IndexError):  # no rows; load_dataset itself raises these for an empty file or metadata
         raise _no_rows(source, split) from None
     except DatasetError:
         raise
     except (DatasetsError, OSError, ValueError) as error:
-        if "corresponds to no data" in str(error):  # datasets has no class for it
+        if "corresponds to no data" in str(error):  # datasets has no error class for this
             raise _no_rows(source, split) from None
         found = [] if pictures else _splits(options)
         if found and split not in found:
@@ -89,7 +89,7 @@ def _no_rows(source: str, split: str) -> DatasetError:
 
 
 def _splits(options: dict) -> list[str]:
-    """The splits of what was not loaded; none where that is not for its split."""
+    """The splits of a source that could not be loaded; empty if the split is not the reason."""
     try:
         return get_dataset_split_names(**options)
     except (DatasetsError, OSError, ValueError):
@@ -110,16 +110,16 @@ def _undecoded(rows: AnyDataset) -> AnyDataset:
 
 
 class _Files(NamedTuple):
-    """What a folder of images, or a split of it, has."""
+    """The files of a folder of images, or of a split of it."""
 
     images: list[Path]
     metadata: list[Path]
-    captions: set[Path]  # cat.txt, the words to cat.png
+    captions: set[Path]  # cat.txt has the caption of cat.png
     tables: list[Path]  # other data files
 
 
 def _image_folder(folder: Path) -> _Files | None:
-    """The files of a folder of images; None for a folder of data files, or one whose own card names its splits."""
+    """The files of a folder of images; None for a folder of data files, or one whose card names its splits."""
     images, metadata, texts, tables = [], [], set(), []
     for file in _files(folder):
         suffix = file.suffix.lower()
@@ -137,7 +137,7 @@ def _image_folder(folder: Path) -> _Files | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files of a folder in order, but hidden ones, which datasets leaves out, too."""
+    """All files of a folder, in order, except hidden ones, which datasets leaves out, too."""
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
@@ -147,15 +147,15 @@ def _names_splits(folder: Path) -> bool:
     card = folder / "README.md"
     try:
         return card.is_file() and "configs" in (metadata_load(card) or {})
-    except (ValueError, yaml.YAMLError):  # no card of a dataset
+    except (ValueError, yaml.YAMLError):  # not the card of a dataset
         return False
 
 
 def _open_image_folder(folder: Path, found: _Files, split: str, streaming: bool) -> tuple[AnyDataset, list[Path]]:
-    """Images by their metadata files, or by their captions.
+    """Opens a folder of images by its metadata files, or else by its captions.
 
     Returns:
-        The rows, and the images that they do not name by words.
+        The rows, and those image files whose paths are not in the rows as text.
     """
     files = _files_of_split(folder, [*found.images, *found.metadata], split)
     images = [file for file in files if file.name not in METADATA]
@@ -164,19 +164,19 @@ def _open_image_folder(folder: Path, found: _Files, split: str, streaming: bool)
     tables = ", ".join(str(table.relative_to(folder)) for table in found.tables[:3])
     if not metadata and not captions:
         raise DatasetError(
-            f"{folder} has {len(images)} image(s) and no words to them in its split {split!r}; expected a metadata.jsonl with "
+            f"{folder} has {len(images)} image(s) and no texts for them in its split {split!r}; expected a metadata.jsonl with "
             "file_name (it becomes the column image) or file_names (images), or the caption of cat.png in cat.txt."
             + (f" If the rows are in {tables}, pass that file." if tables else "")
         )
     if tables or (metadata and captions):
-        words = metadata[0].name if metadata else "captions in .txt files"
+        texts = metadata[0].name if metadata else "captions in .txt files"
         unread = ", ".join(filter(None, [tables, ".txt files" if metadata and captions else None]))
-        tqdm.write(f"{folder}: reads its images with {words}; leaves out {unread}.")
+        tqdm.write(f"{folder}: reads its images with {texts}; leaves out {unread}.")
     if not metadata:
         rows = [{"image": str(file.relative_to(folder)), "text": _caption(file, found.captions)} for file in images]
         make = IterableDataset if streaming else Dataset
         features = Features({"image": Value("string"), "text": Value("string")})
-        # A tuple, since datasets takes a list for shards.
+        # A tuple, because datasets would split a list into shards.
         return make.from_generator(_each, features, gen_kwargs={"rows": tuple(rows)}, split=NamedSplit(split)), []
     files = {split: [escape(str(file.absolute())) for file in metadata]}
     rows = _undecoded(load_dataset("imagefolder", data_files=files, split=split, streaming=streaming))
@@ -186,7 +186,13 @@ def _open_image_folder(folder: Path, found: _Files, split: str, streaming: bool)
 
 
 def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Only folders make splits of images and metadata files: "test" in an image's own name may say what it shows."""
+    """The images and metadata files of a split.
+
+    Only folders make splits: "test" in an image's own name may say what it shows.
+
+    Raises:
+        DatasetError: There is no such split, or only some of the files are in folders named like splits.
+    """
     splits: dict[str | None, list[Path]] = defaultdict(list)
     for file in files:
         splits[_split_of(file.relative_to(folder))].append(file)
@@ -194,7 +200,7 @@ def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
         others, named = splits.pop(None), [file for of_split in splits.values() for file in of_split]
         raise DatasetError(
             f"{folder} has files in folders named like splits ({_places(named, folder)}) and elsewhere "
-            f"({_places(others, folder)}), so that it is not clear what a split is. Expected all images and metadata files in "
+            f"({_places(others, folder)}), so that the splits are not clear. Expected all images and metadata files in "
             "such folders, or none. Rename those folders, or move everything into one folder named train."
         )
     if None in splits:
@@ -205,7 +211,7 @@ def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split that the first of a file's folders that is named like one is named for."""
+    """The split after which one of a file's folders is named, the first such folder; None without one."""
     for name in file.parent.parts:
         for split, pattern in _SPLIT_NAMES.items():
             if pattern.search(name):
@@ -214,7 +220,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _places(files: list[Path], folder: Path) -> str:
-    """Where files are: their folders, or their own names, three of them at most."""
+    """Where files are, as text: at most three of their folders, or of their names if they are in no subfolder."""
     places = [file.relative_to(folder) for file in files]
     names = dict.fromkeys(f"{place.parent}/" if place.parent.parts else place.name for place in places)
     return ", ".join([*list(names)[:3], *(["..."] if len(names) > 3 else [])])
@@ -225,7 +231,7 @@ def _each(rows: tuple[dict, ...]) -> Iterator[dict]:
 
 
 def _caption(image: Path, captions: set[Path]) -> str | None:
-    """The words to an image; None, which makes it a bad row, where there are none."""
+    """The caption of an image; None, which makes the row bad, if there is none or it cannot be read."""
     file = image.with_suffix(".txt")
     try:
         return file.read_text(encoding="utf-8-sig").strip() if file in captions else None
@@ -234,7 +240,7 @@ def _caption(image: Path, captions: set[Path]) -> str | None:
 
 
 def _say_left_out(folder: Path, images: list[Path], rows: Dataset) -> None:
-    """Says which images no metadata file names, as they make no row."""
+    """Prints the images that no metadata file names, since they make no row."""
     named = set()
     for name, feature in rows.features.items():
         if isinstance(feature, ImageFeature):

@@ -1,4 +1,4 @@
-"""What a recipe trains on: the rows of one dataset or several, each checked by making a batch of it."""
+"""Loads the rows to train on, from one or several datasets, and checks each row by making a batch of it."""
 
 from __future__ import annotations
 
@@ -24,42 +24,44 @@ from uc_adapters import UniCompressCollator, UniCompressModel, __version__
 from uc_adapters.errors import InputError
 from uc_adapters.images import Images
 
-SHOWN = 10  # bad rows named before they are only counted
-MEND = "mend them, or pass --skip_bad_rows true"
+SHOWN = 10  # bad rows that are named; further ones are only counted
+MEND = "correct them, or pass --skip_bad_rows true"
 
 
 def tokens_of(batch: dict[str, Tensor]) -> int:
-    """Tokens of the longest sequence of a row."""
+    """The number of tokens of the longest sequence of a batch."""
     return batch["input_ids"].shape[1]
 
 
 def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
-    """Places of the base's context that it takes: more than tokens where "strip" draws an image at the base's own places.
+    """Positions of the base's context that a batch takes.
+
+    They exceed its tokens if "strip" draws an image, because its position ids are those of the base's own sequence.
 
     Raises:
-        DatasetError: An image to draw, for a base that only reads.
+        DatasetError: There is an image to draw, and the base only reads.
     """
-    family, places = model.family, batch["attention_mask"].sum(1)  # (B,)
+    family, positions = model.family, batch["attention_mask"].sum(1)  # (B,)
     drawn = Images(batch.get("gen_pixel_values"), batch.get("gen_image_sizes"))
     if drawn.values is None:
-        return int(places.max())
+        return int(positions.max())
     if family.why_no_drawing is not None:
-        raise DatasetError(f"an image to draw, for a base that cannot: {family.why_no_drawing}")
-    position_deltas = [model.code_head.position_deltas(family.draw_grid(size)) for size in drawn.sizes(family)]
-    draws = batch["gen_mask"].any(1)  # one image a sequence
-    places[draws] += torch.stack([(of_image - 1).sum() for of_image in position_deltas]).to(places.device)
-    return int(places.max())
+        raise DatasetError(f"it has an image to draw, and the base cannot draw: {family.why_no_drawing}")
+    deltas_of_images = [model.code_head.position_deltas(family.draw_grid(size)) for size in drawn.sizes(family)]
+    draws = batch["gen_mask"].any(1)  # a sequence draws one image at most
+    positions[draws] += torch.stack([(deltas - 1).sum() for deltas in deltas_of_images]).to(positions.device)
+    return int(positions.max())
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What a row must pass: a batch can be made of it, which has something to learn and fits into the base's context.
+    """Checks that a batch can be made of a row, has something to learn and fits into the base's context.
 
     Args:
-        collator: What will make batches.
-        context: Places that the base takes.
-        places: How many of them a row takes, by its batch. Default: its tokens.
-        teacher: What makes a teacher's batches of the same rows, which must fit, too. Default: nobody teaches.
+        collator: The collator that makes batches.
+        context: Number of positions that the base has.
+        places: How many positions a batch takes. Default: its number of tokens.
+        teacher: The collator that makes a teacher's batches of the same rows, which must fit, too. Default: no teacher.
     """
 
     collator: UniCompressCollator
@@ -68,19 +70,19 @@ class RowCheck:
     teacher: UniCompressCollator | None = None
 
     def settings(self) -> tuple:
-        """All that a verdict follows from, beside the row."""
+        """Everything, beside the row, on which the result of a check depends."""
         config = self.collator.config
-        of_adapter = config.stride, config.num_global_tokens, config.decompressor, state_of(self.collator.processor)
+        adapter = config.stride, config.num_global_tokens, config.decompressor, state_of(self.collator.processor)
         versions = [__version__, *map(version, ("transformers", "pillow"))]
-        return *of_adapter, self.context, self.places is not tokens_of, self.teacher is not None, versions
+        return *adapter, self.context, self.places is not tokens_of, self.teacher is not None, versions
 
     def unknown(self, row: dict) -> list[str]:
-        """Words of a row that the base does not know."""
+        """The words of a row that the base's tokenizer does not know."""
         texts = [part["text"] for turn in row["messages"] for part in turn["content"] if part.get("text")]
         return unknown_words(self.collator.processor.tokenizer, texts)
 
     def problem(self, row: dict) -> str | None:
-        """What is wrong with a row; None where nothing is."""
+        """What is wrong with a row; None if nothing is."""
         try:
             row = decoded(row)
             batch = self.collator([row])
@@ -88,23 +90,23 @@ class RowCheck:
         except InputError as error:
             problem = str(error).removeprefix(f"{row['origin']}: ")
             unanswered = self.teacher and problem.startswith("Nothing to learn")
-            return f"{problem} The base has no word to answer it with." if unanswered else problem
-        except Exception as error:  # whatever a file may hold: PIL's, a processor's
+            return f"{problem} The base's own answer is empty." if unanswered else problem
+        except Exception as error:  # a damaged file can raise anything, from PIL or a processor
             return f"{type(error).__name__}: {error}"
         if max(lengths) <= self.context:
             return None
-        whose = " of the base's own, which teaches" if lengths[-1] > lengths[0] else ""
+        whose = " for the base as teacher" if lengths[-1] > lengths[0] else ""
         return f"{max(lengths)} tokens{whose}, where the base takes {self.context}; shorten the text, or take fewer images"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of each dataset's rows: those to evaluate on, or the others.
+    """A part of each dataset's rows: those to evaluate on, or those to train on.
 
     Args:
-        share: Of the rows to evaluate on.
-        evaluation: Whether these are wanted.
-        seed: Which rows they are.
+        share: Share of the rows to evaluate on.
+        evaluation: Whether the part is the one to evaluate on.
+        seed: Seed of the choice of rows.
     """
 
     share: float
@@ -112,10 +114,10 @@ class Part:
     seed: int
 
     def of(self, dataset: Dataset) -> Dataset:
-        """Those rows; what was made of one row of the source stays together.
+        """The rows of the part. Rows made of one row of the source stay together.
 
         Raises:
-            DatasetError: No row is left on one of the sides.
+            DatasetError: One of the two parts has no row.
         """
         origins = list(dict.fromkeys(dataset["origin"]))
         count = round(self.share * len(origins))
@@ -125,7 +127,7 @@ class Part:
                 f"{len(origins) - count} to train on; expected a share from 0 to 1 that leaves one of each at least. Choose "
                 "another, or name an --eval_dataset."
             )
-        chosen = {origins[place] for place in np.random.default_rng(self.seed).permutation(len(origins))[:count]}
+        chosen = {origins[index] for index in np.random.default_rng(self.seed).permutation(len(origins))[:count]}
         return dataset.select([row for row, origin in enumerate(dataset["origin"]) if (origin in chosen) == self.evaluation])
 
 
@@ -143,31 +145,32 @@ def training_rows(
     fill_in: Callable[[Dataset], Dataset] | None = None,
     encode: Callable[[Dataset], Dataset] | None = None,
 ) -> AnyDataset:
-    """The rows of all `sources` that pass a check, still encoded: `conversations.samples` decodes them.
+    """Loads the rows of all `sources` that pass a check, still encoded; `conversations.samples` decodes them.
 
     Args:
         sources: See `conversations.conversations`.
-        check: A row that does not pass it is bad.
-        weights: Share of each source in the mixture; shorter ones repeat. Default: every row once, source by source.
-        split: Of each source. Default "train".
-        columns: The sources' names of columns, by ours. Default: they have our names.
-        part: Which of the rows. Default: all of them. Not with `streaming`.
-        streaming: Reads while it trains, for what does not fit on the disk; rows are checked as they come, on every pass.
-        skip_bad_rows: Leaves bad rows out and says how many, instead of stopping. Without any good row it stops all the same
-            (when streaming: without one in a shard).
-        seed: Of the mixture.
+        check: The check. A row that does not pass it is bad.
+        weights: Share of each source in the mixture; shorter sources repeat. Default: every row once, source by source.
+        split: Split of each source. Default "train".
+        columns: The sources' column for each of our names. Default: their names are ours.
+        part: The part of the rows to load. Default: all of them. Not with `streaming`.
+        streaming: Reads rows while training, for data that does not fit on the disk. Each pass checks the rows as they come.
+        skip_bad_rows: Leaves bad rows out and reports them, instead of stopping. It stops all the same if there is no good row
+            (when streaming: none in a shard).
+        seed: Seed of the mixture.
         fill_in: Completes the rows of each source before they are checked. Not with `streaming`.
         encode: Adds columns to each checked source, before they are mixed. Not with `streaming`.
 
     Raises:
-        DatasetError: A dataset of no known form, bad rows (when streaming: once they come), or options that do not go together.
+        DatasetError: A dataset has no known form, it has bad rows (when streaming: raised when they are read), or the
+            options contradict each other.
     """
     if not sources:
-        raise DatasetError("No dataset; expected at least one.")
+        raise DatasetError("There is no dataset; expected at least one.")
     if weights is not None and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
-        raise DatasetError(f"weights {weights} for {len(sources)} dataset(s); expected as many, all above 0.")
+        raise DatasetError(f"weights {weights} for {len(sources)} dataset(s); expected one for each, all above 0.")
     if streaming and (encode or fill_in or part):
-        raise DatasetError("streaming with something to add to the rows, or a part of them; expected one of them.")
+        raise DatasetError("streaming with fill_in, encode or part; expected none of these, because they need all rows.")
     check = replace(check, collator=replace(check.collator, caption_dropout=0.0))
     options = {"split": split, "columns": columns}
     if streaming:
@@ -185,7 +188,7 @@ def training_rows(
 def _check_all(
     source: str, check: RowCheck, skip: bool, fill_in: Callable[[Dataset], Dataset] | None, options: dict
 ) -> Dataset:
-    """All rows at once, before training starts; what was found is kept in datasets' cache."""
+    """Checks all rows before training starts. The results are kept in datasets' cache."""
     dataset = conversations(source, forms=FORMS | UNFINISHED_FORMS if fill_in else FORMS, **options)
     dataset = fill_in(dataset) if fill_in else dataset
     checked = dataset.map(
@@ -218,16 +221,16 @@ def _check_all(
 
 
 def _say_unknown(source: str, unknown: list[list[str]]) -> None:
-    """Names the words that the base does not know."""
-    words = Counter(word for of_row in unknown for word in of_row)
+    """Prints the words that the base does not know."""
+    words = Counter(word for words_of_row in unknown for word in words_of_row)
     if words:
         rows, named = sum(map(bool, unknown)), ", ".join(word for word, _ in words.most_common(SHOWN))
         more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-        tqdm.write(f"{source}: {rows} row(s) have words that the base does not know, and takes all for one: {named}{more}.")
+        tqdm.write(f"{source}: {rows} row(s) have words that the base reads as its unknown token: {named}{more}.")
 
 
 def _check_as_they_come(source: str, check: RowCheck, skip: bool, options: dict) -> IterableDataset:
-    """Each row when it is read. Shards stay shards, which several workers share; rows are numbered in each."""
+    """Checks each row when it is read. Shards stay shards, so that several workers can share them; each numbers its rows."""
     dataset = conversations(source, streaming=True, **options)
     count = dataset.num_shards
 
@@ -240,8 +243,8 @@ def _check_as_they_come(source: str, check: RowCheck, skip: bool, options: dict)
 
 
 def _checked_shard(dataset: IterableDataset, source: str, where: str, check: RowCheck, skip: bool) -> Iterator[dict]:
-    """Good rows; bad ones are counted when the shard ends or is left."""
-    # Not by iterating the dataset: in a worker that would share the shard out among all workers once more.
+    """Yields the good rows of a shard. Reports the number of bad ones when the shard ends or is left."""
+    # Iterating the dataset itself in a worker would share the shard out among all workers once more.
     rows = ({name: values[0] for name, values in batch.items()} for batch in dataset.iter(batch_size=1))
     good, bad = 0, 0
     try:
@@ -265,7 +268,7 @@ def _checked_shard(dataset: IterableDataset, source: str, where: str, check: Row
 
 
 def state_of(processor: ProcessorMixin) -> list[tuple[str, bytes]]:
-    """All that a processor is: its files, whatever it was last called with."""
+    """Everything that defines a processor, as (name, bytes) of its files, whatever its last call was."""
     processor = copy.deepcopy(processor)
     processor.tokenizer.backend_tokenizer.no_padding()  # a call with padding or truncation leaves its settings there
     processor.tokenizer.backend_tokenizer.no_truncation()

@@ -1,4 +1,4 @@
-"""Words that a tokenizer does not know: the model reads every one of them as the same unknown token."""
+"""Finds words that a tokenizer does not know. The model reads all of them as the same unknown token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerBase
 def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
     """The words of `texts` that the tokenizer turns into its unknown token, each once, in their order.
 
-    The list is empty where a tokenizer knows every text (byte-level BPE), and where it cannot tell words from tokens (one that
-    is written in Python).
+    The list is empty if the tokenizer knows every text (byte-level BPE), or cannot map tokens to words (one written in Python).
     """
     unknown = tokenizer.unk_token_id
     if unknown is None or not tokenizer.is_fast or not texts:

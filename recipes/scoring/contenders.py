@@ -1,4 +1,4 @@
-"""A bare base and an adapter on the same weights, and what both are asked alike: to answer, and to draw."""
+"""A bare base and an adapter on the same weights, and the calls that are the same for both: answer and draw."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from uc_adapters.layers import Grid
 
 @dataclass
 class Contender:
-    """A model with the processor of its own placeholder count."""
+    """A model with the processor that has its number of placeholders."""
 
     name: str
     model: torch.nn.Module
@@ -30,37 +30,37 @@ class Contender:
 
 
 def twin_of(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy that shares every weight: an adapter on it leaves the model itself bare."""
+    """A copy that shares every weight. An adapter on the copy leaves the model itself without one."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Contender]:
-    """The bare base, as transformers loads it, and the adapter on the same weights."""
+    """Loads the bare base with transformers and, if there is one, the adapter on the same weights."""
     model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
     dense = Contender("base", model, load_processor(base))
     return [dense] if adapter is None else [dense, with_adapter(dense, adapter, "adapter")]
 
 
 def with_adapter(dense: Contender, adapter: str, name: str) -> Contender:
-    """An adapter on a bare base's weights."""
+    """Loads an adapter on a bare base's weights."""
     model = UniCompressModel.from_pretrained(twin_of(dense.model), adapter).eval()
     return Contender(name, model, load_processor(adapter))
 
 
 def check_sampling(temperature: float, guidance_scale: float, seed: int) -> None:
-    """Stops on what nothing can be sampled by."""
+    """Exits if the sampling options are out of range."""
     if not 0 < temperature < float("inf"):
-        raise SystemExit(f"--temperature {temperature}: expected a number above 0; drawings are sampled.")
+        raise SystemExit(f"--temperature {temperature}: expected a number above 0, because drawings are sampled.")
     if not 1 < guidance_scale < float("inf"):
-        raise SystemExit(f"--guidance_scale {guidance_scale}: expected a number above 1; drawings are guided.")
+        raise SystemExit(f"--guidance_scale {guidance_scale}: expected a number above 1, because drawings are guided.")
     if seed < 0:
         raise SystemExit(f"--seed {seed}: expected 0 or more.")
 
 
 def load_processor(source: str) -> ProcessorMixin:
-    """The processor in a folder or repo, with the chat template that prompts are written by."""
+    """Loads the processor in a folder or repo, and checks that it has a chat template."""
     processor = AutoProcessor.from_pretrained(source)
-    if processor.chat_template is None:  # Chameleon's class keeps none: what was saved with it went to the tokenizer
+    if processor.chat_template is None:  # Chameleon's processor keeps none, but its tokenizer has the saved one
         processor.chat_template = processor.tokenizer.chat_template
     if processor.chat_template is None:
         raise SystemExit(f"{source} has no chat template; expected a file chat_template.jinja beside its processor's.")
@@ -68,29 +68,29 @@ def load_processor(source: str) -> ProcessorMixin:
 
 
 def why_no_drawing(contender: Contender) -> str | None:
-    """Why its base cannot draw; None where it can."""
+    """The reason why a contender's base cannot draw; None if it can."""
     return family_of(base_of(contender.model)).why_no_drawing
 
 
 def grid_of(contender: Contender) -> Grid:
-    """The grid of the codes of what it draws."""
+    """The grid of the codes that a contender draws."""
     calls = calls_of(contender.model)
     return calls.grid(contender.model, drawing_inputs(contender.processor, ["a red 3"], calls))
 
 
 def answer(contender: Contender, images: list[Image.Image], questions: list[str], max_new_tokens: int = 16) -> list[str]:
-    """Answers, greedily, each question about its image."""
+    """The greedy answer to each question about its image."""
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]} for question in questions]
     return reply(contender, [[turn] for turn in asked], images, max_new_tokens)
 
 
 @torch.no_grad()
 def reply(contender: Contender, chats: list[list[dict]], images: list[Image.Image], max_new_tokens: int = 16) -> list[str]:
-    """The next turn of each conversation, greedily; `images` are those of all of them, in the order of their places."""
+    """The next turn of each conversation, greedily. `images` are those of all conversations, in order."""
     processor = contender.processor
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt")
-    inputs = inputs.to(contender.model.device, dtype=contender.model.dtype)  # numbers of pixels; words stay whole
+    inputs = inputs.to(contender.model.device, dtype=contender.model.dtype)  # casts pixels; ids stay integers
     output = contender.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
@@ -98,7 +98,7 @@ def reply(contender: Contender, chats: list[list[dict]], images: list[Image.Imag
 
 @torch.no_grad()
 def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Image.Image], float]:
-    """Drawings, and the seconds of a prompt's way to pixels: language model, decompressor, image decoder."""
+    """Draws a batch of prompts; also returns the seconds to pixels: language model, decompressor, image decoder."""
     model = contender.model
     calls = calls_of(model)
     inputs = drawing_inputs(contender.processor, prompts, calls).to(model.device)
@@ -112,7 +112,7 @@ def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Ima
 
 
 def read_tokens(processor: ProcessorMixin) -> int:
-    """What the language model reads of a scene: its placeholders, and the ends of its rows where they are words."""
+    """The number of tokens that the language model reads of a scene: placeholders, and EOL tokens if there are any."""
     tokenizer = processor.tokenizer
     block = processor.replace_image_token({"image_sizes": [[IMAGE_SIZE, IMAGE_SIZE]]}, 0)
     of_image = {tokenizer.convert_tokens_to_ids(processor.image_token), getattr(tokenizer, "eol_token_id", None)}
@@ -120,17 +120,17 @@ def read_tokens(processor: ProcessorMixin) -> int:
 
 
 def drawn_steps(contender: Contender) -> int:
-    """Steps of the language model for a scene."""
+    """The number of steps of the language model to draw a scene."""
     grid = grid_of(contender)
     if not isinstance(contender.model, UniCompressModel):
         return family_of(contender.model).dense_placeholders(grid)
-    return contender.model.active_peft_config.num_gen_tokens(grid) - 1  # the separator is known
+    return contender.model.active_peft_config.num_gen_tokens(grid) - 1  # the separator takes no step
 
 
 def draw_in_turn(
     pair: list[Contender], captions: list[str], seed: int, batch_size: int, **sampling
 ) -> Iterator[tuple[slice, Contender, list[Image.Image], float]]:
-    """Each batch of captions by every contender, from the same seed, behind a warm-up each: what was drawn, and its seconds."""
+    """Draws each batch with every contender, from the same seed, after a warm-up each; yields images and seconds."""
     seeds = np.random.default_rng(seed).integers(2**31, size=len(captions)).tolist()
     for contender in pair:
         draw(contender, captions[:batch_size], **sampling)
@@ -142,5 +142,5 @@ def draw_in_turn(
 
 
 def side_by_side(scores: dict[str, dict]) -> dict[str, dict]:
-    """{contender: {score: value}} -> {score: {contender: value}}."""
-    return {what: {name: of_one[what] for name, of_one in scores.items()} for what in next(iter(scores.values()))}
+    """Turns {contender: {score: value}} into {score: {contender: value}}."""
+    return {what: {name: values[what] for name, values in scores.items()} for what in next(iter(scores.values()))}

@@ -1,7 +1,7 @@
 """Features of scenes of digits, for a Fréchet distance where no Inception can be downloaded.
 
-A small network is trained here, within seconds, to name the digit and the colour of every quarter of scenes of train scans; its
-features are what it names them from.
+A small network is trained here, within seconds, to name the digit and the colour of each quarter, on scenes of train scans.
+The features are the inputs of its last layers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _STEPS, _BATCH = 200, 64
 
 
 class DigitFeatures(nn.Module):
-    """Images (B, 3, 64, 64) uint8 -> features (B, 64): 16 of each quarter, in raster order.
+    """Maps images (B, 3, 64, 64) uint8 to features (B, 64): 16 of each quarter, in raster order.
 
-    `num_features` makes it a `feature` of torchmetrics' `FrechetInceptionDistance`.
+    With `num_features` it can be the `feature` of torchmetrics' `FrechetInceptionDistance`.
 
     Raises:
-        ValueError: Images of another shape or dtype.
+        ValueError: The images have another shape or dtype.
     """
 
     num_features = 4 * QUARTER_FEATURES
@@ -41,12 +41,12 @@ class DigitFeatures(nn.Module):
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(32 * 4 * 4, QUARTER_FEATURES),
-            nn.BatchNorm1d(QUARTER_FEATURES, affine=False),  # unit variance: distances do not depend on the training's scale
+            nn.BatchNorm1d(QUARTER_FEATURES, affine=False),  # unit variance: distances do not depend on a trained scale
         )
         self.digit, self.colour = (
             nn.Linear(QUARTER_FEATURES, 11),
             nn.Linear(QUARTER_FEATURES, len(COLOURS) + 1),
-        )  # the last: empty
+        )  # the last class is "empty"
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
@@ -63,14 +63,14 @@ class DigitFeatures(nn.Module):
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(B, 64, 64, 3) uint8 as torch orders it, (B, 3, 64, 64)."""
+    """Images (B, 64, 64, 3) uint8 in the order of torch, (B, 3, 64, 64)."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 @cache
-@torch.enable_grad()  # whoever asks first may score without gradients
+@torch.enable_grad()  # the first caller may have gradients disabled
 def digit_features() -> DigitFeatures:
-    """The trained extractor, frozen; the same in every process, and torch's random numbers go on as if it had not trained."""
+    """Trains the extractor and freezes it. It is the same in every process, and leaves torch's random state unchanged."""
     rng = np.random.default_rng(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of images given their captions, under a dense base and under an adapter."""
+"""The NLL of images given their captions, under a dense base and under an adapter."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from uc_adapters.families import family_of
 
 
 def image_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-    """Nats of each image, (B,): `dense_nats` of a bare base, `compact_nats` of an adapter."""
+    """The NLL of each image in nats, (B,): `dense_nats` for a bare base, `compact_nats` for an adapter."""
     measure = compact_nats if isinstance(contender.model, UniCompressModel) else dense_nats
     return measure(contender, images, prompts)
 
 
 @torch.no_grad()
 def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-    """Negative log-likelihood of each image's dense codes under a bare base, (B,)."""
+    """The NLL of each image's dense codes under a bare base, in nats, (B,)."""
     base, family, (rows, columns) = contender.model, family_of(contender.model), grid_of(contender)
     inputs = drawing_inputs(contender.processor, prompts, calls_of(base)).to(base.device)
     pixels = contender.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(base.device)
@@ -28,9 +28,9 @@ def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[st
     prompt = base.get_input_embeddings()(inputs["input_ids"])
     drawn = family.embed_codes(codes)  # (B, T, D)
     before_code = torch.ones(rows * columns, dtype=torch.bool)
-    if family.has_eol:  # what ends a row is given: it stands behind each, and is not scored
-        ends = family.eol.expand(len(codes), rows, 1, -1)
-        drawn = torch.cat([drawn.unflatten(1, (rows, columns)), ends], 2).flatten(1, 2)  # (B, H * (W + 1), D)
+    if family.has_eol:  # the EOL token after each row is given, and not scored
+        eol = family.eol.expand(len(codes), rows, 1, -1)
+        drawn = torch.cat([drawn.unflatten(1, (rows, columns)), eol], 2).flatten(1, 2)  # (B, H * (W + 1), D)
         before_code = (torch.arange(rows * (columns + 1)) + 1) % (columns + 1) != 0
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, drawn.shape[1] - 1), value=1)
     hidden = family.language_model(inputs_embeds=torch.cat([prompt, drawn[:, :-1]], 1), attention_mask=mask)
@@ -41,10 +41,10 @@ def dense_nats(contender: Contender, images: list[Image.Image], prompts: list[st
 
 @torch.no_grad()
 def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-    """Nats of each image's dense codes under an adapter, (B,).
+    """The NLL of each image's dense codes under an adapter, in nats, (B,).
 
-    -log p(compact codes | text) - log p(dense codes | compact codes). With `strip` both are one: the dense codes are what
-    is sampled, and this is their exact likelihood.
+    It is -log p(compact codes | text) - log p(dense codes | compact codes). `strip` samples the dense codes directly, so
+    that this is their exact NLL.
     """
     model = contender.model
     collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0)
@@ -70,5 +70,5 @@ def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[
 
 
 def _code_nats(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, K) and codes (B, T) -> nats of each row, (B,)."""
+    """The NLL of each row in nats, (B,), from logits (B, T, K) and codes (B, T)."""
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none").sum(1)

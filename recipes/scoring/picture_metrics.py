@@ -1,4 +1,4 @@
-"""FID and CLIP score of what two contenders draw for the captions of a dataset, with torchmetrics."""
+"""FID and CLIP score of contenders' drawings for the captions of a dataset, by torchmetrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_METRIC = "none"
 
 
 class ClipFeatures(CLIPModel):
-    """A CLIP whose features are tensors, as torchmetrics takes them: transformers 5 returns a whole output."""
+    """A CLIP whose features are tensors, as torchmetrics needs; in transformers 5 they are a whole model output."""
 
     def get_image_features(self, *args, **kwargs) -> torch.Tensor:
         return super().get_image_features(*args, **kwargs).pooler_output
@@ -32,14 +32,14 @@ class ClipFeatures(CLIPModel):
 
 
 def load_features(name: str) -> int | nn.Module | None:
-    """What FID compares images by, as torchmetrics' `feature`.
+    """Loads the features that FID compares, as torchmetrics' `feature`.
 
     Args:
         name: "inception", "none", or "module:factory": a function without arguments that returns a module from images
-            (B, 3, H, W) uint8, at the size that is drawn, to features (B, F), with `num_features` = F.
+            (B, 3, H, W) uint8, of the size of the drawings, to features (B, F), with `num_features` = F.
 
     Raises:
-        SystemExit: It is not there; says how to get it.
+        SystemExit: The features cannot be loaded. The message says how to get them.
     """
     if name == NO_METRIC:
         return None
@@ -53,7 +53,7 @@ def load_features(name: str) -> int | nn.Module | None:
             ) from None
         except OSError as error:  # its weights are downloaded at the first use
             raise SystemExit(
-                f"--features inception: its weights cannot be had: {error}. Go online once, or pass --features "
+                f"--features inception: its weights could not be loaded: {error}. Go online once, or pass --features "
                 "module:factory with an extractor of your own, or --features none for no FID."
             ) from error
         return 2048
@@ -71,16 +71,16 @@ def load_features(name: str) -> int | nn.Module | None:
 
 
 def load_clip(name: str) -> tuple[ClipFeatures, CLIPProcessor] | None:
-    """A CLIP by its folder or Hub id; None for "none".
+    """Loads a CLIP by its folder or Hub id; None for "none".
 
     Raises:
-        SystemExit: It is not there.
+        SystemExit: It cannot be loaded, or lacks weights.
     """
     if name == NO_METRIC:
         return None
     try:
         clip, loaded = ClipFeatures.from_pretrained(name, output_loading_info=True)
-        if loaded["missing_keys"]:  # transformers would go on with random weights
+        if loaded["missing_keys"]:  # transformers would continue with random weights
             raise ValueError(f"{len(loaded['missing_keys'])} of a CLIPModel's weights are not in it")
         return clip.eval(), CLIPProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -91,20 +91,20 @@ def load_clip(name: str) -> tuple[ClipFeatures, CLIPProcessor] | None:
 
 
 class PictureMetrics:
-    """FID and CLIP score of one contender, batch by batch."""
+    """Accumulates FID and CLIP score of one contender, batch by batch."""
 
     def __init__(self, features: int | nn.Module | None, clip: tuple[ClipFeatures, CLIPProcessor] | None, device: str):
         self.fid = None if features is None else FrechetInceptionDistance(features).to(device)
         self.clip = None
         if clip is not None:
             model, processor = clip
-            # Cut where the model's context ends, its end behind the words: torchmetrics would cut the end off, too
-            cutting = partial(processor, truncation=True, max_length=model.config.text_config.max_position_embeddings)
-            self.clip = CLIPScore(lambda: (model, cutting)).to(device)
+            # The processor truncates to the model's context and keeps the EOS token; torchmetrics would cut EOS off.
+            truncating = partial(processor, truncation=True, max_length=model.config.text_config.max_position_embeddings)
+            self.clip = CLIPScore(lambda: (model, truncating)).to(device)
         self.device = device
 
     def update(self, captions: list[str], drawn: list[Image.Image], real: list[Image.Image]) -> None:
-        """Takes a batch. Real images are cut and scaled to the size of the drawings."""
+        """Adds a batch. Real images are cropped and scaled to the size of the drawings."""
         pixels = _pixels(drawn).to(self.device)
         if self.fid is not None:
             fitted = [ImageOps.fit(image, drawn[0].size, Image.Resampling.BICUBIC) for image in real]
@@ -114,13 +114,13 @@ class PictureMetrics:
             self.clip.update(pixels, captions)
 
     def compute(self) -> dict[str, float]:
-        """fid: 0 is best. clip_score: 100 times the mean cosine, from 0 to 100."""
+        """The scores: "fid", for which 0 is best, and "clip_score", 100 times the mean cosine, from 0 to 100."""
         scores = {"fid": self.fid, "clip_score": self.clip}
         return {name: metric.compute().item() for name, metric in scores.items() if metric is not None}
 
 
 def _pixels(images: list[Image.Image]) -> torch.Tensor:
-    """(B, 3, H, W) uint8."""
+    """Images as a tensor, (B, 3, H, W) uint8."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
@@ -133,10 +133,10 @@ def score_pictures(
     batch_size: int,
     **sampling,
 ) -> dict[str, dict[str, float]]:
-    """FID, CLIP score and seconds an image, each by contender: all draw the same captions in turn, from the same seeds.
+    """FID, CLIP score and seconds per image of each contender. All draw the same captions in turn, from the same seeds.
 
     Args:
-        rows: Of `conversations`, at least two, each of a caption and the image to draw for it.
+        rows: At least two rows of `conversations`, each a caption and the image to draw for it.
     """
     metrics = {contender.name: PictureMetrics(features, clip, contender.model.device) for contender in pair}
     seconds = dict.fromkeys(metrics, 0.0)

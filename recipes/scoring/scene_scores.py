@@ -1,4 +1,4 @@
-"""Scores on scenes of held-out digits: reading, drawing, nats, reconstruction, and distances of features."""
+"""Scores on scenes of held-out digits: reading, drawing, NLL, reconstruction, and feature distances."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from uc_adapters import UniCompressModel
 from uc_adapters.families import family_of
 
 SPLIT = "held-out"
-_BATCH = 50  # of what is not timed
+_BATCH = 50  # batch size of everything that is not timed
 
 
 @dataclass
 class ReadingScore:
-    """Whether the answer about each scene is the true one, word for word.
+    """Which answers are right: equal to the true answer, word for word.
 
     Args:
-        right: By kind of question, (N,): 1 right, 0 wrong, nan where the scene does not settle a question of that kind.
+        right: For each kind of question, (N,): 1 right, 0 wrong, nan if the scene has no single answer to that kind.
     """
 
     right: dict[str, np.ndarray]
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
-        """The share of right answers by kind, behind the mean of the kinds."""
+        """The mean share of right answers over the kinds, then the share of each kind."""
         kinds = {kind: share(right[~np.isnan(right)]) for kind, right in self.right.items()}
         return {"mean": mean_share(list(kinds.values())), **kinds}
 
     @cached_property
     def by_scene(self) -> np.ndarray:
-        """What each scene gives to the mean of the kinds: (N,), and its mean is that mean."""
+        """What each scene contributes to the mean over kinds, (N,). The mean of these values is that mean."""
         shares = [np.nan_to_num(right) / np.mean(~np.isnan(right)) for right in self.right.values()]
         return np.mean(shares, 0)
 
 
 @dataclass
 class DrawingScore:
-    """What is right of each drawn scene.
+    """Which parts of each drawn scene are right.
 
     Args:
-        images: What was drawn, (N, 64, 64, 3) uint8.
+        images: The drawings, (N, 64, 64, 3) uint8.
         right: `digits.right_by_aspect` of each scene.
-        seconds: An image, prompt to pixels.
+        seconds: Seconds per image, from prompt to pixels.
     """
 
     images: np.ndarray
@@ -63,11 +63,11 @@ class DrawingScore:
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
-        """The share that is right by aspect, of every quarter or scene that it is asked of."""
+        """For each aspect, the share of right quarters or scenes, among those that it covers."""
         by_aspect = {aspect: [x for of_scene in self.right for x in of_scene[aspect]] for aspect in self.right[0]}
         return {
             aspect: share(right) for aspect, right in by_aspect.items() if right
-        }  # four full quarters leave none to be empty
+        }  # if all quarters are filled, none can be rightly empty
 
     @cached_property
     def by_scene(self) -> np.ndarray:
@@ -81,13 +81,13 @@ def render(scenes: list[Scene]) -> np.ndarray:
 
 
 def drawing_prompts(scenes: list[Scene], seed: int) -> list[str]:
-    """What is asked for each scene: its caption, the quarters in any order."""
+    """The prompt for each scene: its caption, with the quarters in random order."""
     rng = np.random.default_rng(seed)
     return [scene.shuffled_caption(rng) for scene in scenes]
 
 
 def with_other_scans(scenes: list[Scene], seed: int) -> list[Scene]:
-    """The same digits in the same colours, each shown by any of its held-out scans: as near as a perfect drawer comes."""
+    """The same digits and colours, shown by random held-out scans. No perfect model could come nearer to the scenes."""
     rng, (_, digits) = np.random.default_rng(seed), load_scans(SPLIT)
     shown = [np.flatnonzero(digits == digit) for digit in range(10)]
     return [
@@ -97,7 +97,7 @@ def with_other_scans(scenes: list[Scene], seed: int) -> list[Scene]:
 
 
 def score_reading(contender: Contender, scenes: list[Scene], seed: int) -> ReadingScore:
-    """Asks a question of every kind about every scene that settles it."""
+    """Asks one question of each kind about every scene that has a single answer to it."""
     scores = {}
     for kind in QUESTION_KINDS:
         rng = np.random.default_rng(seed)
@@ -107,9 +107,9 @@ def score_reading(contender: Contender, scenes: list[Scene], seed: int) -> Readi
             rows = asked[first : first + _BATCH]
             images = [scenes[row].image(SPLIT) for row, _ in rows]
             answers = answer(contender, images, [question for _, (question, _) in rows])
-            for told, (row, (_, truth)) in zip(answers, rows, strict=True):
-                right[row] = told == truth
-        if asked:  # a few scenes may all show a digit twice, and settle no colour
+            for reply, (row, (_, truth)) in zip(answers, rows, strict=True):
+                right[row] = reply == truth
+        if asked:  # with few scenes, no scene may have a digit only once, and so no question of its colour
             scores[kind] = right
     return ReadingScore(scores)
 
@@ -117,12 +117,12 @@ def score_reading(contender: Contender, scenes: list[Scene], seed: int) -> Readi
 def score_drawing(
     pair: list[Contender], scenes: list[Scene], seed: int, batch_size: int, **sampling
 ) -> dict[str, DrawingScore]:
-    """Draws and judges every scene, and times what is judged: each batch by the base, then by the adapter, from one seed.
+    """Draws, times and judges every scene: each batch by all contenders in turn, from one seed.
 
     Args:
-        pair: Whoever is to draw.
-        scenes: What is asked for.
-        seed: Of the prompts' wording and of the sampling.
+        pair: The contenders.
+        scenes: The scenes to draw.
+        seed: Seed of the prompts' wording and of the sampling.
         batch_size: Prompts drawn at once.
         **sampling: Arguments of `generate`.
     """
@@ -135,13 +135,13 @@ def score_drawing(
 
 
 def judge_drawings(scenes: list[Scene], images: np.ndarray, seconds: float) -> DrawingScore:
-    """Judges drawings of the asked scenes, (N, 64, 64, 3) uint8, that took `seconds` each."""
+    """Judges drawings (N, 64, 64, 3) uint8 of `scenes`; each took `seconds`."""
     right = [right_by_aspect(asked, seen) for asked, seen in zip(scenes, judge(images), strict=True)]
     return DrawingScore(images, right, seconds)
 
 
 def score_nats(contender: Contender, scenes: list[Scene]) -> np.ndarray:
-    """Nats of each real scene given its caption, (N,)."""
+    """The NLL of each real scene given its caption, in nats, (N,)."""
     batches = range(0, len(scenes), _BATCH)
     nats = []
     for first in tqdm(batches, desc=f"{contender.name}: nats", leave=False):
@@ -152,11 +152,11 @@ def score_nats(contender: Contender, scenes: list[Scene]) -> np.ndarray:
 
 @torch.no_grad()
 def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str, float]:
-    """Real scenes through the tokenizer alone: to codes (the adapter: to compact codes and back), then to pixels.
+    """Scores real scenes after the tokenizer alone: to codes (with an adapter: to compact codes and back), then to pixels.
 
     Returns:
-        "quarters" that the judge still reads, of all; "psnr" in dB, of the squared error of all images together; "ssim";
-        "feature_distance" of the restored scenes from the real ones.
+        "quarters": the share of quarters that the judge still reads; "psnr" in dB, of the squared error of all images
+        together; "ssim"; "feature_distance" of the restored scenes from the real ones.
     """
     model = contender.model
     drawing = model.code_head if isinstance(model, UniCompressModel) else None
@@ -188,7 +188,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
 
 @torch.no_grad()
 def feature_distance(real: np.ndarray, images: np.ndarray) -> float:
-    """Fréchet distance of `digit_features` between two sets of images, (N, 64, 64, 3) uint8 each, two or more a set."""
+    """The Fréchet distance of `digit_features` between two sets of at least two images, (N, 64, 64, 3) uint8 each."""
     metric = FrechetInceptionDistance(feature=digit_features())
     metric.update(to_tensor(real), real=True)
     metric.update(to_tensor(images), real=False)

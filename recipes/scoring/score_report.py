@@ -1,4 +1,4 @@
-"""What evaluate_scenes.py shows of its scores: a markdown table, and a picture of drawings."""
+"""Shows the scores of evaluate_scenes.py: a markdown table, and a picture of drawings."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ RECONSTRUCTION = {
     "feature_distance": ("feature distance", "{:.2f}", 1),
 }
 DIFFERENCE = "adapter - base"
-PICTURES = 8  # in a row
+PICTURES = 8  # pictures in a row
 
 
 def markdown(scores: dict) -> str:
-    """The table of the scores that `evaluate_scenes.py --json` writes: a column for each contender, and what differs."""
+    """The table of the scores of `evaluate_scenes.py --json`: one column per contender, and one for the difference."""
     columns = [*scores["reading"], *([DIFFERENCE] if "differences" in scores else [])]
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[label, *(cells.get(column, "") for column in columns)] for label, cells in _rows(scores)]
+    lines += [[label, *(entries.get(column, "") for column in columns)] for label, entries in _rows(scores)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{scores['dataset']}; in brackets, 95 % intervals; {in_words(scores['environment'])}"
 
 
 def _rows(scores: dict) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each line of the table: its label, and its cells by column."""
+    """The lines of the table: the label of each, and its entries by column."""
 
     def differing(what: str, scale: float) -> dict[str, str]:
         return {DIFFERENCE: _estimate(scores["differences"][what], scale)} if "differences" in scores else {}
@@ -73,7 +73,7 @@ def _rows(scores: dict) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def save_drawings(scenes: list[Scene], seed: int, drawn: dict[str, DrawingScore], path: Path) -> None:
-    """A PNG of the first scenes: real above, then what each contender drew for the same prompt, which is the title."""
+    """Writes a PNG of the first scenes: real ones at the top, then each contender's drawings. The prompts are the titles."""
     rows = {"the scene (real scans)": [Image.fromarray(pixels) for pixels in render(scenes[:PICTURES])]}
     for name, score in drawn.items():
         quarters, whole = (100 * score.estimates[aspect].value for aspect in ("quarters", "scenes"))

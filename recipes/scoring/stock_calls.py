@@ -1,6 +1,6 @@
-"""Drawing as each base's own documentation does it, with the bare base and with an adapter on it.
+"""Draws as each base's own documentation does, with the bare base or with an adapter on it.
 
-What a family of bases calls differently is here, so that the recipes are the same for all.
+The calls that differ between families of bases are here, so that the recipes are the same for all.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from uc_adapters.layers import Grid
 
 
 class JanusCalls:
-    """Images of one size; `generate` itself knows how to draw."""
+    """The calls of Janus: images have one size, and `generate` itself draws."""
 
     def prompts(self, processor: ProcessorMixin, texts: list[str], **kwargs) -> BatchFeature:
-        """Prompts to draw."""
+        """The inputs of prompts to draw."""
         return processor(text=texts, padding=True, return_tensors="pt", generation_mode="image", **kwargs)
 
     def draw(self, model: PreTrainedModel, inputs: BatchFeature, **sampling) -> torch.Tensor:
-        """The base's tokens of each image, (B, ...)."""
+        """Draws; returns the base's tokens of each image, (B, ...)."""
         return model.generate(**inputs, generation_mode="image", **sampling)
 
     def grid(self, model: PreTrainedModel, inputs: BatchFeature) -> Grid:
-        """Of the images' codes."""
+        """The grid of the images' codes."""
         side = family_of(base_of(model)).geometry.draw_side
         return side, side
 
     def pixels(self, model: PreTrainedModel, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Tokens of images of one grid -> (B, 3, H, W)."""
+        """Decodes tokens of images of one grid to pixels, (B, 3, H, W)."""
         return model.decode_image_tokens(tokens).permute(0, 3, 1, 2)
 
 
 class Emu3Calls:
-    """Images of any size: the prompt tells it, and the documentation's own constraint keeps words out of an image."""
+    """The calls of Emu3: the prompt gives the image size, and the documented constraint keeps text tokens out of images."""
 
     def prompts(self, processor: ProcessorMixin, texts: list[str], **kwargs) -> BatchFeature:
-        area = min(processor.image_area, processor.image_processor.max_pixels)  # the documentation's, or a tiny base's
+        area = min(processor.image_area, processor.image_processor.max_pixels)  # the documented area, or a tiny base's
         kwargs = {"return_for_image_generation": True, "image_area": area, **kwargs}
         return processor(text=texts, padding=True, return_tensors="pt", **kwargs)
 
@@ -49,7 +49,7 @@ class Emu3Calls:
             return model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale, **sampling)
         family, ids = family_of(model), inputs["input_ids"]
         rows, columns = inputs["image_sizes"][0]
-        if guidance_scale > 1:  # what caption dropout trained on
+        if guidance_scale > 1:  # the unconditional prompt that caption dropout trains
             blank = family.unconditional(ids, model.generation_config)
             sampling |= {"negative_prompt_ids": blank, "negative_prompt_attention_mask": inputs["attention_mask"]}
         codes = family.code_token_ids.tolist()
@@ -82,17 +82,17 @@ CALLS = {"janus": JanusCalls(), "emu3": Emu3Calls()}
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The base itself, of a bare one or of one with an adapter."""
+    """The base of a model: the model itself, or what its adapter is on."""
     return model.get_base_model() if isinstance(model, UniCompressModel) else model
 
 
 def calls_of(model: PreTrainedModel) -> JanusCalls | Emu3Calls:
-    """Of a bare base, or of one with an adapter."""
+    """The calls for a bare base, or for one with an adapter."""
     return CALLS[model.config.model_type]
 
 
 def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCalls | Emu3Calls) -> dict:
-    """A batch of prompts to draw, as the base's documentation prepares them."""
+    """The inputs of a batch of prompts to draw, prepared as in the base's documentation."""
     texts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "text", "text": prompt}]}], add_generation_prompt=True, tokenize=False

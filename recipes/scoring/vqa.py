@@ -1,4 +1,4 @@
-"""Questions about images: what a dataset asks, a contender's answers, and their scores: exact match, and VQA's accuracy."""
+"""Questions about images: those of a dataset, a contender's answers, and their scores, exact match and VQA accuracy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rows.conversations import DatasetError, decoded
 from scoring.contenders import Contender, reply
 from tqdm.auto import tqdm
 
-ENOUGH_AGREE = 3  # people who gave an answer, for it to count whole
+ENOUGH_AGREE = 3  # people who must give an answer for it to count fully
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # others stay: 50% is not 50
-# Those whose letters alone are another word (we're, she'll, I'd) stay away: an apostrophe there would be a guess.
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # other marks stay: 50% is not 50
+# Contractions whose letters spell another word (we're, she'll, I'd) are left out: an apostrophe there would be a guess.
 CONTRACTIONS = """
     ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he's how'd how's
     i'd've isn't it'd it'd've it'll i've ma'am mightn't mightn't've might've mustn't must've needn't o'clock oughtn't
@@ -34,23 +34,23 @@ _BY_LETTERS = {word.replace("'", ""): word for word in CONTRACTIONS.split()}
 class Question:
     """The turns up to an answer, and the answers that count as right."""
 
-    row: int  # of the dataset, which has the images
-    images: int  # how many of them, from the first
+    row: int  # the row of the dataset that has the images
+    images: int  # how many of its images are in the turns, from the first
     messages: list[dict]
     references: list[str]
 
 
 def questions_of(rows: Dataset) -> list[Question]:
-    """Every turn in which the assistant answers in words, behind an image to read; what was said before stays before it.
+    """Finds every turn in which the assistant answers in text, after an image to read; earlier turns are its context.
 
-    An answer right behind another one is one more reference for it. A caption that an image is also drawn from is none, and so
-    is an answer in TRL's `prompt`, which is only context.
+    An answer right after another one is one more reference for the same question. A caption that an image is also drawn from is
+    not an answer. An answer in TRL's `prompt` is only context.
 
     Args:
-        rows: Of `conversations`.
+        rows: Rows of `conversations`.
 
     Raises:
-        DatasetError: A question or an answer without words.
+        DatasetError: A question or an answer has no words.
     """
     questions = []
     columns = (rows[name] for name in ("messages", "origin", "first", "given"))
@@ -58,11 +58,11 @@ def questions_of(rows: Dataset) -> list[Question]:
         images, before = 0, None
         for place, turn in enumerate(messages if first else []):
             parts = [part["type"] for part in turn["content"]]
-            if turn["role"] == "assistant" and "image" in parts:  # what follows would be asked about the dataset's drawing
+            if turn["role"] == "assistant" and "image" in parts:  # later questions would be about the dataset's drawing
                 break
             if turn["role"] == "assistant" and images and place >= given:
                 if not (_words(turn) and _words(messages[place - 1])):
-                    raise DatasetError(f"{origin}: a question or an answer without words; expected both.")
+                    raise DatasetError(f"{origin}: a question or an answer is without words; expected a text in both.")
                 if before == "assistant":
                     questions[-1].references.append(_words(turn))
                 else:
@@ -78,7 +78,7 @@ def _words(turn: dict) -> str:
 def answer_questions(
     contender: Contender, rows: Dataset, questions: list[Question], batch_size: int, max_new_tokens: int
 ) -> list[str]:
-    """Answers, greedily."""
+    """The contender's greedy answers to the questions."""
     answers = []
     for first in tqdm(range(0, len(questions), batch_size), desc=f"{contender.name} answers", leave=False):
         batch = questions[first : first + batch_size]
@@ -89,37 +89,37 @@ def answer_questions(
 
 
 def vqa_scores(answers: list[str], references: list[list[str]]) -> dict[str, Estimate]:
-    """Exact match, and VQA accuracy, of at least two answers. A question is a trial.
+    """Exact match and VQA accuracy of at least two answers. Each question is one trial.
 
     Args:
-        references: The right answers to each: one, or those of several people.
+        references: The right answers to each question: one, or those of several people.
     """
     pairs = list(zip(answers, references, strict=True))
     return {
-        "exact_match": share([answer in told for answer, told in pairs]),
-        "vqa_accuracy": mean(np.array([vqa_accuracy(answer, told) for answer, told in pairs])),
+        "exact_match": share([answer in right for answer, right in pairs]),
+        "vqa_accuracy": mean(np.array([vqa_accuracy(answer, right) for answer, right in pairs])),
     }
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
-    """VQA's accuracy of an answer, in [0, 1]: min(people who agree / 3, 1), the mean over all of them but one at a time.
+    """VQA's accuracy of an answer, in [0, 1]: min(people who agree / 3, 1), averaged over leaving out one person at a time.
 
-    VQA has ten people a question. Of fewer than four, all who are left have to agree; a single one is compared with.
+    VQA has ten people per question. With fewer than four, all those left must agree; with one, this is a comparison.
     """
-    said, told = normalised(answer), Counter(map(normalised, references))
+    said, counts = normalised(answer), Counter(map(normalised, references))
     if len(references) == 1:
-        return float(told[said])
+        return float(counts[said])
     enough = min(ENOUGH_AGREE, len(references) - 1)
-    scores = [min((told[said] - (reference == said)) / enough, 1) for reference in told.elements()]
+    scores = [min((counts[said] - (reference == said)) / enough, 1) for reference in counts.elements()]
     return sum(scores) / len(scores)
 
 
 def normalised(text: str) -> str:
     """An answer as the VQA evaluation compares it (https://visualqa.org/evaluation.html).
 
-    In small letters; without articles; numbers up to ten as digits; contractions with their apostrophe; punctuation as spaces,
-    or as nothing where it stands beside a space anywhere, or where a comma stands between digits anywhere. Periods go, but
-    for those of decimals.
+    It is in lower case and has no articles. Numbers up to ten become digits, and contractions get their apostrophe. Punctuation
+    becomes a space. It is removed instead if the same mark is next to a space anywhere in the text, or if a comma is between
+    digits anywhere. Periods are removed, except in decimals.
     """
     said = text = text.lower().replace("\u2019", "'")
     grouped = re.search(r"\d,\d", said)

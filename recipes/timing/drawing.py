@@ -1,8 +1,12 @@
-"""Seconds and bytes of drawing, prompt to pixels: what `benchmark.py` times of it, where the time goes, and the alternatives.
+"""Measures the seconds and bytes of drawing, from prompt to pixels, the shares of time, and the alternatives.
 
-The base draws with transformers' own `generate`, guided, as its documentation does. Janus has a loop of its own there, which
+The base draws with transformers' own `generate` and guidance, as its documentation does. Janus has its own loop there, which
 always makes a static cache and never compiles. `cache_implementation` only chooses whether that cache is offloaded, and
+<<<<<<< HEAD
 `compile_config` is not looked at. So its alternatives come from outside: a `DynamicCache` as an argument, and PyTorch's own
+=======
+`compile_config` is ignored. So its alternatives come from outside: `past_key_values=DynamicCache(...)`, and PyTorch's own
+>>>>>>> 19df51fd4d8462fc7afd811fe67c3181b08baf40
 `Module.compile` on the language model.
 """
 
@@ -26,7 +30,7 @@ ALTERNATIVES = ("dynamic", "static", "compiled")
 
 
 def draw(model: nn.Module, batch: int, **options) -> torch.Tensor:
-    """Pixels of as many drawings, guided."""
+    """Draws a batch with guidance, and returns the pixels."""
     set_seed(0)
     tokens = model.generate(**prompts(model, batch), generation_mode="image", do_sample=True, guidance_scale=5.0, **options)
     return model.decode_image_tokens(tokens)
@@ -37,17 +41,17 @@ def _draw_dense_dynamically(base: nn.Module, batch: int) -> torch.Tensor:
 
 
 def why_not_compiled(device: str) -> str | None:
-    """Why nothing can be compiled here; None where it can."""
+    """The reason why torch.compile fails on a device; None if it works."""
     try:
-        new = torch.zeros(random.randrange(2, 10**6), device=device)  # of a size that no cache knows: the compiler has to work
+        new = torch.zeros(random.randrange(2, 10**6), device=device)  # a size that no cache has
         torch.compile(lambda x: x + 1, dynamic=False)(new)
-    except Exception as error:  # of TorchDynamo, of its backend, of a compiler: each has its own
+    except Exception as error:  # TorchDynamo, its backend and a compiler each raise errors of their own
         return f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
     return None
 
 
 def alternatives(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, dict[str, Callable[[int], object]]]:
-    """For each chosen alternative, how base and "adapter" draw a batch of a size."""
+    """The chosen alternatives: for each, functions by which base and "adapter" draw a batch of a given size."""
     base, adapter = models["base"], models["adapter"]
     on_gpu = base.device.type == "cuda"
     found: dict[str, dict[str, Callable[[int], object]]] = {}
@@ -67,7 +71,7 @@ def alternatives(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, d
         options: dict = {"cache_implementation": "static"}
         if not on_gpu:
             options["compile_config"] = CompileConfig(dynamic=False, mode=None)
-            options["compile_config"]._compile_all_devices = True  # transformers compiles on GPUs alone unless told
+            options["compile_config"]._compile_all_devices = True  # else transformers compiles on GPUs alone
         found["compiled"] = {"base": partial(draw, compiled_base), "adapter": partial(draw, adapter, **options)}
     return found
 
@@ -75,7 +79,7 @@ def alternatives(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, d
 def drawing_figures(
     models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool, chosen: list[str]
 ) -> dict:
-    """Of all sides in their default way, and of two in the chosen alternatives, in turn; seconds of None did not fit."""
+    """The figures of drawing in turn: all sides in the default way, two in the chosen alternatives; None if out of memory."""
     device = models["base"].device.type
     left_out = {}
     if "compiled" in chosen and (reason := why_not_compiled(device)):
@@ -86,7 +90,7 @@ def drawing_figures(
         works: dict[str, Work] = {
             f"{way} {name}": partial(work, batch) for way, of in ways.items() for name, work in of.items()
         }
-        if "compiled" in ways and not warm_up:  # compiling is no part of a drawing
+        if "compiled" in ways and not warm_up:  # the time to compile is not part of a drawing
             for name in ways["compiled"]:
                 fitting(works[f"compiled {name}"])
         taken = in_turn(works, repeats, f"draw {batch} in turn", warm_up)
@@ -112,7 +116,7 @@ def drawing_figures(
 
 
 def drawing_shares(model: nn.Module, warm_up: bool) -> dict[str, float]:
-    """Where the time of one drawing goes, as shares of it."""
+    """The share of each part in the time of one drawing."""
     if warm_up:
         draw(model, 1)
     compact = isinstance(model, UniCompressModel)
@@ -133,19 +137,19 @@ def drawing_shares(model: nn.Module, warm_up: bool) -> dict[str, float]:
 
 
 def token_bytes(model: UniCompressModel) -> int:
-    """Keys and values of one token."""
+    """The bytes of the keys and values of one token."""
     text = model.get_base_model().config.text_config
     width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
     return 2 * text.num_hidden_layers * width * model.dtype.itemsize
 
 
 def drawing_cache_bytes(models: dict[str, nn.Module], batch: int) -> dict[str, int]:
-    """Keys and values of a whole guided drawing: each prompt and its blank one, and what is fed behind them."""
+    """The bytes of keys and values of a guided drawing: prompts, their unconditional copies, and the inputs after both."""
     adapter = models["adapter"]
     side = adapter.family.geometry.draw_side
     found = {}
     for name, model in models.items():
-        # transformers' static cache has room for the last token, too; ours never feeds it
+        # transformers' static cache has room for the last token, too; the adapter never feeds it
         fed = side**2 if name == "base" else model.active_peft_config.num_gen_tokens((side, side)) - 1
         found[name] = 2 * batch * (TEXT_TOKENS + fed) * token_bytes(adapter)
     return found

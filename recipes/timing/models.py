@@ -1,4 +1,4 @@
-"""Who is compared: a dense Janus and adapters on the same weights, the shipped tiny ones or of Janus-Pro's shapes."""
+"""The models that are timed: a dense Janus and adapters on its weights, the shipped tiny pair or of Janus-Pro's shapes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from transformers import (
 
 from uc_adapters import UniCompressConfig, UniCompressModel, get_uc_model
 
-TEXT_TOKENS = 30  # of a question or a prompt
+TEXT_TOKENS = 30  # tokens of a question or a prompt
 CARDS = Path(__file__).parents[2] / "model_cards"
-SHAPES = {  # of the published language models: width, layers, heads, width of the MLP
+SHAPES = {  # the published language models: width, layers, heads, width of the MLP
     "janus-pro-1b": (2048, 24, 16, 5632),
     "janus-pro-7b": (4096, 30, 32, 11_008),
 }
 
 
 def janus_config(hidden: int, layers: int, heads: int, mlp: int) -> JanusConfig:
-    """A published Janus-Pro: SigLIP-L at 384 pixels, 24 x 24 codes of 16 384, two word matrices that are not tied."""
+    """The config of a published Janus-Pro: SigLIP-L at 384 pixels, 24 x 24 codes of 16 384, untied token embeddings."""
     text_config = LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -57,9 +57,9 @@ def random_janus(config: JanusConfig, dtype: torch.dtype, device: str) -> JanusF
 
 
 def sides(shape: str, decompressor: str, also: list[str], dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """The bare base, and adapters on the same weights: "adapter", and one by the name of each further decompressor.
+    """Loads the bare base, and adapters on the same weights: "adapter", and one named after each decompressor of `also`.
 
-    "tiny" is the shipped pair; the further ones' weights, and all of the other shapes, are random.
+    "tiny" is the shipped pair. The adapters of `also` have random weights, and so has everything of the other shapes.
     """
 
     def fresh(kind: str) -> UniCompressModel:
@@ -76,26 +76,26 @@ def sides(shape: str, decompressor: str, also: list[str], dtype: torch.dtype, de
 
 
 def fused(adapter: UniCompressModel) -> UniCompressModel:
-    """An adapter once more, with its LoRA merged; it shares all other weights with the one given."""
+    """A twin of an adapter with its LoRA merged; it shares all other weights with the original."""
     model = twin_of(adapter)
     model.merge_adapter()
     return model
 
 
 def prompts(model: nn.Module, batch: int, placeholders: int = 0) -> dict[str, torch.Tensor]:
-    """Random words behind the sequence's begin; to read, behind an image's placeholders; to draw, before an image's begin."""
+    """Random text tokens after BOS: to read, with an image's placeholders before them; to draw, with BOI as the last."""
     config = model.generation_config
-    words = torch.randint(6, 50, (batch, TEXT_TOKENS), device=model.device)  # neither an image's placeholder nor its begin
-    words[:, 0] = config.bos_token_id
+    ids = torch.randint(6, 50, (batch, TEXT_TOKENS), device=model.device)  # neither placeholders nor BOI
+    ids[:, 0] = config.bos_token_id
     if placeholders:
         image = torch.full((batch, placeholders), model.config.image_token_id, device=model.device)
-        words = torch.cat([words[:, :1], image, words[:, 1:]], 1)
+        ids = torch.cat([ids[:, :1], image, ids[:, 1:]], 1)
     else:
-        words[:, -1] = config.generation_kwargs["boi_token_id"]
-    return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+        ids[:, -1] = config.generation_kwargs["boi_token_id"]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def random_pixels(base: nn.Module, batch: int) -> torch.Tensor:
-    """Images of the base's size, (B, 3, H, W)."""
+    """Random images of the base's size, (B, 3, H, W)."""
     size = base.config.vision_config.image_size
     return torch.randn(batch, 3, size, size, device=base.device, dtype=base.dtype)

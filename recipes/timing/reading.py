@@ -1,4 +1,4 @@
-"""Seconds and bytes of reading an image: what `benchmark.py` times of it, and what a disabled adapter costs."""
+"""Measures the seconds and bytes of reading an image, and the cost of a disabled adapter."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import nn
 
 from uc_adapters import UniCompressModel
 
-NEW_TOKENS = 16  # of an answer
+NEW_TOKENS = 16  # tokens of an answer
 PHASES = ("prefill", "first token", "answer")
 
 
 def answer(model: nn.Module, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
-    """So many tokens behind a prompt, greedily."""
+    """Generates exactly `tokens` tokens after a prompt, greedily."""
     return model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
 def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[str, Work]]:
-    """What is timed of reading: the language model's prefill alone, up to the first token, and whole answers."""
+    """The work to time: the language model's prefill alone, everything up to the first token, and whole answers."""
     pixels = random_pixels(models["base"], batch)
     dense = models["adapter"].family.geometry.read_side ** 2
     works: dict[str, dict[str, Work]] = {phase: {} for phase in PHASES}
@@ -40,11 +40,14 @@ def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[st
 
 
 def reading_figures(models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool) -> dict:
-    """Of all sides, in turn; seconds of None did not fit. One prompt is warmed up and has three turns at least."""
+    """The figures of reading on all sides, in turn; None if out of memory.
+
+    A single prompt always has a warm-up and at least three turns.
+    """
     by_batch: dict[str, dict[str, dict[str, float | None]]] = {}
     rates: dict[str, dict[str, float | None]] = {}
     for batch in batch_sizes:
-        few = batch == 1  # seconds where a drawing takes minutes
+        few = batch == 1  # this takes seconds where a drawing takes minutes
         turns = max(3, repeats) if few else repeats
         works = fitting(partial(reading_works, models, batch))
         seconds = {phase: dict.fromkeys(models) for phase in PHASES}
@@ -59,7 +62,7 @@ def reading_figures(models: dict[str, nn.Module], batch_sizes: list[int], repeat
 
 
 def image_cache_bytes(model: UniCompressModel) -> dict[str, int]:
-    """Keys and values that one image leaves in the cache."""
+    """The bytes of keys and values that one image leaves in the cache."""
     return {
         "base": model.family.geometry.read_side**2 * token_bytes(model),
         "adapter": model.num_image_tokens * token_bytes(model),
@@ -67,9 +70,9 @@ def image_cache_bytes(model: UniCompressModel) -> dict[str, int]:
 
 
 def disabled_over_bare(models: dict[str, nn.Module], repeats: int) -> float | None:
-    """Seconds of the base under a disabled adapter, over those of the bare base: the language model, one image's tokens.
+    """The ratio of seconds of a disabled adapter to the bare base, for the language model on one image's tokens.
 
-    None where they do not fit in memory.
+    None if they do not fit in memory.
     """
     core = models["base"].model
     count = models["adapter"].family.geometry.read_side ** 2

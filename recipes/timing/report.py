@@ -1,4 +1,4 @@
-"""What `benchmark.py` found as a table and as a chart, base beside adapters."""
+"""Shows the figures of `benchmark.py` as a table and as a chart, with the base beside the adapters."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import matplotlib as mpl
 from timing.training import table_rows
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # behind the choice of backend: no screen is needed
+import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
 Sides = dict[str, float | None]
 WAYS = {"dynamic": "dynamic caches", "static": "static caches", "compiled": "compiled"}
 
 
 def rows(figures: dict) -> list[tuple[str, str, Sides, bool]]:
-    """What is compared, its unit, the figures of each side (None: out of memory), and whether less is better."""
+    """Rows of the table: what is compared, its unit, the sides' figures (None: out of memory), and whether less is better."""
     if "training" in figures:
         return [(*row, True) for row in table_rows(figures)]
     drawing, reading, memory = figures["drawing"], figures["reading"], figures["memory"]
@@ -37,7 +37,7 @@ def _megabytes(sides: Sides) -> Sides:
 
 
 def _gain(sides: Sides, name: str, less_is_better: bool) -> float | None:
-    """How many times better than the base one of the others is."""
+    """How many times better than the base a side is; None if one of the two is missing."""
     if not (sides["base"] and sides[name]):
         return None
     gain = sides["base"] / sides[name]
@@ -45,12 +45,12 @@ def _gain(sides: Sides, name: str, less_is_better: bool) -> float | None:
 
 
 def _number(value: float) -> str:
-    """Three figures, never as a power of ten."""
+    """A number with three significant digits, never as a power of ten."""
     return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def _cells(sides: Sides, name: str, less_is_better: bool) -> list[str]:
-    """One side's figure and, but for the base, its gain: both blank where it was not measured."""
+    """A side's figure and, except for the base, its gain. Both are empty if the side was not measured."""
     if name not in sides:
         return ["", ""]
     figure = "out of memory" if sides[name] is None else _number(sides[name])
@@ -61,9 +61,9 @@ def _cells(sides: Sides, name: str, less_is_better: bool) -> list[str]:
 
 
 def markdown(figures: dict) -> str:
-    """The figures as a table, each adapter's gain beside it, and what could not be measured."""
+    """A markdown table of the figures with each adapter's gain, and lines on what could not be measured."""
     found = rows(figures)
-    names = list(found[0][2])  # of drawing, which all do
+    names = list(found[0][2])  # the first row is drawing, which has all sides
     titles = [title for name in names for title in ([name] if name == "base" else [name, "gain"])]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for what, unit, sides, less_is_better in found:
@@ -82,7 +82,7 @@ def markdown(figures: dict) -> str:
 
 
 def draw_chart(figures: dict, path: str) -> None:
-    """Bars of the figures, base beside adapters, four to a row; what ran out of memory is left to the table."""
+    """Writes a bar chart with four panels a row. Figures that ran out of memory are only in the table."""
     compared = [row for row in rows(figures) if all(row[2].values())]
     lines = -(-len(compared) // 4)
     figure, axes = plt.subplots(lines, 4, figsize=(9, 2.8 * lines), squeeze=False)

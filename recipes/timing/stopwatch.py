@@ -1,4 +1,4 @@
-"""Seconds and bytes of what takes turns, and where in a model the time goes."""
+"""Measures seconds and bytes of functions that take turns, and the time in the parts of a model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PROC = Path("/proc/self")
 
 @dataclass
 class Measured:
-    """Median seconds, and the most memory that a turn needed beyond what was held before it, in bytes (None: not known)."""
+    """Median seconds, and the peak memory of a turn beyond what was held before it, in bytes (None: unknown)."""
 
     seconds: float
     peak_bytes: int | None
 
 
 def in_turn(works: dict[str, Work], repeats: int, what: str, warm_up: bool = True) -> dict[str, Measured | None]:
-    """Each work's measures, taking turns, after a warm-up; None for a work that ran out of memory, which drops out."""
+    """Measures works in turn, after a warm-up. A work that runs out of memory drops out, and its result is None."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     peaks: dict[str, list[int | None]] = {name: [] for name in works}
     fits = set(works)
@@ -55,25 +55,25 @@ def in_turn(works: dict[str, Work], repeats: int, what: str, warm_up: bool = Tru
 
 
 def fitting(work: Work) -> object | None:
-    """What work returns; None where memory runs out, which is then free again."""
+    """What `work` returns; None if memory runs out, after freeing it."""
     try:
         return work()
     except (MemoryError, torch.OutOfMemoryError):
         pass
-    except RuntimeError as error:  # PyTorch's allocator of the CPU has no class of error of its own
+    except RuntimeError as error:  # PyTorch's CPU allocator has no error class of its own
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
-    gc.collect()  # outside of the handler: the error held what was allocated so far
+    gc.collect()  # outside the handler, because the error holds what was allocated so far
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None
 
 
 def fitting_batch(work: Work, batch_size: int) -> Any:
-    """What work returns; stops with a word on the batch where memory runs out."""
+    """What `work` returns; exits with a message about the batch size if memory runs out."""
     done = fitting(work)
     if done is None:
-        raise SystemExit(f"--batch_size {batch_size} ran out of memory; expected one that fits. Take a smaller one.")
+        raise SystemExit(f"--batch_size {batch_size} ran out of memory; expected one that fits. Choose a smaller one.")
     return done
 
 
@@ -84,7 +84,7 @@ def synchronize() -> None:
 
 
 def seconds_of(work: Work) -> float:
-    """Wall-clock seconds."""
+    """The wall-clock seconds of a work."""
     synchronize()
     start = time.perf_counter()
     work()
@@ -93,12 +93,12 @@ def seconds_of(work: Work) -> float:
 
 
 def held_bytes() -> int | None:
-    """Memory in use, of the GPU, or the process's resident; `most_bytes` counts from here on. None: the system cannot tell."""
+    """Memory in use: the GPU's, or the process's resident one (None: unknown). `most_bytes` counts from this call on."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed but kept would hide as much of the next turn's need
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that malloc keeps would hide as much of the next turn's need
         (PROC / "clear_refs").write_text("5")  # the kernel's high-water mark falls to what is resident now
     except OSError:
         return None
@@ -106,7 +106,7 @@ def held_bytes() -> int | None:
 
 
 def most_bytes() -> int:
-    """The most memory in use since `held_bytes`."""
+    """The peak memory in use since `held_bytes`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _resident("VmHWM")
 
 
@@ -116,13 +116,14 @@ def _resident(field: str) -> int:
 
 
 class Watch:
-    """Seconds spent inside parts of a model, by name: what a part calls counts for it alone."""
+    """Measures the seconds inside named parts of a model. A part inside another one counts for itself alone."""
 
     def __init__(self, parts: dict[str, list[nn.Module]]):
         self.parts, self.seconds = parts, defaultdict(float)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Measures while the context is open."""
         handles, open_calls = [], []
 
         def start(*_) -> None:
@@ -136,7 +137,7 @@ class Watch:
                 taken = time.perf_counter() - open_calls.pop()
                 self.seconds[name] += taken
                 if open_calls:
-                    open_calls[-1] += taken  # not of the part around it
+                    open_calls[-1] += taken  # moves the start of the part around it, which excludes this call
 
             for module in modules:
                 handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]

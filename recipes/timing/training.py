@@ -1,9 +1,9 @@
-"""A step of training on a dense Janus and on compact images: what `benchmark.py --train` measures.
+"""Measures a training step on dense image tokens and on compact ones, for `benchmark.py --train`.
 
-Both sides are LoRA of one size in the language models of twins that share their weights. The dense side is stock PEFT and stock
-Janus; the compact side is stage 2, as `finetune.py` runs it. Where images become shorter is all that differs: each encodes the
-pixels that it reads, takes the latents of what it draws from a cache, as `finetune.py` does, runs the head of the words only
-where an answer is, and updates with AdamW.
+Both sides train a LoRA of the same size in the language models of twins that share their weights. The dense side is stock PEFT
+on stock Janus; the compact side is stage 2, as `finetune.py` runs it. They only differ in the number of image tokens. Each side
+encodes the pixels that it reads, takes the latents of the images to draw from a cache, as `finetune.py` does, runs the LM head
+on the answer alone, and updates with AdamW.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uc_adapters import UniCompressModel
 from uc_adapters.families import family_of
 from uc_adapters.layers import nearest_codes
 
-ANSWER_TOKENS = 16  # learned, behind an image and a question
+ANSWER_TOKENS = 16  # learned tokens, after an image and a question
 MEMORY = {
     "cpu": "kept for backward: bytes that a forward saves, each storage once, parameters excluded",
     "cuda": "peak of a step: most GPU memory allocated in it, less what was allocated before it",
@@ -32,11 +32,11 @@ MEMORY = {
 
 
 class Trainee(ABC):
-    """One side: its losses and its step.
+    """One side of the comparison, with its losses and its step.
 
     Args:
-        model: With the adapter that trains.
-        gradient_checkpointing: Keeps the inputs of each layer, and computes the rest again in the backward pass.
+        model: The model with the adapter to train.
+        gradient_checkpointing: Whether to keep only the inputs of each layer, and to recompute the rest in the backward pass.
     """
 
     def __init__(self, model: PeftModel, gradient_checkpointing: bool):
@@ -47,11 +47,11 @@ class Trainee(ABC):
 
     @abstractmethod
     def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Of drawing images, of which the VQ tokenizer's latents (B, T, C) are given, behind prompts (B, W)."""
+        """The loss of drawing images, given by their VQ latents (B, T, C), after prompts of text tokens (B, W)."""
 
     @abstractmethod
     def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Of the answers that end the words (B, W); images (B, 3, H, W) stand behind the first word."""
+        """The loss of the answers at the end of the text tokens (B, W); images (B, 3, H, W) are after the first token."""
 
     def step(self, loss: Callable[[], torch.Tensor]) -> None:
         """Forward, backward, update."""
@@ -60,9 +60,9 @@ class Trainee(ABC):
         self.optimizer.zero_grad()
 
     def _with_images(self, words: torch.Tensor, count: int, position: int) -> torch.Tensor:
-        """Words (B, W) with an image's placeholders in them, (B, W + count)."""
-        places = words.new_full((len(words), count), self.model.config.image_token_id)
-        return torch.cat([words[:, :position], places, words[:, position:]], 1)
+        """Text tokens (B, W) with `count` image placeholders inserted at `position`, (B, W + count)."""
+        placeholders = words.new_full((len(words), count), self.model.config.image_token_id)
+        return torch.cat([words[:, :position], placeholders, words[:, position:]], 1)
 
 
 class DenseLora(Trainee):
@@ -80,7 +80,7 @@ class DenseLora(Trainee):
     def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         config = self.model.config.vision_config
         ids = self._with_images(words, (config.image_size // config.patch_size) ** 2, 1)
-        # logits_to_keep and not labels: the base's own loss would score every word at every token of the image
+        # With labels instead of logits_to_keep, the base would compute the logits of every image token, too
         logits = self.model(input_ids=ids, pixel_values=pixels, use_cache=False, logits_to_keep=ANSWER_TOKENS + 1).logits
         return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), words[:, -ANSWER_TOKENS:].flatten())
 
@@ -104,14 +104,14 @@ class Compact(Trainee):
 
 
 def with_same_lora(base: JanusForConditionalGeneration, adapter: UniCompressModel) -> PeftModel:
-    """A base with stock LoRA of the adapter's rank, in the same layers."""
+    """A base with a stock LoRA of the adapter's rank, in the same layers."""
     config = adapter.active_peft_config
     layers = [name for name, module in adapter.get_base_model().named_modules() if isinstance(module, LoraLayer)]
     return get_peft_model(base, LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=layers))
 
 
 def trainees(models: dict[str, nn.Module], gradient_checkpointing: bool) -> dict[str, Trainee]:
-    """The dense side on the bare base, the compact side on the adapter of stage 2."""
+    """The two sides: dense LoRA on the bare base, and the adapter in stage 2."""
     models["adapter"].train_only("language model")
     return {
         "base": DenseLora(with_same_lora(models["base"], models["adapter"]), gradient_checkpointing),
@@ -126,19 +126,19 @@ def training_figures(
     gradient_checkpointing: bool,
     timed: Callable[..., dict[str, float]],
 ) -> dict:
-    """Seconds, images a second and bytes of a step that learns to draw images, and of one that learns to read them.
+    """Seconds, images per second and bytes of a step that learns to draw images, and of one that learns to read them.
 
     Args:
-        models: The bare base, and the adapter on a twin of it; both are trained.
-        prompts: Words before each image to draw, (B, W).
+        models: The bare base, and the adapter on a twin of it. Both are trained.
+        prompts: Text tokens before each image to draw, (B, W).
         pixels: The images, (B, 3, H, W).
         gradient_checkpointing: See `Trainee`.
-        timed: Works by name -> the seconds of each. Told `what` they are.
+        timed: A function from works by name to the seconds of each. Its keyword `what` describes the works.
     """
     sides = trainees(models, gradient_checkpointing)
     with torch.no_grad():
         latents = models["adapter"].family.latents(pixels)
-    questions = torch.cat([prompts, prompts[:, -ANSWER_TOKENS:]], 1)  # an answer's words are as good as any
+    questions = torch.cat([prompts, prompts[:, -ANSWER_TOKENS:]], 1)  # any tokens can serve as an answer
     losses = {
         "drawing": {name: partial(side.drawing_loss, prompts, latents) for name, side in sides.items()},
         "reading": {name: partial(side.reading_loss, questions, pixels) for name, side in sides.items()},
@@ -156,7 +156,7 @@ def training_figures(
 
 
 def table_rows(figures: dict) -> list[tuple[str, str, dict[str, float]]]:
-    """For a table: what is compared, its unit, and the figures of both sides."""
+    """The rows of a table: what is compared, its unit, and the figures of both sides."""
     counted, rows = figures["activation_bytes_are"].partition(":")[0], []
     for what, found in figures["training"].items():
         rows.append((f"training, {what}, a step", "s", found["seconds"]))
@@ -167,7 +167,7 @@ def table_rows(figures: dict) -> list[tuple[str, str, dict[str, float]]]:
 
 
 def activation_bytes(side: Trainee, loss: Callable[[], torch.Tensor]) -> int:
-    """What a step needs beside weights and the optimiser's state, measured as `MEMORY` says for the device.
+    """The memory of a step beside weights and optimiser state, measured as `MEMORY` says for the device.
 
     With gradient checkpointing, the CPU's count leaves out the one layer at a time that the backward pass computes again.
     """
@@ -178,7 +178,7 @@ def activation_bytes(side: Trainee, loss: Callable[[], torch.Tensor]) -> int:
         side.step(loss)
         return torch.cuda.max_memory_allocated() - before
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*side.model.parameters(), *side.model.buffers())}
-    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()  # less what was saved for parts of the graph that are gone
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()  # a weak set, to leave out tensors of parts of the graph that are gone
 
     def pack(tensor: torch.Tensor) -> _Saved:
         saved = _Saved(tensor)
@@ -186,14 +186,14 @@ def activation_bytes(side: Trainee, loss: Callable[[], torch.Tensor]) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        output = loss()  # holds the graph, and the graph what it saved
-    storages = {saved.storage.data_ptr(): saved.storage.nbytes() for saved in kept}  # views share one
+        output = loss()  # holds the graph, which holds the saved tensors
+    storages = {saved.storage.data_ptr(): saved.storage.nbytes() for saved in kept}  # views share a storage
     del output
     return sum(size for pointer, size in storages.items() if pointer not in weights)
 
 
 class _Saved:
-    """A tensor that autograd saved; lives as long as autograd needs it."""
+    """A tensor that autograd saved. It lives as long as autograd needs it."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor, self.storage = tensor, tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Captioned images of any dataset as the tiny bases' pool: their words, and a head that names them."""
+"""The training pool of captioned images of any dataset for the tiny bases: its vocabulary, and a head that names words."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-CODE_SIZE = 8  # pixels of an image's side that a code stands for
-LEAST_IMAGES = 48  # a batch of the vision stage
-MOST_WORDS = 4096  # in the vocabulary
-MOST_NAMES = 1024  # words and pairs of words that a head names
+CODE_SIZE = 8  # pixels per code, along one side of an image
+LEAST_IMAGES = 48  # the batch size of the vision stage
+MOST_WORDS = 4096  # words in the vocabulary
+MOST_NAMES = 1024  # words and pairs of words that the head names
 
 
 def captioned_rows(source: str, most: int, rng: np.random.Generator) -> Dataset:
-    """The rows that draw an image from a caption, in random order and `most` of them at most, with a column "caption".
+    """Loads rows that draw an image from a caption: at most `most`, in random order, with a column "caption".
 
     Args:
         source: See `conversations`.
 
     Raises:
-        DatasetError: Nothing to load, or too few such rows.
+        DatasetError: There is nothing to load, or there are too few such rows.
     """
     dataset = conversations(source)
     captions = [_caption(messages) for messages in dataset["messages"]]
@@ -40,14 +40,14 @@ def captioned_rows(source: str, most: int, rng: np.random.Generator) -> Dataset:
     if len(drawn) < LEAST_IMAGES:
         raise DatasetError(
             f"{source} has {len(drawn)} images with a caption to draw them from; expected {LEAST_IMAGES} or more, as columns "
-            "image + text, or as messages: a user turn in words, then an assistant turn that is an image."
+            "image + text, or as messages: a user turn of text, then an assistant turn that is an image."
         )
     chosen = rng.permutation(drawn)[:most]
     return dataset.select(chosen).add_column("caption", [captions[index] for index in chosen])
 
 
 def _caption(messages: list[dict] | None) -> str:
-    """What an image is drawn from; "" for a conversation that is not one caption and its image."""
+    """The caption that an image is drawn from; "" if the conversation is not one caption and its image."""
     turns = [(turn["role"], {part["type"] for part in turn["content"]}) for turn in messages or []]
     if turns != [("user", {"text"}), ("assistant", {"image"})]:
         return ""
@@ -55,17 +55,17 @@ def _caption(messages: list[dict] | None) -> str:
 
 
 def caption_words(captions: Iterable[str], most: int = MOST_WORDS) -> list[str]:
-    """A vocabulary of `most` words: digits, what the recipes ask in, and the captions' words, the most frequent first."""
+    """A vocabulary of at most `most` words: digits, the recipes' request, and the captions' words, frequent ones first."""
     counts = Counter(word for caption in captions for word in split_words(caption))
     known = dict.fromkeys([*DIGITS, ":", *split_words(CAPTION_REQUEST), *(word for word, _ in counts.most_common())])
     return list(known)[:most]
 
 
 class CaptionPool(ImagePool):
-    """Images with one caption each, at the size that the processor makes of them: drawing and reading meet the same.
+    """Images with one caption each, resized by the processor, so that drawing and reading see the same pixels.
 
     Raises:
-        DatasetError: An image that cannot be opened, or that the processor does not make 64 x 64.
+        DatasetError: An image cannot be opened, or the processor does not make it 64 x 64.
     """
 
     def __init__(self, rows: Dataset, processor: ProcessorMixin, rng: np.random.Generator):
@@ -78,17 +78,17 @@ class CaptionPool(ImagePool):
         self.named = torch.from_numpy(names.fit_transform(self.captions).toarray()).float()  # (N, names)
 
     def restoration_loss(self, restored: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Hues count for more than brightness, and areas once more beside pixels.
+        """The reconstruction loss, with more weight on hue than on brightness, over pixels and over areas of one code.
 
-        The tiny tokenizer's norms have a channel a group, which hides from it how bright an area is and of what hue. By plain
-        pixels it learns brightness alone, by which most pictures differ most, and gives back grey shapes (CHANGELOG).
+        The tiny tokenizer's norms have one channel per group, which hides the brightness and the hue of an area. A plain pixel
+        loss teaches it brightness alone, by which most pictures differ most, and it reconstructs grey shapes (CHANGELOG).
         """
         error = torch.einsum("dc,bchw->bdhw", self.colour_weights, restored - pixels)
         areas = F.avg_pool2d(error, CODE_SIZE)
         return error.square().mean() + areas.square().mean() + 0.3 * error.abs().mean()
 
     def conversation(self, row: int, image: str) -> str:
-        """The request for a description, and the caption."""
+        """A conversation that asks for a description of the image and answers with its caption."""
         return f"<bos><|User|>: {image}{CAPTION_REQUEST}\n\n<|Assistant|>: {self.captions[row]}<eos>"
 
     def caption(self, row: int) -> str:
@@ -99,41 +99,41 @@ class CaptionPool(ImagePool):
 
 
 def _colour_weights(pixels: torch.Tensor) -> torch.Tensor:
-    """What halfway evens out by how much the colours of pixels (N, H, W, 3) differ in each direction, (3, 3)."""
+    """A matrix (3, 3) that halfway evens out the variances of the colours of pixels (N, H, W, 3) in each direction."""
     sample = pixels.flatten(0, 2)[:: max(1, pixels[..., 0].numel() // 100_000)].float() / 127.5 - 1  # (n, 3)
     variances, directions = torch.linalg.eigh(sample.T.cov() + 1e-3 * torch.eye(3))
     return directions @ torch.diag((variances / variances.mean()) ** -0.25) @ directions.T
 
 
 def _pixels(row: dict, processor: ProcessorMixin) -> np.ndarray:
-    """(64, 64, 3) uint8."""
+    """The pixels of a row's image as the processor makes them, (64, 64, 3) uint8."""
     try:
         (image,) = decoded(row)["images"]
         (pixels,) = processor.image_processor([image], return_tensors="pt")["pixel_values"]  # (3, H, W) in [-1, 1]
-    except Exception as error:  # whatever a file may hold: PIL's, a processor's
+    except Exception as error:  # a damaged file can raise anything, from PIL or the processor
         raise DatasetError(f"{row['origin']}: {type(error).__name__}: {error}") from error
     height, width = pixels.shape[1:]
     if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
         raise DatasetError(
-            f"{row['origin']}: the processor makes it {height} x {width}; expected a square image. "
+            f"{row['origin']}: the processor makes it {height} x {width}; expected a square image, which becomes 64 x 64. "
             "Crop it, or train --family janus, whose processor pads."
         )
     return ((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
 class WordHead(NamingHead):
-    """Names the words of an image's caption, and its pairs of neighbouring words: they tell what belongs to what."""
+    """Names the words of an image's caption, and the pairs of neighbouring words, which say what belongs together."""
 
     def __init__(self, width: int, named: torch.Tensor):
         super().__init__()
-        self.named = named  # (N, names): 1 where the caption has it
+        self.named = named  # (N, names), 1 for each name in the caption
         self.names = nn.Linear(width, named.shape[1])
         share = (named.sum(0) + 1) / (len(named) + 2)
-        with torch.no_grad():  # from how often each is said: else the many rare names drown the others at first
+        with torch.no_grad():  # start from the names' frequencies, or the many rare names would dominate the loss at first
             self.names.bias.copy_(share.logit())
 
     def loss(self, hidden: torch.Tensor, rows: np.ndarray, in_order: bool = False) -> torch.Tensor:
-        """In nats a name that was said: all states name them together, or the last one of those `in_order`."""
+        """The loss in nats per name in a caption: the mean state names them, or the last state if `in_order`."""
         state = hidden[:, -1] if in_order else hidden.mean(1)  # (B, D)
         said = self.named[rows]  # (B, names)
         return F.binary_cross_entropy_with_logits(self.names(state), said, reduction="sum") / said.sum().clamp(min=1)

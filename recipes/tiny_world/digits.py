@@ -1,8 +1,8 @@
 """The tiny world: 64 x 64 scenes of real handwritten digits, their captions and questions, and their judge.
 
 A scene is a 2 x 2 layout of 32-pixel quarters. A quarter is empty or holds one scan from scikit-learn's
-`load_digits`, enlarged to 28 x 28 and tinted with one of six colours. The scans are split once and for all
-here (`load_scans`): everything that trains uses "train", everything that is reported uses "held-out".
+`load_digits`, enlarged to 28 x 28 and tinted with one of six colours. `load_scans` defines the one split of the
+scans: everything that trains uses "train", everything that is reported uses "held-out".
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _enlarged_scans(split: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quarter:
-    """One tinted digit: what it is, its colour's name, and which scan of its split shows it."""
+    """One tinted digit: its value, the name of its colour, and the index of the scan that shows it."""
 
     digit: int
     colour: str
@@ -67,11 +67,11 @@ class Quarter:
 
 
 def check_scene_size(image_size: int | None) -> None:
-    """Stops where a base's pictures are of another size than a scene's; None is any."""
+    """Exits if the images of a base have another size than scenes; None means any size."""
     if image_size not in (None, IMAGE_SIZE):
         raise SystemExit(
             f"The base's pictures have {image_size} pixels a side, digit scenes {IMAGE_SIZE}; expected a tiny base, or a "
-            "--dataset: finetune.py and evaluate_dataset.py take one."
+            "--dataset, which finetune.py and evaluate_dataset.py take."
         )
 
 
@@ -82,16 +82,16 @@ class Scene:
     quarters: tuple[Quarter | None, ...]
 
     def caption(self, order: list[int] | None = None) -> str:
-        """ "a red 3 at the top left and a blue 7 at the bottom right": the filled quarters, in raster order or `order`."""
+        """The filled quarters as text, in raster order or `order`: "a red 3 at the top left and a blue 7 at the top right"."""
         filled = [place for place in (order or range(4)) if self.quarters[place] is not None]
         return " and ".join(f"a {self.quarters[p].colour} {self.quarters[p].digit} at the {PLACES[p]}" for p in filled)
 
     def shuffled_caption(self, rng: np.random.Generator) -> str:
-        """The caption as a drawing prompt: the quarters in any order."""
+        """The caption with its quarters in random order, as a prompt to draw."""
         return self.caption([int(place) for place in rng.permutation(4)])
 
     def question(self, kind: str, rng: np.random.Generator) -> tuple[str, str] | None:
-        """A question of one of `QUESTION_KINDS` and its answer; `None` where the scene does not settle it."""
+        """A question of one of `QUESTION_KINDS` and its answer; `None` if the scene has no single answer to it."""
         filled = [place for place in range(4) if self.quarters[place] is not None]
         if kind == "count":
             return "How many digits are there?", str(len(filled))
@@ -118,12 +118,12 @@ class Scene:
         return pixels.round().astype(np.uint8)
 
     def image(self, split: str) -> Image.Image:
-        """`render` as a PIL image."""
+        """The scene as a PIL image."""
         return Image.fromarray(self.render(split))
 
 
 def random_scene(rng: np.random.Generator, split: str) -> Scene:
-    """One to four digits (uniformly), in random quarters, of random colours, shown by scans of `split`."""
+    """A scene of one to four digits (uniformly), in random quarters and colours, shown by scans of `split`."""
     _, digits = load_scans(split)
     quarters: list[Quarter | None] = [None] * 4
     for place in rng.permutation(4)[: rng.integers(1, 5)]:
@@ -139,10 +139,10 @@ def _digit_judge() -> SVC:
 
 
 def judge(images: np.ndarray) -> list[Scene]:
-    """Reads drawn scenes with a classifier trained on the real scans: no part of the model is asked.
+    """Recognises drawn scenes with a classifier trained on the real scans, without any part of the model.
 
-    A quarter whose brightest ink is faint is empty; else its colour is the nearest hue, and its digit what an SVC,
-    trained on the raw 8 x 8 scans of the train split, says of the quarter scaled back to 8 x 8.
+    A quarter whose brightest ink is faint is empty. Otherwise its colour is the nearest hue, and an SVC trained on the
+    raw 8 x 8 scans of the train split classifies its digit, from the quarter scaled back to 8 x 8.
 
     Args:
         images: (B, 64, 64, 3) uint8.
@@ -151,7 +151,7 @@ def judge(images: np.ndarray) -> list[Scene]:
     quarters = images.reshape(-1, 2, QUARTER_SIZE, 2, QUARTER_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
     quarters = quarters.reshape(-1, QUARTER_SIZE, QUARTER_SIZE, 3)[:, MARGIN:-MARGIN, MARGIN:-MARGIN].astype(np.float32)
     ink = (quarters - BACKGROUND).max(-1)  # (B * 4, 28, 28)
-    peak = np.quantile(ink, 0.98, axis=(1, 2))  # one odd pixel is not ink
+    peak = np.quantile(ink, 0.98, axis=(1, 2))  # a quantile, so that one odd pixel is not ink
     small = np.stack(
         [np.asarray(Image.fromarray(x).resize((8, 8), Image.Resampling.BOX)) for x in ink / np.maximum(peak, 1)[:, None, None]]
     )
@@ -167,7 +167,7 @@ def judge(images: np.ndarray) -> list[Scene]:
 
 
 def right_by_aspect(asked: Scene, drawn: Scene) -> dict[str, list[bool]]:
-    """What is right of a drawn scene, by aspect: a value for each quarter that the aspect is asked of, or one for the scene.
+    """Which parts of a drawn scene are right, by aspect: one value per quarter that the aspect covers, or one per scene.
 
     - digit, colour: of the quarters where a digit was asked, those that show it, or its colour.
     - position: of all quarters, those that are filled where a digit was asked and empty elsewhere.

@@ -1,4 +1,4 @@
-"""What is Janus's own in pretraining the tiny base: its VQ tokenizer's shapes, its vision tower, its two losses."""
+"""The parts of pretraining that are specific to Janus: shapes of the VQ tokenizer, the vision tower, the two losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 
 
 class JanusPretraining:
-    """A tiny Janus as `pretrain_tiny.py` sees it."""
+    """The interface of a tiny Janus to `pretrain_tiny.py`."""
 
     has_vision_tower = True
 
@@ -30,8 +30,8 @@ class JanusPretraining:
         return self.vqmodel.decoder(self.vqmodel.post_quant_conv(grid))
 
     def joint_parameters(self) -> list[nn.Parameter]:
-        """What the joint stage trains: the VQ tokenizer and the vision tower are frozen (CHANGELOG: what went wrong)."""
-        with torch.no_grad():  # the drawing side starts from the codes' own geometry
+        """The parameters that the joint stage trains: all but VQ tokenizer and vision tower (CHANGELOG: what went wrong)."""
+        with torch.no_grad():  # the embeddings of generated codes start as the codebook
             codebook = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)
             self.model.model.generation_embeddings.weight.copy_(codebook)
         self.model.model.vision_model.requires_grad_(False)
@@ -47,7 +47,7 @@ class JanusPretraining:
         return self.model(**batch, labels=labels, pixel_values=self.pool.pixel_values(rows)).loss
 
     def drawing_losses(self, rows: np.ndarray, head: NamingHead) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of the dense codes, and the binding loss: the hidden states name what is to be drawn."""
+        """Cross-entropy of the dense codes, and the binding loss: the hidden states name what they are to draw."""
         tokenizer, model = self.processor.tokenizer, self.model
         texts = [self.pool.prompt(row, self.processor.image_start_token) for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)

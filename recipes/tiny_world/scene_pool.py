@@ -1,4 +1,4 @@
-"""What the tiny bases train on: a pool of images with their codes; and the pool of digit scenes, which know their quarters."""
+"""The training pools of the tiny bases: images with their codes, and digit scenes, whose quarters are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uc_adapters.layers import raster_to_windows
 
 
 class ImagePool(ABC):
-    """Images (N, 64, 64, 3) uint8 and the dense codes of each (set once the VQ tokenizer is trained)."""
+    """Images (N, 64, 64, 3) uint8, and their dense codes, which `encode` sets once the VQ tokenizer is trained."""
 
     def __init__(self, pixels: np.ndarray, rng: np.random.Generator):
         self.pixels, self.rng = torch.from_numpy(pixels), rng
@@ -25,27 +25,27 @@ class ImagePool(ABC):
 
     @abstractmethod
     def conversation(self, row: int, image: str) -> str:
-        """What is asked about an image and answered, in the chat template's words, behind `image`'s."""
+        """Questions about an image and their answers, in the chat template's form, after the tokens of `image`."""
 
     @abstractmethod
     def caption(self, row: int) -> str:
-        """A prompt to draw an image."""
+        """A prompt to draw the image of a row."""
 
     @abstractmethod
     def head(self, width: int) -> NamingHead:
-        """A fresh head on hidden states of `width`."""
+        """A new head that names an image's content from hidden states of `width`."""
 
     def restoration_loss(self, restored: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Of what a VQ tokenizer gives back of pixels (B, 3, 64, 64)."""
+        """The loss of a VQ tokenizer's reconstruction of pixels (B, 3, 64, 64)."""
         error = restored - pixels
         return error.square().mean() + 0.3 * error.abs().mean()
 
     def draw(self, count: int) -> np.ndarray:
-        """`count` rows, at random."""
+        """The indices of `count` random rows."""
         return self.rng.integers(len(self.pixels), size=count)
 
     def pixel_values(self, rows: np.ndarray) -> torch.Tensor:
-        """(B, 3, 64, 64) in [-1, 1], as the processor gives them."""
+        """The pixels of rows as the processor gives them, (B, 3, 64, 64) in [-1, 1]."""
         return self.pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
 
     @torch.no_grad()
@@ -56,26 +56,26 @@ class ImagePool(ABC):
         self.codes = torch.cat(codes)  # (N, 64)
 
     def prompt(self, row: int, begin: str) -> str:
-        """A request to draw an image, in the chat template's words, up to the image's begin."""
+        """A request to draw an image, in the chat template's form, up to the BOI token `begin`."""
         return f"<bos><|User|>: {self.caption(row)}\n\n<|Assistant|>:{begin}"
 
     def dropped(self, count: int, share: float = 0.1) -> torch.Tensor:
-        """Which of `count` prompts lose their words, so that guidance has its unconditional model, (B,)."""
+        """Which of `count` prompts are dropped, so that guidance has an unconditional model, (B,)."""
         return torch.from_numpy(self.rng.random(count) < share)
 
 
 class NamingHead(nn.Module, ABC):
-    """Names what an image shows from hidden states; used in training, then dropped."""
+    """Names what an image shows, from hidden states. It is used in training, then dropped."""
 
     @abstractmethod
     def loss(self, hidden: torch.Tensor, rows: np.ndarray, in_order: bool = False) -> torch.Tensor:
-        """Hidden states (B, 64, D) against what the images at `rows` show.
+        """The loss of naming what the images at `rows` show, from hidden states (B, 64, D).
 
-        `in_order`: the states have read the image code by code, so that only later ones can know.
+        With `in_order` the states have read the image code by code, so that only later ones can know it.
         """
 
     def report(self, tower: nn.Module) -> dict[str, float]:
-        """How well a vision tower, trained with this head, names what it never saw."""
+        """How well a vision tower that was trained with this head names images that it never saw."""
         return {}
 
 
@@ -87,7 +87,7 @@ class ScenePool(ImagePool):
         super().__init__(np.stack([scene.render(split) for scene in self.scenes]), rng)
 
     def conversation(self, row: int, image: str) -> str:
-        """Several questions about a scene, in any order."""
+        """Several questions about a scene with their answers, in random order."""
         scene = self.scenes[row]
         pairs = [scene.question(kind, self.rng) for kind in ("digit", *QUESTION_KINDS, "colour")]
         pairs = [pair for pair in pairs if pair] + [(DESCRIBE, scene.caption())]
@@ -96,7 +96,7 @@ class ScenePool(ImagePool):
         return "<bos>" + text.replace("<|User|>: ", f"<|User|>: {image}", 1)
 
     def caption(self, row: int) -> str:
-        """The quarters in any order."""
+        """The scene's caption, with its quarters in random order."""
         return self.scenes[row].shuffled_caption(self.rng)
 
     def head(self, width: int) -> QuarterHead:
@@ -104,10 +104,10 @@ class ScenePool(ImagePool):
 
 
 def answer_labels(ids: torch.Tensor, tokenizer) -> torch.Tensor:
-    """The ids (B, L) at the answers alone, -100 elsewhere: from behind "<|Assistant|> :" through the answer's <eos>."""
+    """Labels: the ids (B, L) from after "<|Assistant|> :" through the answer's <eos>, and -100 elsewhere."""
     starts = ids == tokenizer.convert_tokens_to_ids("<|Assistant|>")
     started = starts.cumsum(1)
-    ended = F.pad((ids == tokenizer.eos_token_id).cumsum(1), (1, -1))  # the eos itself still belongs to it
+    ended = F.pad((ids == tokenizer.eos_token_id).cumsum(1), (1, -1))  # the answer includes its eos
     prefix = starts | F.pad(starts, (1, -1))
     return ids.masked_fill(~((started > ended) & ~prefix), -100)
 
@@ -123,7 +123,7 @@ def by_quarter(x: torch.Tensor) -> torch.Tensor:
 
 
 def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands in the quarter of each patch, (B, 4, 16): digits with 10 for empty, colours with 6 for empty."""
+    """Labels of each patch's quarter, (B, 4, 16): its digit, 10 if empty, and its colour, 6 if empty."""
     names = list(COLOURS)
     digits = [[10 if quarter is None else quarter.digit for quarter in scene.quarters] for scene in scenes]
     colours = [
@@ -133,7 +133,7 @@ def patch_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class QuarterHead(NamingHead):
-    """Names the digit and the colour of the quarter that a hidden state stands in."""
+    """Names the digit and the colour of the quarter to which a hidden state belongs."""
 
     def __init__(self, width: int, scenes: list[Scene]):
         super().__init__()
@@ -141,7 +141,7 @@ class QuarterHead(NamingHead):
         self.digit, self.colour = nn.Linear(width, 11), nn.Linear(width, len(COLOURS) + 1)
 
     def loss(self, hidden: torch.Tensor, rows: np.ndarray, in_order: bool = False) -> torch.Tensor:
-        """`in_order`: only the last state of a quarter has read all of it."""
+        """Cross-entropy of digits and colours. With `in_order`, only the last state of a quarter has read all of it."""
         hidden = by_quarter(hidden)  # (B, 4, 16, D)
         digits, colours = patch_labels([self.scenes[row] for row in rows])  # (B, 4, 16)
         if in_order:

@@ -1,4 +1,4 @@
-"""The tiny world as a dataset in TRL's conversational vision format: user images are read, assistant images drawn."""
+"""Scenes of digits as a dataset in TRL's conversational vision format: user images are read, assistant images drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def text_part(text: str) -> dict:
 
 
 def scene_row(seed: int, split: str) -> dict:
-    """One row: even seeds are read (every kind of question, in one conversation), odd seeds are drawn."""
+    """One row. An even seed is read (a conversation with every kind of question), an odd seed is drawn."""
     rng = np.random.default_rng(seed)
     scene = random_scene(rng, split)
     image = scene.image(split)
@@ -22,15 +22,15 @@ def scene_row(seed: int, split: str) -> dict:
     pairs = [pair for kind in QUESTION_KINDS * 2 if (pair := scene.question(kind, rng))]
     pairs = [pairs[int(i)] for i in rng.permutation(len(pairs))] + [(DESCRIBE, scene.caption())]
     messages = []
-    for question, told in pairs:
+    for question, answer in pairs:
         messages.append({"role": "user", "content": [text_part(question)]})
-        messages.append({"role": "assistant", "content": [text_part(told)]})
+        messages.append({"role": "assistant", "content": [text_part(answer)]})
     messages[0]["content"].insert(0, {"type": "image"})
     return {"messages": messages, "images": [image]}
 
 
 def scenes_dataset(rows: int, seed: int, split: str = "train") -> Dataset:
-    """`rows` scenes, rendered when they are asked for."""
+    """A dataset of `rows` scenes, which are rendered when they are read."""
     first = seed * 10_000_000
 
     def render(batch: dict) -> dict:

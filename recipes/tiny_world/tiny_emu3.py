@@ -1,7 +1,7 @@
 """The tiny Emu3: its configuration, tokenizer and processor. Every class is transformers' own.
 
-Emu3 is as unlike Janus as can be: no vision tower, one VQ tokenizer for what is read and what is drawn, its codes words of
-the vocabulary, a row-end word behind each row of codes, the size of an image written out in front of it.
+Emu3 differs from Janus in all that matters here. It has no vision tower: one VQ tokenizer serves both reading and drawing.
+Codes are tokens of the vocabulary, an EOL token follows each row of codes, and the size of an image is text before it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ IMAGE_TOKENS = {
     "eof_token": "<|extra_201|>",
     "eol_token": "<|extra_200|>",
 }
-CHAT_TEMPLATE = chat_template(IMAGE_TOKENS["image_token"], begin="")  # the processor puts <bos> in front itself
+CHAT_TEMPLATE = chat_template(IMAGE_TOKENS["image_token"], begin="")  # the processor adds <bos> itself
 
 
 def make_processor(min_pixels: int = 64 * 64, max_pixels: int = 64 * 64, words: list[str] = DIGITS_AND_WORDS) -> Emu3Processor:
-    """A real Emu3Processor whose tokenizer knows `words` (default: the tiny world's) and a word for each code."""
+    """A real Emu3Processor whose tokenizer knows `words` (default: those of the digit scenes) and a token for each code."""
     codes = [f"<|visual token {code:06d}|>" for code in range(CODES)]
     tokenizer = word_tokenizer(IMAGE_TOKENS, [*words, "*", *codes])
     image_processor = Emu3ImageProcessor(
@@ -43,7 +43,7 @@ def make_processor(min_pixels: int = 64 * 64, max_pixels: int = 64 * 64, words: 
 def make_model(processor: Emu3Processor, temporal_downsample_factor: int = 1) -> Emu3ForConditionalGeneration:
     """A tiny Emu3ForConditionalGeneration (about 2.5 M parameters) with random weights.
 
-    The published one looks at an image as at a film of four equal frames (`temporal_downsample_factor=4`); one frame does.
+    The published model encodes an image as a video of four equal frames (`temporal_downsample_factor=4`); one is enough here.
     """
     tokenizer = processor.tokenizer
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -72,6 +72,6 @@ def make_model(processor: Emu3Processor, temporal_downsample_factor: int = 1) ->
     )
     config = Emu3Config(text_config=text_config, vq_config=vq_config, vocabulary_map=tokenizer.get_vocab())
     model = Emu3ForConditionalGeneration(config)
-    # No guidance_scale here: transformers' generate would guide answers with it, too
+    # No guidance_scale here, because transformers' generate would guide answers with it, too
     model.generation_config = GenerationConfig(**{f"{name}_token_id": token_id for name, token_id in special.items()})
     return model

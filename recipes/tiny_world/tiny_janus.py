@@ -27,7 +27,7 @@ CHAT_TEMPLATE = chat_template(IMAGE_TOKENS["image_token"])
 
 
 def make_processor(num_image_tokens: int = NUM_IMAGE_TOKENS, words: list[str] = DIGITS_AND_WORDS) -> JanusProcessor:
-    """A real JanusProcessor whose tokenizer knows `words`; the tiny world's, if none are given."""
+    """A real JanusProcessor whose tokenizer knows `words` (default: those of the digit scenes)."""
     tokenizer = word_tokenizer(IMAGE_TOKENS, words)
     image_processor = JanusImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3

@@ -1,4 +1,4 @@
-"""The tiny world's words: the tokenizer and the chat template that the tiny bases share."""
+"""The tokenizer and the chat template that the tiny bases share, and the words of the digit scenes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split_words(text: str) -> list[str]:
 
 
 def chat_template(image_token: str, begin: str = "{{ bos_token }}") -> str:
-    """A conversation as text: "<|User|>: ...", a blank line, "<|Assistant|>: ..." and the end of the sequence."""
+    """A chat template that writes "<|User|>: ...", a blank line, "<|Assistant|>: ..." and the EOS token."""
     return (
         f"{begin}"
         "{% for message in messages %}"
@@ -46,7 +46,7 @@ def chat_template(image_token: str, begin: str = "{{ bos_token }}") -> str:
 
 
 def word_tokenizer(image_tokens: dict[str, str], words: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word, one a digit; `image_tokens` are the family's special ones, by the attribute they are asked for by."""
+    """A tokenizer with a token per word and digit. `image_tokens` are the family's special tokens, by attribute name."""
     vocabulary = dict.fromkeys([*SPECIAL_TOKENS.values(), *image_tokens.values(), *ROLES, *words])
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.normalizer = _LOWERCASE

@@ -96,10 +96,8 @@ def test_rows_to_draw_are_refused_before_training_whether_or_not_a_teacher_is_to
         UniCompressCollator(model.compact_processor(processor), model.active_peft_config), 512, partial(places_of, model)
     )
     captioned = write_rows(tmp_path / "captioned.jsonl", [{"image": "0.png", "text": "a red 3"}])
-    with pytest.raises(DatasetError, match=r"row 0 \(0.png\): .*an image to draw, for a base that cannot: .*no decoder"):
+    with pytest.raises(DatasetError, match=r"row 0 \(0.png\): .*an image to draw, and the base cannot draw: .*no decoder"):
         training_rows([captioned], check)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": "a red 3"}])
-    with pytest.raises(
-        DatasetError, match=r"prompts.jsonl, row 0 is a prompt for the base to draw, which cannot: .*no decoder"
-    ):
+    with pytest.raises(DatasetError, match=r"prompts.jsonl, row 0 is a prompt to draw, and the base cannot draw: .*no decoder"):
         training_rows([prompts], check, fill_in=lambda rows: filled_in(rows, model, processor))

@@ -142,7 +142,7 @@ def test_a_variant_costs_what_its_repo_holds(base_folder, tmp_path):
 def test_the_file_of_another_recipe_is_not_written_over(tmp_path):
     for text in ('{"drawing": {}}', "[]"):
         (tmp_path / "speed.json").write_text(text)
-        with pytest.raises(SystemExit, match=r"speed\.json is there and holds no scores of ablate\.py"):
+        with pytest.raises(SystemExit, match=r"speed\.json exists and holds no scores of ablate\.py"):
             ablate.main(ablate.AblateArguments(base="not-there", json=str(tmp_path / "speed.json")))
         assert (tmp_path / "speed.json").read_text() == text
 

@@ -377,7 +377,7 @@ def test_columns_of_no_known_form_are_refused(folder, streaming):
 
 @BOTH
 def test_a_folder_of_images_without_metadata_is_refused(folder, streaming):
-    with pytest.raises(DatasetError, match=r"2 image\(s\) and no words .* metadata\.jsonl with file_name .* cat\.txt"):
+    with pytest.raises(DatasetError, match=r"2 image\(s\) and no texts .* metadata\.jsonl with file_name .* cat\.txt"):
         conversations(str(folder), streaming)
 
 

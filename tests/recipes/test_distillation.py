@@ -131,7 +131,7 @@ IMAGE = {"type": "image"}
     ("row", "problem"),
     [
         ({"image": "nowhere.png", "question": QUESTION}, "No such file"),
-        ({"image": "words.png", "question": QUESTION}, "An image is none that PIL can read"),
+        ({"image": "words.png", "question": QUESTION}, "PIL cannot read an image"),
         ({"image": None, "question": QUESTION}, "An image is missing"),
         ({"image": "good.png", "question": " "}, r"turn 1 \(user\) has a text that is empty"),
     ],
@@ -157,7 +157,7 @@ def test_a_missing_image_to_read_is_not_drawn(base, processor, short_processor, 
 def test_a_question_to_which_the_base_says_nothing_is_named_as_such(base, processor, short_processor, asked):
     end = processor.tokenizer.eos_token_id
     base.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor(end), 1e9))
-    with pytest.raises(DatasetError, match=r"4 bad row\(s\).*\n.*row 0.*Nothing to learn.*The base has no word to answer"):
+    with pytest.raises(DatasetError, match=r"4 bad row\(s\).*\n.*row 0.*Nothing to learn.*The base.s own answer is empty"):
         taught_rows(attach(base), processor, short_processor, str(asked))
 
 
@@ -172,9 +172,7 @@ def test_a_row_that_the_teacher_has_no_room_for_is_refused(base, processor, shor
         )["input_ids"][0]
     )
     assert len(taught_rows(model, processor, short_processor, source, context=length)) == 1
-    with pytest.raises(
-        DatasetError, match=rf"{length} tokens of the base's own, which teaches, where the base takes {length - 1}"
-    ):
+    with pytest.raises(DatasetError, match=rf"{length} tokens for the base as teacher, where the base takes {length - 1}"):
         taught_rows(model, processor, short_processor, source, context=length - 1)
 
 

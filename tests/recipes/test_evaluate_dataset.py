@@ -189,8 +189,8 @@ def test_prompts_are_drawn_into_the_folders_that_geneval_reads(models, tmp_path)
     [
         ("", "is empty"),
         ("\n \n", "is empty"),
-        (json.dumps(PROMPTS[0]) + "\n{'prompt': 'a dog'}\n", "line 2 is no JSON"),
-        ('["a dog"]\n', "line 1 is list"),
+        (json.dumps(PROMPTS[0]) + "\n{'prompt': 'a dog'}\n", "line 2 is not JSON"),
+        ('["a dog"]\n', "line 1 is a list"),
         ('{"tag": "x", "include": [{"class": "dog", "count": 1}]}', "line 1 has prompt = None"),
         ('{"prompt": "a dog", "tag": "x"}', "line 1 has include"),
         ('{"prompt": "a dog", "tag": "x", "include": [{"class": "dog", "count": "1"}]}', "line 1 has include"),
@@ -205,7 +205,7 @@ def test_a_bad_prompt_file_is_named_before_anything_is_loaded(tmp_path, lines, m
 
 def test_a_prompt_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "prompts.jsonl").write_bytes(json.dumps(PROMPTS[0], ensure_ascii=False).encode("utf-16"))
-    with pytest.raises(SystemExit, match=r"prompts\.jsonl is no text in UTF-8"):
+    with pytest.raises(SystemExit, match=r"prompts\.jsonl is not UTF-8"):
         run(base="not-there", prompts=str(tmp_path / "prompts.jsonl"), output_dir=str(tmp_path / "drawn"))
 
 
@@ -252,7 +252,7 @@ def test_columns_with_other_names_are_named(tmp_path):
 def test_a_damaged_image_is_named_before_a_model_is_loaded(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
     source = write_rows(tmp_path / "rows.jsonl", [{"image": "0.png", "text": "a red 3"}] * 2)
-    with pytest.raises(DatasetError, match=r"row 0 \(0.png\).*An image is none that PIL can read"):
+    with pytest.raises(DatasetError, match=r"row 0 \(0.png\).*PIL cannot read an image"):
         run(base="not-there", dataset=source)
 
 
@@ -262,7 +262,7 @@ def test_a_damaged_image_is_named_before_a_model_is_loaded(tmp_path):
         ([{"image": "0.png", "text": "a red 3"}], r"1 caption\(s\).* and 0 question\(s\)"),
         ([{"image": "0.png", "question": "?", "answer": "3"}], r"0 caption\(s\).* and 1 question\(s\)"),
         ([{"image": "0.png", "text": " "}] * 2, "a caption without words"),
-        ([{"messages": [turn("user", say("hello"))], "images": ["0.png"]}] * 2, r"row 0 \(0.png\): 1 image\(s\) for 0 place"),
+        ([{"messages": [turn("user", say("hello"))], "images": ["0.png"]}] * 2, r"row 0 .*: 1 image\(s\) for 0 image part"),
     ],
 )
 def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, message):
@@ -274,9 +274,9 @@ def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, me
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Nothing to score"),
-        ({"prompts": "prompts.jsonl"}, "--prompts and --output_dir; expected both"),
-        ({"dataset": "rows", "output_dir": "drawn"}, "--prompts and --output_dir; expected both"),
+        ({}, "nothing to score"),
+        ({"prompts": "prompts.jsonl"}, "--prompts prompts.jsonl with --output_dir None; expected both"),
+        ({"dataset": "rows", "output_dir": "drawn"}, "--prompts None with --output_dir drawn; expected both"),
         ({"dataset": "rows", "batch_size": 0}, "--batch_size 0: expected 1 or more"),
         ({"dataset": "rows", "limit": 1}, "--limit 1: expected 2 or more"),
         ({"dataset": "rows", "temperature": 0.0}, r"--temperature 0\.0: expected a number above 0"),

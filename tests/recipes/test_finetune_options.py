@@ -128,11 +128,11 @@ def trained(base_folder, captioned, tmp_path_factory):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"r": 8}, r"r: 2 there, 8 asked for"),
-        ({"stride": 4}, r"stride: 2 there, 4 asked for"),
+        ({"r": 8}, r"r: it has 2, asked for 8"),
+        ({"stride": 4}, r"stride: it has 2, asked for 4"),
         (
             {"decompressor": "phase", "lora_alpha": 3},
-            r"decompressor: 'strip' there, 'phase' asked for; lora_alpha: 64 there, 3",
+            r"decompressor: it has 'strip', asked for 'phase'; lora_alpha: it has 64, asked for 3",
         ),
         ({"target_modules": ["q_proj"]}, r"target_modules: .* asked for"),
     ],
@@ -258,7 +258,7 @@ def test_words_that_the_base_does_not_know_are_named(base_folder, tmp_path, caps
     with pytest.raises(TrainingError, match=r"No row has an image"):
         train(base_folder, tmp_path / "out", dataset=[file], **options)
     told = capsys.readouterr().out
-    assert f"{file}: 2 row(s) have words that the base does not know, and takes all for one: purple, fox." in told
+    assert f"{file}: 2 row(s) have words that the base reads as its unknown token: purple, fox." in told
 
 
 @pytest.mark.parametrize(

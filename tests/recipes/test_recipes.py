@@ -64,10 +64,10 @@ def loads_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"image": "words.txt", "question": "What?"}, r"--image .*words\.txt is no image that PIL can read"),
+        ({"image": "words.txt", "question": "What?"}, r"--image .*words\.txt is not an image that PIL can read"),
         ({"image": "scan.png", "question": "What?"}, r"--image .*scan\.png cannot be read: No such file"),
         ({"image": ".", "question": "What?"}, r"--image .* cannot be read: Is a directory"),
-        ({"output": "far/away.png"}, r"--output .*away\.png: there is no folder"),
+        ({"output": "far/away.png"}, r"--output .*away\.png: the folder .* does not exist"),
         ({"output": "picture.words"}, r"--output .*picture\.words: expected a file that ends in one of .*\.png"),
         ({"output": "."}, "--output .*: expected a file that ends in"),
         ({"guidance_scale": -3.0}, r"--guidance_scale -3\.0: expected a number above 1"),

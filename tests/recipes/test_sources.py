@@ -156,7 +156,7 @@ def test_a_split_without_words_is_refused(tmp_path, streaming):
     metadata(tmp_path / "train", "jsonl", "0.png", "a")
     write(tmp_path / "test" / "1.png")
     with pytest.raises(
-        DatasetError, match=r"1 image\(s\) and no words to them in its split 'test'; expected a metadata\.jsonl"
+        DatasetError, match=r"1 image\(s\) and no texts for them in its split 'test'; expected a metadata\.jsonl"
     ):
         conversations(str(tmp_path), streaming, split="test")
 
@@ -176,7 +176,7 @@ def test_images_beside_a_file_with_their_rows(tmp_path, streaming):
         write(tmp_path / "images" / f"{name}.png")
     row = {"image": "images/a.png", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
     (tmp_path / "llava.json").write_text(json.dumps([row]))
-    with pytest.raises(DatasetError, match=r"2 image\(s\) and no words.*If the rows are in llava\.json, pass that file"):
+    with pytest.raises(DatasetError, match=r"2 image\(s\) and no texts.*If the rows are in llava\.json, pass that file"):
         conversations(str(tmp_path), streaming)
     (made,) = samples(conversations(str(tmp_path / "llava.json"), streaming))
     assert [part["type"] for part in made["messages"][0]["content"]] == ["image", "text"]

@@ -95,8 +95,8 @@ BAD_MESSAGES = {
 BAD_IMAGES = {
     "null": (None, "An image is missing"),
     "a missing file": ("nowhere.png", "No such file .*nowhere.png"),
-    "an empty file": ("empty.png", "An image is none that PIL can read"),
-    "another file": ("words.png", "An image is none that PIL can read"),
+    "an empty file": ("empty.png", "PIL cannot read an image"),
+    "another file": ("words.png", "PIL cannot read an image"),
     "a cut JPEG": ("cut.jpg", "truncated"),
     "a cut PNG": ("cut.png", "truncated"),
     "a folder": ("", "Is a directory"),
@@ -246,7 +246,7 @@ def test_weights_are_shares_of_the_mixture_and_shorter_sources_repeat(folder, co
 @BOTH
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")]], ids=str)
 def test_weights_that_are_none_are_refused(collator, weights, streaming):
-    with pytest.raises(DatasetError, match=r"weights .* for 2 dataset\(s\); expected as many, all above 0"):
+    with pytest.raises(DatasetError, match=r"weights .* for 2 dataset\(s\); expected one for each, all above 0"):
         training_rows(["a", "b"], RowCheck(collator, CONTEXT), weights=weights, streaming=streaming)
 
 
@@ -266,7 +266,7 @@ def test_columns_are_added_to_each_source_behind_its_check(folder, collator):
 
     rows = samples(training_rows(sources, RowCheck(collator, CONTEXT), skip_bad_rows=True, encode=encode))
     assert [row["latents"] for row in rows] == [[2.0]] * 2 + [[4.0]] * 4
-    with pytest.raises(DatasetError, match="streaming with something to add"):
+    with pytest.raises(DatasetError, match="streaming with fill_in, encode or part"):
         training_rows(sources, RowCheck(collator, CONTEXT), streaming=True, encode=encode)
 
 

@@ -1,6 +1,6 @@
-"""What lmms-eval asks of a task and YAML cannot say."""
+"""The part of a task of lmms-eval that YAML cannot express."""
 
 
 def images(doc: dict) -> list:
-    """The images of a question."""
+    """The images of a question, as a list of one."""
     return [doc["image"]]

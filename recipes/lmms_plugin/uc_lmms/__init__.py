@@ -1,4 +1,4 @@
-"""UniCompress adapters as a model of lmms-eval, which finds them by the entry point `lmms_eval.models`."""
+"""UniCompress adapters as a model of lmms-eval, which finds it by the entry point `lmms_eval.models`."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 

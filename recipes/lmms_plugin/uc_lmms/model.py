@@ -1,4 +1,4 @@
-"""A base with a UniCompress adapter, or the bare base beside it, as lmms-eval asks a chat model."""
+"""A chat model of lmms-eval: a base with a UniCompress adapter, or the bare base to compare with."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from uc_adapters import UniCompressModel
 
-MAX_NEW_TOKENS = 1024  # where a task names none, as lmms-eval's other models
+MAX_NEW_TOKENS = 1024  # if a task names none, as in lmms-eval's other models
 
 
 class UcAdapters(lmms):
-    """Answers about images, in one process.
+    """Answers questions about images, in one process.
 
         python -m lmms_eval --model uc_adapters --model_args pretrained=ADAPTER,base=BASE --tasks ...
 
     Args:
-        pretrained: The adapter: folder or Hub id. None: the bare base.
-        base: Its base: folder or Hub id. None: the one that the adapter was trained on.
-        batch_size: Questions at once. Default 1.
-        device: Default "cuda" where there is one, else "cpu".
-        dtype: In which the base is loaded: "auto" (default), "float32", "bfloat16".
-        max_batch_size: lmms-eval passes it on to every model; nothing here looks for a batch size.
+        pretrained: Folder or Hub id of the adapter. None: the bare base.
+        base: Folder or Hub id of the base. None: the one that the adapter was trained on.
+        batch_size: Questions per batch. Default 1.
+        device: Torch device. Default "cuda" if there is one, else "cpu".
+        dtype: Dtype of the base: "auto" (default), "float32", "bfloat16".
+        max_batch_size: Ignored. lmms-eval passes it to every model, and this one does not search for a batch size.
 
     Raises:
-        ValueError: Neither of them is named, or the batch size is no number.
+        ValueError: Neither `pretrained` nor `base` is given, or the batch size is not a number.
     """
 
     is_simple = False
@@ -47,8 +47,8 @@ class UcAdapters(lmms):
     ):
         super().__init__()
         if pretrained is None and base is None:
-            raise ValueError("Neither pretrained nor base; expected --model_args pretrained=ADAPTER, base=BASE, or both.")
-        # Janus warns at every answer that max_new_tokens wins over a max_length that nobody set (its default, 20)
+            raise ValueError("Neither pretrained nor base given; expected --model_args pretrained=ADAPTER, base=BASE, or both.")
+        # Janus warns at every answer that max_new_tokens overrides max_length, which is only at its default (20)
         transformers.logging.set_verbosity_error()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if base is None:
@@ -58,14 +58,14 @@ class UcAdapters(lmms):
             model = model if pretrained is None else UniCompressModel.from_pretrained(model, pretrained)
         self.model = model.eval().to(device)
         self.processor = AutoProcessor.from_pretrained(pretrained or base)
-        if self.processor.chat_template is None:  # Chameleon's class keeps none: what was saved with it went to the tokenizer
+        if self.processor.chat_template is None:  # Chameleon's processor keeps none, but its tokenizer has the saved one
             self.processor.chat_template = self.processor.tokenizer.chat_template
         if not str(batch_size).isdecimal():
-            raise ValueError(f"batch_size={batch_size!r}; expected a number of questions.")
+            raise ValueError(f"batch_size={batch_size!r}; expected a number of questions, such as 8.")
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers in the order of the requests: (context, doc_to_messages, options, document, task, split) each."""
+        """Answers, in the order of the requests; each is (context, doc_to_messages, options, document, task, split)."""
         by_options = Collator([request.args for request in requests], lambda args: args[3], lambda args: args[2], grouping=True)
         answers = []
         with tqdm(total=len(requests), desc="uc_adapters answers") as progress:
@@ -74,10 +74,10 @@ class UcAdapters(lmms):
                     to_messages(self.task_dict[task][split][document]) for _, to_messages, _, document, task, split in chunk
                 ]
                 options = chunk[0][2]
-                told = self._answer([ChatMessages(messages=messages) for messages in chats], options)
-                for args, answer in zip(chunk, told, strict=True):
+                replies = self._answer([ChatMessages(messages=messages) for messages in chats], options)
+                for args, answer in zip(chunk, replies, strict=True):
                     self.cache_hook.add_partial("generate_until", (args[0], options), answer)
-                answers += told
+                answers += replies
                 progress.update(len(chunk))
         return by_options.get_original(answers)
 
@@ -87,7 +87,7 @@ class UcAdapters(lmms):
         for chat in chats:
             pictures, videos, audios = chat.extract_media()
             if videos or audios:
-                raise NotImplementedError("uc_adapters reads images; expected a task without videos and audio.")
+                raise NotImplementedError("uc_adapters only reads images; expected a task without videos and audio.")
             images += [picture if isinstance(picture, Image.Image) else Image.open(picture) for picture in pictures]
         texts = [
             self.processor.apply_chat_template(chat.to_hf_messages(), add_generation_prompt=True, tokenize=False)
@@ -116,6 +116,7 @@ class UcAdapters(lmms):
 
 
 def _until(answer: str, stops: str | list[str]) -> str:
+    """The answer up to the first text that stops it."""
     for stop in [stops] if isinstance(stops, str) else stops:
         if stop:
             answer = answer.split(stop)[0]
