@@ -122,7 +122,7 @@ def score(contender: Contender, seed: int, args: AblateArguments) -> dict[str, f
 
 
 def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArguments) -> dict[str, float | None]:
-    """The scores of a variant, or of the base if it is None: from an earlier run, or by training it now."""
+    """The scores of a variant, or of the base if `variant` is None: from an earlier run, or by training now."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in name)
     file = Path(args.output_dir, f"{slug}-seed-{seed}.json")
     if file.is_file():
@@ -136,7 +136,8 @@ def scores_of(name: str, variant: Variant | None, seed: int, args: AblateArgumen
         contender, perplexity = train(variant, seed, args, folder)
     scores = score(contender, seed, args)
     scores["perplexity"] = perplexity
-    shutil.rmtree(folder, ignore_errors=True)  # weights of modules that the package lacks could not be loaded again
+    # The package lacks the modules of some variants, so that their weights could not be loaded again.
+    shutil.rmtree(folder, ignore_errors=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_suffix(".half")
     half.write_text(json.dumps({"budget": args.budget, "scores": scores}, indent=2) + "\n")
@@ -160,7 +161,7 @@ def check(args: AblateArguments) -> None:
 
 
 def check_budget(file: Path, budget: dict | None, args: AblateArguments) -> None:
-    """Exits if a file's scores have another budget, and so do not compare, or none, which means another recipe's file."""
+    """Exits if a file's scores have another budget, so that they do not compare, or if another recipe wrote the file."""
     if budget is None:
         raise SystemExit(f"{file} exists and holds no scores of ablate.py. Name another file, or remove this one.")
     if budget != args.budget:
@@ -202,7 +203,7 @@ def main(args: AblateArguments) -> dict:
         check_budget(Path(args.json), written.get("budget") if isinstance(written, dict) else None, args)
         runs = written["runs"]  # the file also keeps the runs that this call does not ask for
     shown = {name: variant for name, variant in runs_of(list(AXES)).items() if name in {*runs, *runs_of(args.axes)}}
-    run_costs = costs(args.base, shown, min(BATCH, args.scenes), SAMPLING)  # minutes: all that an interrupted run loses
+    run_costs = costs(args.base, shown, min(BATCH, args.scenes), SAMPLING)  # minutes, all that an interrupted run loses
     todo = [(str(seed), run) for seed in args.seeds for run in [("base", None), *runs_of(args.axes).items()]]
     for seed, (name, variant) in tqdm(todo, desc="variants"):  # seed by seed, so that a part of the time gives a whole table
         by_seed = runs.setdefault(name, {})

@@ -80,7 +80,7 @@ class TopK(nn.Module):
         """(B, T, C) -> (B, T', C)."""
         scores = x @ self.score  # (B, T)
         kept = scores.topk(x.shape[1] // self.stride**2).indices.sort().values.unsqueeze(-1)  # (B, T', 1)
-        return (x * 2 * scores.sigmoid().unsqueeze(-1)).gather(1, kept.expand(-1, -1, x.shape[-1]))  # so scores learn
+        return (x * 2 * scores.sigmoid().unsqueeze(-1)).gather(1, kept.expand(-1, -1, x.shape[-1]))  # so it learns
 
 
 class MeanToken(nn.Module):
@@ -218,7 +218,7 @@ class Variant:
 
 
 def cell(change: Change | None = None, kind: type[CellDecompressor] = CellDecompressor, **options) -> Variant:
-    """An adapter with a `CellDecompressor`. Stage 1 trains its global codes with "phase", which is replaced after it."""
+    """An adapter with a `CellDecompressor`. Stage 1 trains its global codes with "phase", which is then replaced."""
     return Variant({"decompressor": "phase", **options}, change, partial(draw_with, kind))
 
 

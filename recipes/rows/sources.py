@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 AnyDataset = Dataset | IterableDataset
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-IMAGE_SUFFIXES = {*ImageFolder.EXTENSIONS, ".avif", ".heic", ".heif"}  # without PIL's support for these, a row is bad
+IMAGE_SUFFIXES = {*ImageFolder.EXTENSIONS, ".avif", ".heic", ".heif"}  # PIL may lack the last two; such a row is bad
 METADATA = set(ImageFolder.METADATA_FILENAMES)
 _TABLES = {*BUILDERS, ".csv", ".tsv", ".arrow", ".tar", ".zip"}
-_SPLIT_NAMES = {  # by the words in which datasets recognises a split
+_SPLIT_NAMES = {  # the names by which datasets recognises a split
     str(split): re.compile(rf"(^|[{NON_WORDS_CHARS}])({'|'.join(words)})([{NON_WORDS_CHARS}]|$)", re.IGNORECASE)
     for split, words in SPLIT_KEYWORDS.items()
 }
@@ -211,7 +211,7 @@ def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split after which one of a file's folders is named, the first such folder; None without one."""
+    """The split named by the first of a file's folders that is named like a split; None if there is none."""
     for name in file.parent.parts:
         for split, pattern in _SPLIT_NAMES.items():
             if pattern.search(name):

@@ -168,7 +168,7 @@ def training_rows(
     if not sources:
         raise DatasetError("There is no dataset; expected at least one.")
     if weights is not None and (len(weights) != len(sources) or not all(weight > 0 for weight in weights)):
-        raise DatasetError(f"weights {weights} for {len(sources)} dataset(s); expected one for each, all above 0.")
+        raise DatasetError(f"--dataset_weights {weights} for {len(sources)} dataset(s); expected one for each, all above 0.")
     if streaming and (encode or fill_in or part):
         raise DatasetError("streaming with fill_in, encode or part; expected none of these, because they need all rows.")
     check = replace(check, collator=replace(check.collator, caption_dropout=0.0))

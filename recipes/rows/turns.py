@@ -94,7 +94,7 @@ def _said(content: Any, role: str) -> list:
 
 
 def _question(row: dict) -> dict:
-    """The user turn of a question. Its image comes first, or where a marker is. A check names a part that has no text."""
+    """The turn of a question. The image is first, or where a marker is. A missing text stays a part that a check can name."""
     question = _words(row["question"])
     return {"role": "user", "content": [_IMAGE, _text(None)] if question is None else question}
 

@@ -124,7 +124,7 @@ def drawn_steps(contender: Contender) -> int:
     grid = grid_of(contender)
     if not isinstance(contender.model, UniCompressModel):
         return family_of(contender.model).dense_placeholders(grid)
-    return contender.model.active_peft_config.num_gen_tokens(grid) - 1  # the separator takes no step
+    return contender.model.active_peft_config.num_gen_tokens(grid) - 1  # the separator is given, so that no step draws it
 
 
 def draw_in_turn(

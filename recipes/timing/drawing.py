@@ -43,7 +43,8 @@ def _draw_dense_dynamically(base: nn.Module, batch: int) -> torch.Tensor:
 def why_not_compiled(device: str) -> str | None:
     """The reason why torch.compile fails on a device; None if it works."""
     try:
-        new = torch.zeros(random.randrange(2, 10**6), device=device)  # a size that no cache has
+        # The size is random, so that no cache has it and the compiler has to run.
+        new = torch.zeros(random.randrange(2, 10**6), device=device)
         torch.compile(lambda x: x + 1, dynamic=False)(new)
     except Exception as error:  # TorchDynamo, its backend and a compiler each raise errors of their own
         return f"torch.compile fails here: {str(error).strip().splitlines()[0]}"

@@ -116,7 +116,7 @@ def _resident(field: str) -> int:
 
 
 class Watch:
-    """Measures the seconds inside named parts of a model. A part inside another one counts for itself alone."""
+    """Measures the seconds inside named parts of a model. Time in a part inside another part counts for the inner one alone."""
 
     def __init__(self, parts: dict[str, list[nn.Module]]):
         self.parts, self.seconds = parts, defaultdict(float)

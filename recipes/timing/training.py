@@ -93,7 +93,7 @@ class Compact(Trainee):
         ids = self._with_images(words, config.num_gen_tokens((side, side)), words.shape[1])
         drawn = (torch.arange(ids.shape[1], device=ids.device) >= words.shape[1]).expand_as(ids)
         labels = ids.masked_fill(~drawn, -100)
-        labels[:, words.shape[1] + config.num_global_codes] = -100  # the separator
+        labels[:, words.shape[1] + config.num_global_codes] = -100  # the separator is not learned
         return self.model(input_ids=ids, labels=labels, gen_latents=latents, gen_mask=drawn).loss
 
     def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

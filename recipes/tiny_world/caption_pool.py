@@ -99,7 +99,7 @@ class CaptionPool(ImagePool):
 
 
 def _colour_weights(pixels: torch.Tensor) -> torch.Tensor:
-    """A matrix (3, 3) that halfway evens out the variances of the colours of pixels (N, H, W, 3) in each direction."""
+    """Half of a whitening: a matrix (3, 3) that makes the variances of the colours of pixels (N, H, W, 3) more equal."""
     sample = pixels.flatten(0, 2)[:: max(1, pixels[..., 0].numel() // 100_000)].float() / 127.5 - 1  # (n, 3)
     variances, directions = torch.linalg.eigh(sample.T.cov() + 1e-3 * torch.eye(3))
     return directions @ torch.diag((variances / variances.mean()) ** -0.25) @ directions.T
