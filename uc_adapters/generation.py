@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 
 import torch
@@ -59,7 +59,7 @@ def draw(
     generation_config: GenerationConfig | None = None,
     logits_processor: LogitsProcessorList | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    progress: bool = False,
+    progress: bool | Callable[[], object] = False,
     **kwargs,
 ) -> torch.Tensor:
     """Draws one image a prompt: what `UniCompressModel.generate(..., generation_mode="image")` does.
@@ -82,7 +82,7 @@ def draw(
             drawings are then those of the prompt drawn alone with it. On a CPU that holds bit for bit, since each prompt is
             then drawn by itself, and takes the time of that. On other devices the batch is drawn at once: the random numbers
             are the same, but matrix products of another batch size round differently, which can turn a close choice.
-        progress: Shows a bar over the steps.
+        progress: True shows a bar over the steps. A function is called behind each step instead. Default False.
         **kwargs: Fields of the generation config: `do_sample`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
             `num_return_sequences`, `suppress_tokens`, ...; `cache_implementation`, `compile_config` and `disable_compile`, see
             `Steps`. Where they hold tokens, these are codes. An image has the length of its grid, so what bounds the length of
@@ -248,7 +248,7 @@ def _draw_compact(
     grid: Grid,
     sample: CodeSampler,
     config: GenerationConfig,
-    progress: bool,
+    progress: bool | Callable[[], object],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The language model's loop: global codes (B, N) and steps (B, T', k); and the scores that won them, (B,) each."""
     family, module = head.family, head.module
@@ -263,14 +263,15 @@ def _draw_compact(
     draw_step = _draw_step if sample.generators else step.compiled(_draw_step)
     won: list[torch.Tensor] = []
 
-    bar = tqdm(total=count + rows * columns, desc="draw", disable=not progress)
+    bar = tqdm(total=count + rows * columns, desc="draw", disable=progress is not True)
+    advance = progress if callable(progress) else bar.update
     inputs = prompts
     globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
     for index in range(count):
         codes = _noting(sample, won)(family.code_logits(step(inputs)))
         globals_[:, index] = codes
         inputs = family.embed_codes(codes).unsqueeze(1)
-        bar.update()
+        advance()
     # The separator is known, as a row's end is: it rides along with the token before it and costs no step.
     inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
     steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
@@ -283,7 +284,7 @@ def _draw_compact(
         hidden = step(inputs)
         steps[:, index], of_step = draw_step(head, hidden, entries, sample)
         won.append(of_step.clone())  # a CUDA graph's output is overwritten
-        bar.update()
+        advance()
     bar.close()
     if not bool(hidden.isfinite().all()):  # once, behind the loop: keys and values that are no numbers spoil all that follows
         raise BaseModelError(
