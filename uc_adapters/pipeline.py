@@ -72,6 +72,8 @@ class UniCompressPipeline(DiffusionPipeline):
         access = {name: kwargs[name] for name in PULL_OPTIONS if name in kwargs}
         folder = pull(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), **access)
         pipeline = cls(AutoProcessor.from_pretrained(folder))
+        if "torch_dtype" in kwargs:  # diffusers' older name, which PEFT would ignore
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
         pipeline.model = UniCompressModel.from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline

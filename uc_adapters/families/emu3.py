@@ -116,7 +116,7 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         unit = self._factor * processor.stride
         if any(not isinstance(side, int) or side < unit or side % unit for side in size):
             raise InputError(
-                f"height={height}, width={width}; expected multiples of {unit} pixels, since a code is {self._factor} pixels wide "
+                f"height={height}, width={width}; expected multiples of {unit} pixels: a code is {self._factor} pixels wide, "
                 f"and the adapter's stride is {processor.stride}."
             )
         return processor(
