@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 
 import torch
@@ -59,7 +59,7 @@ def draw(
     generation_config: GenerationConfig | None = None,
     logits_processor: LogitsProcessorList | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    progress: bool = False,
+    progress: bool | Callable[[], object] = False,
     **kwargs,
 ) -> torch.Tensor:
     """Generates one image for each prompt; `UniCompressModel.generate(..., generation_mode="image")` calls it.
@@ -84,7 +84,7 @@ def draw(
             prompt. Each drawing is then the one that its prompt gives alone with this generator. On a CPU that holds bit for
             bit: the prompts are drawn one by one, which takes longer. On other devices the batch is drawn at once. The random
             numbers are the same, but matrix products of another batch size round differently, which can change a close choice.
-        progress: Whether to show a progress bar over the steps. Default False.
+        progress: True shows a progress bar over the steps. A function is called after each step instead. Default False.
         **kwargs: Fields of the generation config: `do_sample`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
             `num_return_sequences`, `suppress_tokens`, ...; for `cache_implementation`, `compile_config` and `disable_compile`
             see `Steps`. Tokens in these fields are codes. The grid sets the length of an image, so fields that limit the length
@@ -254,7 +254,7 @@ def _draw_compact(
     grid: Grid,
     sample: CodeSampler,
     config: GenerationConfig,
-    progress: bool,
+    progress: bool | Callable[[], object],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Runs the language model's loop; returns global codes (B, N), steps (B, T', k), and the scores of all chosen codes."""
     family, module = head.family, head.module
@@ -269,14 +269,15 @@ def _draw_compact(
     draw_step = _draw_step if sample.generators else step.compiled(_draw_step)
     won: list[torch.Tensor] = []
 
-    bar = tqdm(total=count + rows * columns, desc="draw", disable=not progress)
+    bar = tqdm(total=count + rows * columns, desc="draw", disable=progress is not True)
+    advance = progress if callable(progress) else bar.update
     inputs = prompts
     globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
     for index in range(count):
         codes = _noting(sample, won)(family.code_logits(step(inputs)))
         globals_[:, index] = codes
         inputs = family.embed_codes(codes).unsqueeze(1)
-        bar.update()
+        advance()
     # The separator and the EOL tokens are known, so each is fed together with the token before it and costs no step
     inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
     steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
@@ -289,7 +290,7 @@ def _draw_compact(
         hidden = step(inputs)
         steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
         won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
-        bar.update()
+        advance()
     bar.close()
     if not bool(hidden.isfinite().all()):  # one check after the loop: a NaN in the cache spreads to all later states
         raise BaseModelError(

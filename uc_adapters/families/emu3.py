@@ -7,7 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoProcessor, Emu3Processor, GenerationConfig, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, Emu3Processor, GenerationConfig, ProcessorMixin
 
 from ..errors import BaseModelError, InputError
 from ..layers import Grid
@@ -107,6 +107,27 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
     def language_model(self, **inputs):
         return self.base.model.text_model(**inputs)
 
+    def prompt_inputs(
+        self, processor: CompactEmu3Processor, texts: list[str], height: int | None = None, width: int | None = None
+    ) -> BatchFeature:
+        area = min(processor.image_area, processor.image_processor.max_pixels)  # the published one's, or a smaller base's
+        rows, columns = processor.calculate_generate_size(processor.ratio, area, self._factor)
+        size = (rows * self._factor if height is None else height, columns * self._factor if width is None else width)
+        unit = self._factor * processor.stride
+        if any(not isinstance(side, int) or side < unit or side % unit for side in size):
+            raise InputError(
+                f"height={height}, width={width}; expected multiples of {unit} pixels: a code is {self._factor} pixels wide, "
+                f"and the adapter's stride is {processor.stride}."
+            )
+        return processor(
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+            return_for_image_generation=True,
+            ratio=f"{size[1]}:{size[0]}",
+            image_area=size[0] * size[1],
+        )
+
     def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
         start = input_ids == self._start
         last = start.flip(1).cumsum(1).flip(1) == 0  # tokens after the start of the last image: its size, and its begin
@@ -138,6 +159,9 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         tokens = F.pad(rows.flatten(1), (0, 3), value=self.base.config.text_config.eos_token_id)
         tokens[:, -3], tokens[:, -2] = self._file_end, self._end
         return tokens
+
+    def to_pixels(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return self.base.decode_image_tokens(image_tokens=tokens, height=grid[0], width=grid[1])
 
     def compact_processor(self, processor: ProcessorMixin, stride: int, num_global_tokens: int) -> ProcessorMixin:
         return CompactEmu3Processor(

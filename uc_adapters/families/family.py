@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import BatchFeature, GenerationConfig, ProcessorMixin
 
 from ..errors import InputError
 from ..layers import Grid, nearest_codes
@@ -227,6 +227,22 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         """Returns the logits of the codes alone, (..., K), from hidden states (..., D), without any adapter's layer."""
         raise NotImplementedError
 
+    def prompt_inputs(
+        self, processor: ProcessorMixin, texts: list[str], height: int | None = None, width: int | None = None
+    ) -> BatchFeature:
+        """Texts of the chat template -> a padded batch of drawing prompts.
+
+        Args:
+            processor: The adapter's.
+            texts: B texts.
+            height: Of the images, in pixels. Default: the base's own.
+            width: Likewise.
+
+        Raises:
+            InputError: The base cannot draw this size.
+        """
+        raise NotImplementedError
+
     def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
         """Returns which tokens of drawing prompts (B, L) are not text: the sequence's begin, and an image's wrapper tokens."""
         raise NotImplementedError
@@ -251,3 +267,7 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
     def to_tokens(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Turns drawn codes (B, T) into tokens as the base's own `generate` returns them, for its `decode_image_tokens`."""
         return codes
+
+    def to_pixels(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Tokens of drawn images of one grid, (B, T') -> their pixels before postprocessing, (B, 3, H, W)."""
+        raise NotImplementedError

@@ -6,10 +6,11 @@ import copy
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import BatchFeature, GenerationConfig, ProcessorMixin
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
-from ..layers import unit
+from ..errors import InputError
+from ..layers import Grid, unit
 from .family import Family, Geometry, exact, weight_of
 
 
@@ -88,11 +89,24 @@ image = Image.fromarray(pixels.permute(1, 2, 0).numpy())"""
     def language_model(self, **inputs):
         return self.base.model.language_model(**inputs)
 
+    def prompt_inputs(
+        self, processor: ProcessorMixin, texts: list[str], height: int | None = None, width: int | None = None
+    ) -> BatchFeature:
+        side = self.geometry.image_size
+        if height not in (None, side) or width not in (None, side):
+            raise InputError(
+                f"height={height}, width={width}; expected {side} for both, or nothing: this base draws images of one size."
+            )
+        return processor(text=texts, padding=True, return_tensors="pt", generation_mode="image")
+
     def wrapper_mask(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
         return (input_ids == generation_config.bos_token_id) | (input_ids == self.boi_token_id(generation_config))
 
     def boi_token_id(self, generation_config: GenerationConfig) -> int:
         return generation_config.generation_kwargs["boi_token_id"]
+
+    def to_pixels(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return self.base.decode_image_tokens(tokens).permute(0, 3, 1, 2)
 
     def compact_processor(self, processor: ProcessorMixin, stride: int, num_global_tokens: int) -> ProcessorMixin:
         processor = copy.deepcopy(processor)

@@ -32,6 +32,7 @@ from ..identity import identify, name_and_commit
 from ..tuner import UniCompressTuner, detach, uncover
 from .base import load_base
 from .card import CardFacts, local_name, published_as, update_card
+from .pipeline_files import pipeline_files
 from .push import push_folder
 
 if TYPE_CHECKING:
@@ -251,6 +252,8 @@ class HubModel(PeftModel):
                     (stage / name).rmdir()
                 if saved := self._processor_of(name, processor):
                     saved.save_pretrained(stage)
+                    for file, text in pipeline_files(family_of(self.get_base_model()).model_type).items():
+                        (stage / file).write_text(text, "utf-8")
                 seal_folder(stage, base_model)
                 self._check_saved(stage, name)
                 if (folder / CARD_NAME).is_file():

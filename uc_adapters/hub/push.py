@@ -16,6 +16,7 @@ from ..errors import AdapterFileError, BaseModelError, HubError, InputError
 from ..files.faults import answered, reason
 from ..files.folder import ADAPTER_NAMES, CARD_NAME, PROCESSOR_NAMES, dump_config, find_weights, locked, read_config
 from .card import CardFacts, example_prompt, hub_id, render_card
+from .pipeline_files import pipeline_files
 
 PUSHED = (*ADAPTER_NAMES, CARD_NAME, "LICENSE", "*.png", "*.jpg")
 
@@ -75,6 +76,7 @@ def push_folder(
             cards = _existing_cards(folder, api, repo_id, info.sha)
             text = render_card(config, repo_id, card or CardFacts(), cards, example_prompt(folder))
             written = {CARD_NAME: text, CONFIG_NAME: dump_config(config)}
+            written |= pipeline_files(config["base_geometry"]["model_type"])
             files = [CommitOperationAdd(path.name, path) for path in _pushed(folder) if path.name not in written]
             files += [CommitOperationAdd(name, content.encode()) for name, content in written.items()]
             commit = api.create_commit(
