@@ -20,6 +20,7 @@ from .families import family_of_processor
 from .files.pull import PULL_OPTIONS, pull
 from .layers import Grid
 from .model import UniCompressModel
+from .pictures import to_pil
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -200,7 +201,7 @@ class UniCompressPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, {})
 
             tokens = model.generate(**inputs, **arguments, generation_mode="image", progress=advance)
-        images = _converted(_to_pil(self.processor, family.to_pixels(tokens, grid)), output_type)
+        images = _converted(to_pil(self.processor, family.to_pixels(tokens, grid)), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _inputs(self, texts: list[str], repeats: int, height: int | None, width: int | None) -> BatchFeature:
@@ -240,14 +241,6 @@ def _on(
         return generator
     seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
     return torch.Generator(device).manual_seed(int(seed))
-
-
-def _to_pil(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Image]:
-    """Decoded pixels (B, 3, H, W) as PIL images."""
-    drawn = processor.postprocess(list(pixels.float().cpu()))["pixel_values"]
-    if isinstance(drawn[0], Image.Image):
-        return drawn
-    return [Image.fromarray(np.asarray(image).transpose(1, 2, 0)) for image in drawn]  # (3, H, W); tensors with torchvision
 
 
 def _converted(images: list[Image.Image], output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:

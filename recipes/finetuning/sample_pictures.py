@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from reporting.pictures import Rows, save_grid
-from scoring.stock_calls import calls_of, drawing_inputs, to_images
+from scoring.stock_calls import calls_of, drawing_inputs
 from transformers import ProcessorMixin, TrainerCallback
 
 from uc_adapters import UniCompressModel
 from uc_adapters.layers import Grid
+from uc_adapters.pictures import to_pil
 
 
 class SamplePictures(TrainerCallback):
@@ -45,7 +46,7 @@ def reconstructions(
         prepared = processor.image_processor([image], return_tensors="pt").to(model.device)
         [(_, pixels, size)] = family.by_size(prepared["pixel_values"], prepared.get("image_sizes"))
         grid = family.draw_grid(size)
-        restored += to_images(processor, calls.pixels(model, family.to_tokens(codes_of(pixels, grid), grid), grid))
+        restored += to_pil(processor, calls.pixels(model, family.to_tokens(codes_of(pixels, grid), grid), grid))
     return restored
 
 
@@ -55,5 +56,5 @@ def drawings(model: UniCompressModel, processor: ProcessorMixin, captions: list[
     for caption in captions:
         inputs = drawing_inputs(processor, [caption], calls).to(model.device)
         tokens = calls.draw(model, inputs, do_sample=True)
-        drawn += to_images(processor, calls.pixels(model, tokens, calls.grid(model, inputs)))
+        drawn += to_pil(processor, calls.pixels(model, tokens, calls.grid(model, inputs)))
     return drawn

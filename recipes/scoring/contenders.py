@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from scoring.stock_calls import base_of, calls_of, drawing_inputs, to_images
+from scoring.stock_calls import base_of, calls_of, drawing_inputs
 from tiny_world.digits import IMAGE_SIZE
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 from uc_adapters import UniCompressModel
 from uc_adapters.families import family_of
 from uc_adapters.layers import Grid
+from uc_adapters.pictures import to_pil
 
 
 @dataclass
@@ -108,7 +109,7 @@ def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Ima
     if pixels.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return to_images(contender.processor, pixels), seconds
+    return to_pil(contender.processor, pixels), seconds
 
 
 def read_tokens(processor: ProcessorMixin) -> int:

@@ -11,7 +11,7 @@ from reporting.intervals import Estimate, mean_share, share
 from scoring.contenders import Contender, answer, draw_in_turn, grid_of
 from scoring.digit_features import digit_features, to_tensor
 from scoring.likelihood import image_nats
-from scoring.stock_calls import base_of, calls_of, to_images
+from scoring.stock_calls import base_of, calls_of
 from tiny_world.digits import QUESTION_KINDS, Scene, judge, load_scans, right_by_aspect, right_quarters
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from uc_adapters import UniCompressModel
 from uc_adapters.families import family_of
+from uc_adapters.pictures import to_pil
 
 SPLIT = "held-out"
 _BATCH = 50  # batch size of everything that is not timed
@@ -170,7 +171,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
         else:
             codes = drawing.compress(pixels)
             tokens = drawing.expand(codes.globals, codes.steps, grid, lambda logits: logits.argmax(-1))
-        restored += to_images(contender.processor, calls.pixels(model, family.to_tokens(tokens, grid), grid))
+        restored += to_pil(contender.processor, calls.pixels(model, family.to_tokens(tokens, grid), grid))
     restored, real = np.stack(restored), render(scenes)
     right = sum(right_quarters(asked, seen) for asked, seen in zip(scenes, judge(restored), strict=True))
     psnr, ssim = PeakSignalNoiseRatio(data_range=255.0), StructuralSimilarityIndexMeasure(data_range=255.0)

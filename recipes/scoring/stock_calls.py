@@ -5,9 +5,7 @@ The calls that differ between families of bases are here, so that the recipes ar
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from uc_adapters import UniCompressModel
@@ -100,11 +98,3 @@ def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCa
         for prompt in prompts
     ]
     return calls.prompts(processor, texts)
-
-
-def to_images(processor: ProcessorMixin, pixels: torch.Tensor) -> list[Image.Image]:
-    """Decoded pixels (B, 3, H, W) as PIL images."""
-    drawn = processor.postprocess(list(pixels.float().cpu()))["pixel_values"]
-    if isinstance(drawn[0], Image.Image):
-        return drawn
-    return [Image.fromarray(np.asarray(image).transpose(1, 2, 0)) for image in drawn]  # (3, H, W); tensors with torchvision

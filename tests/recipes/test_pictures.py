@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scoring.stock_calls import to_images
 from tiny_world import tiny_emu3
 
 from uc_adapters.families import FAMILIES
+from uc_adapters.pictures import to_pil
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = {
@@ -48,11 +48,11 @@ def assert_pictures(images: list[Image.Image], pixels: torch.Tensor) -> None:
 
 
 def test_the_recipes_pictures_of_janus(janus, pixels):
-    assert_pictures(to_images(janus, pixels), pixels)
+    assert_pictures(to_pil(janus, pixels), pixels)
 
 
 def test_the_recipes_pictures_of_emu3(pixels):
-    assert_pictures(to_images(tiny_emu3.make_processor(32 * 32, 64 * 64), pixels), pixels)
+    assert_pictures(to_pil(tiny_emu3.make_processor(32 * 32, 64 * 64), pixels), pixels)
 
 
 def test_the_pictures_of_the_cards_snippet(janus, pixels):

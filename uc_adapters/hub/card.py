@@ -90,7 +90,7 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         install=INSTALL,
         prompt=json.dumps(record.get("prompt", example), ensure_ascii=False),
         family=FAMILIES[geometry["model_type"]],
-        tokens=_token_rows(config),
+        tokens=_table(("", "base", "with this adapter"), token_counts(config)),
         training=_table(("setting", "value"), record["training"].items()),
         dataset=record["dataset"],
         metrics=_table(("", "base", "with this adapter"), rows),
@@ -102,8 +102,8 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
     return str(new)
 
 
-def _token_rows(config: dict) -> str:
-    """What an image costs the language model, with the base and with the adapter."""
+def token_counts(config: dict) -> list[tuple[str, int, int]]:
+    """Returns what an image costs the language model: the name of each cost, the base's number, and the adapter's."""
     geometry, stride, count = config["base_geometry"], config["stride"], config["num_global_tokens"]
     drawn = UniCompressConfig(num_global_tokens=count, decompressor=config["decompressor"]).num_global_codes
     family = FAMILIES[geometry["model_type"]]
@@ -118,7 +118,7 @@ def _token_rows(config: dict) -> str:
     table = [row(f"tokens to read {image}", geometry["read_side"], count + 1, family.has_eol)]
     if family.why_no_drawing is None:
         table.append(row("steps of the language model to draw one", geometry["draw_side"], drawn, False))
-    return _table(("", "base", "with this adapter"), table)
+    return table
 
 
 def update_card(folder: Path, facts: CardFacts, source: str | None = None) -> None:
