@@ -142,9 +142,9 @@ class SequenceWriter:
     def _answer(self, text: str, prompt: list[int], words: str) -> tuple[list[int], int]:
         """Returns the tokens of an answer, and the token that ends it: the one in the template, or else the default."""
         ids = self._behind(text, prompt, words)
-        place = next((place for place, token in enumerate(ids) if token in self.ends), None)
-        if place is not None:
-            return ids[:place], ids[place]
+        index = next((index for index, token in enumerate(ids) if token in self.ends), None)
+        if index is not None:
+            return ids[:index], ids[index]
         return self._behind(text, prompt, words.rstrip()), self.end
 
     def _unconditional(self, prompt: list[int]) -> list[int]:
@@ -152,7 +152,7 @@ class SequenceWriter:
         start = self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
         last = len(prompt) - 1 - prompt[::-1].index(start)
         kept = (self.tokenizer.bos_token_id, start)
-        return [token if token in kept or place > last else self.tokenizer.pad_token_id for place, token in enumerate(prompt)]
+        return [token if token in kept or index > last else self.tokenizer.pad_token_id for index, token in enumerate(prompt)]
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
