@@ -69,7 +69,7 @@ class CodeReadCompressor(nn.Module):
         return torch.cat(parts, 1)
 
 
-DECOMPRESSORS = {"strip": StripDecompressor, "phase": PhaseDecompressor, "raster": RasterDecompressor}
+DECOMPRESSOR_CLASSES = {"strip": StripDecompressor, "phase": PhaseDecompressor, "raster": RasterDecompressor}
 
 
 class DrawCompressor(nn.Module):
@@ -82,7 +82,7 @@ class DrawCompressor(nn.Module):
         self.pool = AveragePool(config.stride)
         self.extractor = GlobalExtractor(code_width, width, self.num_global_codes, side) if self.num_global_codes else None
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
-        self.decompressor = make_decompressor(DECOMPRESSORS[config.decompressor], config, geometry)
+        self.decompressor = make_decompressor(DECOMPRESSOR_CLASSES[config.decompressor], config, geometry)
 
     @property
     def tokenizer_parts(self) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class ReadLayer(UniCompressLayer):
 
     def _refuse_drawn(self, base: nn.Module, args: tuple, kwargs: dict) -> None:
         """Refuses images to draw. The base ignores unknown arguments, so it would read them and learn placeholders as text."""
-        unsupported = [name for name in kwargs if name.startswith("gen_") or name == "teacher_probs"]
+        unsupported = [name for name in kwargs if name.startswith(("gen_", "teacher_"))]
         if unsupported:
             raise UnsupportedError(
                 f"{', '.join(unsupported)} were passed to the base model, which does not support them; expected a "

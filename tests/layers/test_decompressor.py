@@ -4,7 +4,7 @@ from helpers import DECOMPRESSORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uc_adapters.compression import DECOMPRESSORS as CLASSES
+from uc_adapters.compression import DECOMPRESSOR_CLASSES
 from uc_adapters.layers import (
     PhaseDecompressor,
     RasterDecompressor,
@@ -47,7 +47,7 @@ class Case:
             self.length, self.block = stride**2, 1
             condition = torch.randn(batch, OUT_WIDTH)  # hidden states
         else:
-            self.module = CLASSES[kind](stride, side * stride, layers=layers, **SHAPE)
+            self.module = DECOMPRESSOR_CLASSES[kind](stride, side * stride, layers=layers, **SHAPE)
             self.length, self.block = dense, compact if kind == "phase" else 1
             condition = torch.randn(batch, compact, CODE_WIDTH)  # compact entries
         self.conditions = (condition, torch.randn(batch, count, CODE_WIDTH))

@@ -7,9 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import attach, lora_weights
+from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from uc_adapters.errors import UnsupportedError
+from uc_adapters import UniCompressCollator
+from uc_adapters.errors import InputError, UnsupportedError
+from uc_adapters.training import JointTrainer, ReconstructionStage, ReconstructionTrainer
 
 DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "train.md"
 OPTIONS = {"max_length": None, "remove_unused_columns": False, "bf16": False, "report_to": "none", "use_cpu": True}
@@ -51,3 +54,16 @@ def test_preference_trainers_are_refused(base, short_processor, images, tmp_path
     )
     with pytest.raises(UnsupportedError, match=r"different numbers of tokens; expected SFTTrainer"):
         trainer.train()
+
+
+def test_a_stage_1_without_anything_to_train_is_refused(base, short_processor, tmp_path):
+    stage = ReconstructionStage(attach(base, num_global_tokens=0))
+    with pytest.raises(InputError, match=r"Stage 1 has nothing to train.*Go on with stage 2"):
+        ReconstructionTrainer(stage, TrainingArguments(str(tmp_path)), processing_class=short_processor)
+
+
+def test_arguments_of_transformers_alone_are_refused(base, short_processor, tmp_path):
+    model = attach(base)
+    collator = UniCompressCollator(short_processor, model.active_peft_config)
+    with pytest.raises(InputError, match=r"args=TrainingArguments; expected.*SFTConfig"):
+        JointTrainer(model, TrainingArguments(str(tmp_path)), data_collator=collator)

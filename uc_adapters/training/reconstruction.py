@@ -25,6 +25,7 @@ from torch.distributed.nn.functional import all_reduce
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from ..code_head import CodeHead
+from ..errors import InputError
 from ..images import unpack_latents
 from ..layers import Grid, average_pool, nearest_codes, straight_through, windows_to_raster
 from ..layers.attention import Attention
@@ -240,11 +241,19 @@ class ReconstructionTrainer(ResumableTrainer, Trainer):
         args: transformers' training arguments.
         processing_class: The adapter's processor.
         **kwargs: Passed to `Trainer`.
+
+    Raises:
+        InputError: The stage has nothing to train.
     """
 
     parts = ("reconstruction", "codebook", "code_accuracy", "commitment", "global_code_usage", "reading_reconstruction")
 
     def __init__(self, model: ReconstructionStage, args: TrainingArguments, *, processing_class: ProcessorMixin, **kwargs: Any):
+        if not model.trained:
+            raise InputError(
+                'Stage 1 has nothing to train: the adapter has no global tokens, and "strip" learns in stage 2; expected '
+                "global tokens, or another decompressor. Go on with stage 2."
+            )
         collator = ImageCollator(processing_class, model.model.family.geometry.code_width)
         super().__init__(model, args, data_collator=collator, **kwargs)
 
