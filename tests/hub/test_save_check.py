@@ -65,7 +65,8 @@ def test_scalings_as_tensors(model, fresh, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True, "lora_bias": True},
+        {"use_dora": True},
+        {"lora_bias": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 3}},
     ],
     ids=lambda fields: next(iter(fields)),
