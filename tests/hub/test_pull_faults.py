@@ -164,7 +164,7 @@ WRONG = {
     "a pickle only": Row(
         commit({"adapter_model.bin": b"\x80\x04."}, WEIGHTS),
         AdapterFileError,
-        r"safetensors is missing.*adapter_model\.bin is a pickle.*Convert it to safetensors",
+        r"safetensors is missing.*adapter_model\.bin instead, convert it to safetensors",
     ),
     "an unknown field": Row(configured(spiral=2), ConfigError, r"'spiral'.*Upgrade: uc-adapters .* reads it"),
     "a newer format": Row(

@@ -207,8 +207,8 @@ def _order(path: Path) -> int:
 def _missing(path: Path) -> AdapterFileError:
     return AdapterFileError(
         f"{path.name} is missing in {path.parent}; expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}. Give the folder that "
-        f"save_pretrained wrote (or its subfolder=), or save the adapter again. {WEIGHTS_NAME} is a pickle, which could run "
-        "code, and is never loaded. Convert it to safetensors."
+        f"save_pretrained wrote (or its subfolder=), or save the adapter again. If there is {WEIGHTS_NAME} instead, convert it "
+        "to safetensors: a pickle could run code, and is never loaded."
     )
 
 
