@@ -121,8 +121,7 @@ class Commit:
 @dataclass
 class Repo:
     private: bool = False
-    gated: bool = False  # only its owners and `granted` may read its files
-    granted: set[str] = field(default_factory=set)
+    gated: bool = False  # only its owners may read its files
     branches: dict[str, str] = field(default_factory=dict)  # name -> commit; pull requests are branches `refs/pr/N`
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -257,11 +256,6 @@ class LoopbackHub:
             server.stop()
         self._servers = []
 
-    __enter__ = start
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
     def add_user(self, name: str, token: str, *orgs: str) -> None:
         self.tokens[token] = name
         self.orgs.setdefault(name, set()).update(orgs)
@@ -319,7 +313,7 @@ class LoopbackHub:
         repo, owns = self.repos.get(repo_id), self._owns(request.user, repo_id)
         if repo is None or (repo.private and not owns):
             raise RefusalError(*((404, "Repository not found") if request.user else (401, ANONYMOUS)), "RepoNotFound")
-        if need == "read" and repo.gated and not owns and request.user not in repo.granted:
+        if need == "read" and repo.gated and not owns:
             status, remedy = (403, f"ask for access at {self.url}/{repo_id}") if request.user else (401, "log in")
             raise RefusalError(status, f"Access to model {repo_id} is restricted. Please {remedy}.", "GatedRepo")
         if need in ("pull", "write") and request.user is None:
@@ -357,14 +351,6 @@ class LoopbackHub:
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE_SUFFIXES)
         self.create(repo_id, {".gitattributes": attributes}, private=wanted.get("visibility") == "private")
         return as_json({"url": url})
-
-    @route("DELETE", "/api/repos/delete")
-    def _delete(self, request: Request) -> Answer:
-        wanted = request.json()
-        repo_id = f"{wanted.get('organization') or request.user}/{wanted['name']}"
-        self._repo(request, repo_id, "write")
-        del self.repos[repo_id]
-        return Answer()
 
     @route("POST", "/api/validate-yaml")
     def _validate(self, request: Request) -> Answer:
@@ -440,7 +426,7 @@ class LoopbackHub:
             raise RefusalError(400, f"Not a branch: {revision}")
         if asked and not pull and not head.startswith(asked):
             raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
-        held, added, deleted = repo.files(head), {}, set()
+        added = {}
         for line in lines:
             kind, value = line["key"], line["value"]
             if kind == "file":
@@ -451,16 +437,10 @@ class LoopbackHub:
                 if value["oid"] not in self.objects:
                     raise RefusalError(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
                 added[value["path"]] = self.objects[value["oid"]]
-            elif kind in ("deletedFile", "deletedFolder"):
-                path = value["path"].rstrip("/")
-                gone = {name for name in held if (name == path if kind == "deletedFile" else name.startswith(path + "/"))}
-                if not gone:
-                    raise RefusalError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                deleted |= gone
         number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
         branch = f"refs/pr/{number}" if pull else revision
         message = "\n\n".join(filter(None, [header["summary"], header.get("description")]))
-        sha = repo.commit(added, message, branch, self._sha(repo, asked) if pull and asked else head, deleted)
+        sha = repo.commit(added, message, branch, self._sha(repo, asked) if pull and asked else head)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{repo_id}/commit/{sha}"}
         return as_json(answer | ({"pullRequestUrl": f"{self.url}/{repo_id}/discussions/{number}"} if pull else {}))
 
@@ -517,16 +497,6 @@ class LoopbackHub:
         refs["tags"] = [{"name": name, "ref": f"refs/tags/{name}", "targetCommit": sha} for name, sha in repo.tags.items()]
         return as_json(refs)
 
-    @route("GET", "/api/models/{repo}/commits/{revision}")
-    def _commits(self, request: Request, repo_id: str, revision: str) -> Answer:
-        repo = self._repo(request, repo_id)
-        sha, commits = self._sha(repo, revision), []
-        while sha is not None:
-            title, _, message = repo.commits[sha].message.partition("\n\n")
-            commits.append({"id": sha, "title": title, "message": message, "authors": [{"user": "test"}], "date": DATE})
-            sha = repo.commits[sha].parent
-        return as_json(commits)
-
     @route("POST", "/api/models/{repo}/branch/{name}")
     def _branch(self, request: Request, repo_id: str, name: str) -> Answer:
         return self._add_ref(request, repo_id, "branches", name, request.json().get("startingPoint", "main"))
@@ -540,23 +510,6 @@ class LoopbackHub:
         if name in getattr(repo, kind):
             raise RefusalError(409, f"Reference already exists: {name}")
         getattr(repo, kind)[name] = self._sha(repo, revision)
-        return Answer()
-
-    @route("DELETE", "/api/models/{repo}/{kind}/{name}")
-    def _delete_ref(self, request: Request, repo_id: str, kind: str, name: str) -> Answer:
-        repo = self._repo(request, repo_id, "write")
-        refs = {"branch": repo.branches, "tag": repo.tags}.get(kind, {})
-        if name not in refs:
-            raise RefusalError(404, f"Reference does not exist: {name}", "RevisionNotFound")
-        if (kind, name) == ("branch", "main"):
-            raise RefusalError(403, "The default branch cannot be deleted")
-        del refs[name]
-        return Answer()
-
-    @route("GET", "/api/models/{repo}/auth-check")
-    @route("GET", "/api/models/{repo}/auth-check/{write}")
-    def _auth_check(self, request: Request, repo_id: str, write: str = "") -> Answer:
-        self._repo(request, repo_id, write or "read")
         return Answer()
 
     @route("GET", "/api/models/{repo}/revision/{revision}")

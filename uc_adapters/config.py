@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from os import PathLike
+from pathlib import Path
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -72,12 +73,12 @@ class UniCompressConfig(LoraConfig):
     seal: dict | None = field(default=None, metadata={"help": "Checksums, written on saving."})
 
     def __post_init__(self):
-        self.seal = None  # it is of a file, and what is in memory may change
-        self._require_int("format_version", 0)
+        self.seal = None  # the seal belongs to a file, and the fields in memory may change
+        self._require_int("format_version", 1)
         if self.format_version > FORMAT_VERSION:
             raise ConfigError(
                 f"The adapter was saved in format {self.format_version} by uc-adapters {self.uc_adapters_version}; expected "
-                f"format {FORMAT_VERSION} or older, which uc-adapters {__version__} reads. Upgrade: {_upgrade(vars(self))}"
+                f"format {FORMAT_VERSION}, which uc-adapters {__version__} reads. Upgrade: {_upgrade(vars(self))}"
             )
         for name in ("base_model_name_or_path", "revision", "uc_adapters_version"):
             value = getattr(self, name)
@@ -143,51 +144,52 @@ class UniCompressConfig(LoraConfig):
     def from_peft_type(cls, **kwargs):
         """PEFT's loader, except that an unknown field that is set is an error: ignoring it could change the mathematics.
 
-        A newer PEFT's fields are ignored while they are unset.
+        Unknown fields that are unset are ignored: a newer PEFT writes them.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = {name for name in kwargs if name not in known}
-        if isinstance(kwargs.get("format_version", 0), int) and kwargs.get("format_version", 0) <= FORMAT_VERSION:
-            surplus = sorted(name for name in unknown if kwargs[name] not in (None, False, "", [], {}))
-            if surplus:
-                raise ConfigError(
-                    f"Unknown field(s) {', '.join(map(repr, surplus))} in the adapter's config (written by uc-adapters "
-                    f"{kwargs.get('uc_adapters_version')}); expected only fields of UniCompressConfig of uc-adapters "
-                    f"{__version__}. Upgrade: {_upgrade(kwargs)} Or remove the field if it was added by hand."
-                )
-        written = {name: value for name, value in kwargs.items() if name not in unknown}
-        return super().from_peft_type(**{"format_version": 1, **written})  # uc-adapters 0.1 did not write it down
+        version = kwargs.get("format_version")
+        unknown = kwargs.keys() - {f.name for f in fields(cls)}
+        surplus = sorted(name for name in unknown if kwargs[name] not in (None, False, "", [], {}))
+        if surplus and not (isinstance(version, int) and version > FORMAT_VERSION):  # the constructor refuses a newer format
+            raise ConfigError(
+                f"Unknown field(s) {', '.join(map(repr, surplus))} in the adapter's config (written by uc-adapters "
+                f"{kwargs.get('uc_adapters_version')}); expected only fields of UniCompressConfig of uc-adapters "
+                f"{__version__}. Upgrade: {_upgrade(kwargs)} Or remove the field if it was added by hand."
+            )
+        return super().from_peft_type(**{name: value for name, value in kwargs.items() if name not in unknown})
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike, subfolder: str | None = None, **kwargs
     ) -> UniCompressConfig:
-        """The config of an adapter's folder or Hub repo; where its weights lie beside it, both are checked first.
+        """Loads the config of an adapter's folder or Hub repo, and checks the weights beside it.
 
-        PEFT comes by here before it loads any weights, so what is refused here is refused by `PeftModel` too.
+        PEFT calls this before it loads any weights, so a plain `PeftModel` refuses a damaged adapter, too. A local folder may
+        hold a config alone.
 
         Args:
             pretrained_model_name_or_path: A folder, or a Hub id.
-            subfolder: Of the folder or repo.
-            **kwargs: Of `uc_adapters.files.pull.pull`: `revision`, `token`, `cache_dir`, ...; others are left alone.
+            subfolder: The adapter's subfolder in the folder or repo.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as in
+                `UniCompressModel.from_pretrained`; others are ignored.
 
         Raises:
-            HubError, AdapterFileError: As `pull`; or a file is damaged, or not the one that was saved.
+            HubError: The adapter cannot be fetched from the Hub.
+            AdapterFileError: A file is missing, damaged, or not the one that was saved.
             ConfigError: A field is unknown or out of range, or the format is newer than this library.
         """
-        folder = pull(
-            pretrained_model_name_or_path,
-            subfolder=subfolder,
-            **{name: kwargs[name] for name in PULL_OPTIONS if name in kwargs},
-        )
+        options = {name: kwargs[name] for name in PULL_OPTIONS if name in kwargs}
+        folder = pull(pretrained_model_name_or_path, **{"subfolder": subfolder, **options})
         written = read_config(folder)
         try:
             config = cls.from_peft_type(**written)
         except ConfigError:
             raise
-        except Exception as error:  # LoRA's own fields are checked by PEFT, each in its way
-            raise ConfigError(f"{folder} holds a config that cannot be: {error}. Fetch or save the adapter again.") from error
-        if any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        except Exception as error:  # PEFT checks LoRA's own fields, and raises errors of many classes
+            raise ConfigError(
+                f"{folder} holds a config that PEFT refuses: {error}. Fetch or save the adapter again."
+            ) from error
+        weights = any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+        if weights or not Path(pretrained_model_name_or_path).is_dir():
             check_weights(folder, written)
         return config
 

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to: its id and commit, its shapes, and its weights in a few numbers."""
+"""Records which base an adapter was trained on, and compares it with the base that it is loaded on."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from .config import UniCompressConfig
     from .families import Family
 
-SIZE = 16  # numbers a sketch
-SAMPLE = 32  # values of a weight that enter one
-# bfloat16 moves them by less than 0.004; float16 by 0.02, where a weight is below its smallest numbers; another base by tenths
+SIZE = 16  # numbers in a sketch
+SAMPLE = 32  # values of each weight that a sketch uses
+# bfloat16 changes a sketch by less than 0.004; float16 by 0.02, if a weight underflows; another base by tenths
 TOLERANCE = 0.03
 
 
 def identify(config: UniCompressConfig, family: Family) -> None:
-    """Writes into a new adapter's config which base it is for; checks one that was trained against the base it meets.
+    """Records the base in a new adapter's config, or compares a trained adapter's record with the base.
 
     Raises:
-        BaseModelError: The base has other shapes or another codebook: the adapter would compute something else.
+        BaseModelError: The base has other shapes or another codebook, so the adapter would compute something else.
 
     Warns:
         UserWarning: Only the weights or their commit differ.
@@ -45,11 +45,11 @@ def identify(config: UniCompressConfig, family: Family) -> None:
     recorded = config.base_geometry
     differing = [key for key in sorted(recorded) if shapes.get(key) != recorded[key]]
     if differing:
-        told = ", ".join(f"{key} was {recorded[key]}, is {shapes.get(key)}" for key in differing)
-        raise BaseModelError(f"{trained_on}, which is another base: {told}. Load it on the base it names.")
+        changes = ", ".join(f"{key} was {recorded[key]}, is {shapes.get(key)}" for key in differing)
+        raise BaseModelError(f"{trained_on}, which is another base: {changes}. Load it on the base it names.")
     if _differ(config.base_fingerprint, fingerprint, "codebook"):
         raise BaseModelError(
-            f"{trained_on}, which has another codebook: its codes mean other pictures. Load it on the base it names."
+            f"{trained_on}, which has another codebook: its codes stand for other images. Load it on the base it names."
         )
     other_commit = None not in (commit, config.revision) and commit != config.revision
     if other_commit or _differ(config.base_fingerprint, fingerprint, "weights"):
@@ -61,14 +61,14 @@ def identify(config: UniCompressConfig, family: Family) -> None:
 
 
 def name_and_commit(base: nn.Module) -> tuple[str | None, str | None]:
-    """The id (or folder) that a base was loaded from, and its commit where that was a Hub repo.
+    """Returns the id or folder that a base was loaded from, and its commit if that was a Hub repo.
 
-    transformers keeps no record of the commit. We do of the bases that we load (`remember_commit`); of others we take the
-    commit of the main branch in the cache, and the fingerprint tells if it was another.
+    transformers does not record the commit. `remember_commit` does for the bases that we load. For others, this returns the
+    commit of the main branch in the cache, and the fingerprint tells whether that was right.
     """
     name = getattr(base, "name_or_path", None) or None
     if name is not None and Path(name).exists():
-        return str(Path(name).resolve()), None  # absolute: never to be mistaken for a Hub id
+        return str(Path(name).resolve()), None  # absolute, so that it cannot look like a Hub id
     commit = getattr(base.config, "_commit_hash", None)
     if commit is None and name is not None:
         with suppress(HFValidationError, RevisionResolutionError):
@@ -77,17 +77,17 @@ def name_and_commit(base: nn.Module) -> tuple[str | None, str | None]:
 
 
 def remember_commit(base: nn.Module, commit: str | None) -> None:
-    """Notes the commit that a base was loaded at, where transformers itself once did: it is not saved with its config."""
+    """Records the commit that a base was loaded at, in an attribute of its config that is not saved."""
     base.config._commit_hash = commit
 
 
 def at(name: str | None, commit: str | None) -> str:
-    """`name@commit`, for messages."""
+    """Returns `name@commit`, for messages."""
     return f"{name or 'a base without a name'}@{commit[:8] if commit else 'unknown'}"
 
 
 def is_fingerprint(value: object) -> bool:
-    """Whether a value from a config file can be compared with a base."""
+    """Returns whether a value from a config file can be compared with a base."""
     if value is None:
         return True
     return isinstance(value, dict) and all(
@@ -98,11 +98,11 @@ def is_fingerprint(value: object) -> bool:
 
 
 def _fingerprint(family: Family) -> dict[str, list[float] | None]:
-    """Sketches of the codebook and of the first values of every weight; None where they are quantised or not loaded."""
+    """Returns sketches of the codebook and of the weights' first values; None if they are quantised or not loaded."""
     weights = {
         name.replace(".base_layer", ""): parameter for name, parameter in family.base.named_parameters() if "lora_" not in name
     }
-    # Some quantised layers hold buffers in place of weights: the parameters alone would not tell
+    # Some quantised layers hold buffers in place of weights, which the parameters do not show
     quantised = getattr(family.base, "is_quantized", False)
     if quantised or not all(map(_is_plain, weights.values())):
         return {"codebook": None if family.codebook.is_meta else _sketch(family.codebook.cpu()), "weights": None}
@@ -114,12 +114,12 @@ def _fingerprint(family: Family) -> dict[str, list[float] | None]:
 
 
 def _is_plain(weight: nn.Parameter) -> bool:
-    """Whether a weight's numbers can be read as they are: it is neither packed, nor of a class of its own, nor elsewhere."""
+    """Returns whether a weight holds plain numbers: it is not quantised, not of a special class, and not offloaded."""
     return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta and bool(weight.numel())
 
 
 def _sketch(rows: torch.Tensor) -> list[float]:
-    """(N, d) -> SIZE sums over the rows, each scaled to one and weighted by a fixed pattern of mean square one half."""
+    """Returns SIZE sums over the N rows of (N, d). Rows are normalised, and weighted by a fixed pattern."""
     rows = nn.functional.normalize(rows.double(), dim=1)
     row, column = torch.arange(rows.shape[0])[:, None], torch.arange(rows.shape[1])
     weighted = (rows * torch.sin(12.9898 * row + 78.233 * column)).sum(1)  # (N,)
@@ -128,7 +128,7 @@ def _sketch(rows: torch.Tensor) -> list[float]:
 
 
 def _differ(recorded: dict | None, here: dict, part: str) -> bool:
-    """Whether both are known and not the same up to rounding."""
+    """Returns whether both are known and differ by more than rounding."""
     ours, theirs = (recorded or {}).get(part), here[part]
     if ours is None or theirs is None:
         return False

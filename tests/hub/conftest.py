@@ -5,10 +5,11 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from helpers import ANN, attach
+from helpers import ANN, attach, logits
 from hub_helpers import ADAPTER, BASE, BOB, read_files
 from loopback_hub import Commit
 
+from uc_adapters import UniCompressModel
 from uc_adapters.identity import remember_commit
 
 
@@ -79,3 +80,9 @@ def impatient(monkeypatch):
     """The client sleeps between its retries, up to half a minute in all; which requests it sends stays the same."""
     for module in ("utils._http", "file_download"):
         monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture(scope="session")
+def expected(adapter_folder, pristine, short_question):
+    """Logits of the adapter on the shelf, on its base."""
+    return logits(UniCompressModel.from_pretrained(copy.deepcopy(pristine), adapter_folder), short_question)

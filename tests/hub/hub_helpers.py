@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE
 
 import torch
 from helpers import assert_same, logits
@@ -48,23 +46,12 @@ def assert_untouched(base, pristine, inputs) -> None:
     assert torch.equal(logits(base, inputs), logits(pristine, inputs))
 
 
-def start_python(code: str, folder: Path, *arguments: str, **environment: str) -> Callable[[], str]:
-    """Starts code in a process of its own, in `folder`, with an empty cache there; what is returned waits for its output."""
+def run_python(code: str, folder: Path, *arguments: str, **environment: str) -> str:
+    """The output of code in a process of its own, in `folder`, with an empty cache there."""
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(torch.get_num_threads())  # as many as here, else sums are of another order
     environment = os.environ | {"HF_HOME": str(folder / "hf-home"), "OMP_NUM_THREADS": threads} | environment
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, stdout=PIPE, stderr=PIPE, text=True
-    )
-
-    def end() -> str:
-        printed, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, printed + errors
-        return printed
-
-    return end
-
-
-def run_python(code: str, folder: Path, *arguments: str, **environment: str) -> str:
-    """The output of code in a process of its own."""
-    return start_python(code, folder, *arguments, **environment)()
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout

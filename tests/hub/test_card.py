@@ -166,14 +166,6 @@ def test_results_that_a_person_added_are_kept(config, change, facts):
     assert len(results) == len({(result.dataset_name, result.metric_type) for result in results})
 
 
-def test_results_of_a_card_of_version_0_2_are_replaced_and_not_doubled(config):
-    """Its metrics had spaces in their types, and no names."""
-    card = ModelCard(render_card(config, NAME, FACTS))
-    for result in card.data.eval_results:
-        result.metric_type, result.metric_name = result.metric_name, None
-    assert render_card(config, NAME, NOTHING, [str(card)]) == render_card(config, NAME, FACTS)
-
-
 def test_a_second_evaluation_replaces_the_first(config):
     first = render_card(config, NAME, FACTS)
     other = {"dataset": "another", "nats": {"base": 1, "adapter": 2}}

@@ -52,11 +52,12 @@ def folder(intact, tmp_path) -> Path:
     return shutil.copytree(intact, tmp_path / "adapter")
 
 
-@pytest.fixture
-def other(pristine, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def other(pristine, tmp_path_factory) -> Path:
     """Another adapter of the same shapes."""
-    attach(copy.deepcopy(pristine), seed=8, lora_alpha=3).save_pretrained(tmp_path / "other")
-    return tmp_path / "other"
+    folder = tmp_path_factory.mktemp("other")
+    attach(copy.deepcopy(pristine), seed=8, lora_alpha=3).save_pretrained(folder)
+    return folder
 
 
 # transformers' own load_adapter reads the files by itself, past every hook of a config: it cannot see a seal
@@ -66,7 +67,7 @@ every_loader = pytest.mark.parametrize(
 
 
 @every_loader
-@pytest.mark.parametrize("place", [0, 20, -1], ids=["length", "header", "last value"])
+@pytest.mark.parametrize("place", [20, -1], ids=["header", "last value"])
 def test_a_flipped_bit_in_the_weights_is_refused(folder, base, load, place):
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     expected, data = sha256(weights), bytearray(weights.read_bytes())
@@ -76,7 +77,7 @@ def test_a_flipped_bit_in_the_weights_is_refused(folder, base, load, place):
         load(base, folder)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_a_changed_byte_anywhere_in_the_weights_is_refused(intact, tmp_path_factory, place, flip):
     folder = shutil.copytree(intact, tmp_path_factory.getbasetemp() / "changed byte", dirs_exist_ok=True)
@@ -88,13 +89,12 @@ def test_a_changed_byte_anywhere_in_the_weights_is_refused(intact, tmp_path_fact
         UniCompressConfig.from_pretrained(folder)
 
 
-@every_loader
-def test_the_weights_of_another_adapter_are_refused(folder, other, base, load):
+def test_the_weights_of_another_adapter_are_refused(folder, other, base):
     expected = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
     shutil.copy(other / SAFETENSORS_WEIGHTS_NAME, folder)
     actual = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
     with pytest.raises(AdapterFileError, match=f"not the file that was saved.*expected sha256 {expected}, got {actual}"):
-        load(base, folder)
+        UniCompressModel.from_pretrained(base, folder)
 
 
 def test_the_config_of_another_adapter_is_refused(folder, other, base):
@@ -113,19 +113,24 @@ CHANGES = {
     "codebook_weight": 2.0,
     "base_fingerprint": None,
     "base_geometry": None,
-    "format_version": 0,
     "new": None,
 }
 
 
-@every_loader
 @pytest.mark.parametrize(("name", "value"), CHANGES.items(), ids=CHANGES)
-def test_a_changed_field_is_refused(folder, base, load, name, value):
+def test_a_changed_field_is_refused(folder, name, value):
     config = read(folder)
     rewrite(folder, config | {name: value})
     with pytest.raises(
-        AdapterFileError, match=f"was changed after.*sha256 [0-9a-f]{{64}}, expected {seal(config)}.*on purpose"
+        AdapterFileError, match=f"was changed after.*sha256 {seal(config)} of its fields, got [0-9a-f]{{64}}.*on purpose"
     ):
+        UniCompressConfig.from_pretrained(folder)
+
+
+@every_loader
+def test_every_loader_refuses_a_changed_field(folder, base, load):
+    rewrite(folder, read(folder) | {"lora_alpha": 9})
+    with pytest.raises(AdapterFileError, match="was changed after"):
         load(base, folder)
 
 
@@ -133,12 +138,12 @@ def seal(config: dict) -> str:
     return config["seal"]["config_sha256"]
 
 
-def test_a_field_taken_out_is_refused(folder, base):
+def test_a_field_taken_out_is_refused(folder):
     config = read(folder)
     del config["lora_alpha"]  # PEFT would take its default
     rewrite(folder, config)
-    with pytest.raises(AdapterFileError, match=f"was changed after.*expected {seal(config)}"):
-        UniCompressModel.from_pretrained(base, folder)
+    with pytest.raises(AdapterFileError, match=f"was changed after.*expected sha256 {seal(config)}"):
+        UniCompressConfig.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -146,31 +151,16 @@ def test_a_field_taken_out_is_refused(folder, base):
     [{}, [], "", 0, False, True, "0" * 64, {"weights_sha256": "0" * 64}, {"weights_sha256": 1, "config_sha256": 1, "more": 1}],
     ids=repr,
 )
-def test_a_broken_seal_is_refused(folder, base, seal):
+def test_a_broken_seal_is_refused(folder, seal):
     rewrite(folder, read(folder) | {"seal": seal})
     with pytest.raises(AdapterFileError, match=r"broken seal.*expected weights_sha256 and config_sha256"):
-        UniCompressModel.from_pretrained(base, folder)
+        UniCompressConfig.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"base_model_name_or_path": "org/moved"},
-        {"revision": "0" * 40},
-        {"inference_mode": False},
-        {"peft_version": "0.99"},
-        {"uc_adapters_version": "9.9"},
-        {"auto_mapping": None},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
-def test_where_the_base_lies_and_who_wrote_the_file_may_change(folder, base, model, short_question, fields):
-    rewrite(folder, read(folder) | fields)
-    assert torch.equal(logits(UniCompressModel.from_pretrained(base, folder), short_question), logits(model, short_question))
-
-
-def test_the_order_of_the_fields_is_not_sealed(folder, base, model, short_question):
-    rewrite(folder, dict(reversed(read(folder).items())))
+def test_where_the_base_lies_who_wrote_the_file_and_the_order_may_change(folder, base, model, short_question):
+    fields = {"base_model_name_or_path": "org/moved", "revision": "0" * 40, "inference_mode": False, "auto_mapping": None}
+    fields |= {"peft_version": "0.99", "uc_adapters_version": "9.9"}
+    rewrite(folder, dict(reversed((read(folder) | fields).items())))
     assert torch.equal(logits(UniCompressModel.from_pretrained(base, folder), short_question), logits(model, short_question))
 
 
@@ -211,12 +201,12 @@ def test_a_repeated_save_is_the_same_byte_for_byte(model, processor, base, tmp_p
     assert contents(folder) == first
 
 
-@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
-def test_a_set_is_saved_in_order(base, tmp_path, name):
+def test_a_set_is_saved_in_order(base, tmp_path):
     """PEFT holds these as sets, whose order differs between processes."""
-    names = ["v_proj", "q_proj", "up_proj", "down_proj", "gate_proj", "k_proj"]
-    attach(base, **{name: names}).save_pretrained(tmp_path)
-    assert read(tmp_path)[name] == sorted(names)
+    names = {"target_modules": ["v_proj", "q_proj", "up_proj", "k_proj"], "exclude_modules": ["v_proj", "up_proj"]}
+    attach(base, **names).save_pretrained(tmp_path)
+    for name, values in names.items():
+        assert read(tmp_path)[name] == sorted(values)
 
 
 def test_only_safetensors_are_loaded_where_a_pickle_lies_beside_them(folder, base, model, short_question):

@@ -199,7 +199,7 @@ def cases(count: int):
     return settings(max_examples=count, phases=[Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck))
 
 
-@cases(700)
+@cases(250)
 @given(edits=st.lists(field_edits, min_size=1, max_size=2), sealed=st.booleans(), alone=st.booleans())
 def test_damaged_fields(target, edits, sealed, alone):
     config = target.config if sealed else unseal(target.config)
@@ -208,7 +208,7 @@ def test_damaged_fields(target, edits, sealed, alone):
     target.check(config, target.weights, is_sealed(config), alone)
 
 
-@cases(500)
+@cases(160)
 @given(edits=st.lists(byte_edits, min_size=1, max_size=3), sealed=st.booleans())
 def test_damaged_bytes_of_the_config(target, edits, sealed):
     config = target.config if sealed else unseal(target.config)
@@ -217,7 +217,7 @@ def test_damaged_bytes_of_the_config(target, edits, sealed):
     target.check(config, target.weights, is_sealed(config))
 
 
-@cases(500)
+@cases(160)
 @given(edits=st.lists(byte_edits, min_size=1, max_size=3), sealed=st.booleans())
 def test_damaged_bytes_of_the_weights(target, edits, sealed):
     weights = target.weights
@@ -226,7 +226,7 @@ def test_damaged_bytes_of_the_weights(target, edits, sealed):
     target.check(target.config if sealed else unseal(target.config), weights, sealed)
 
 
-@cases(500)
+@cases(160)
 @given(edits=st.lists(header_edits, min_size=1, max_size=2), sealed=st.booleans())
 def test_a_damaged_header_of_the_weights(target, edits, sealed):
     weights = target.weights
@@ -235,7 +235,7 @@ def test_a_damaged_header_of_the_weights(target, edits, sealed):
     target.check(target.config if sealed else unseal(target.config), weights, sealed)
 
 
-@cases(100)
+@cases(40)
 @given(length=st.integers(0, 30_000) | st.integers(0, 2**64 - 1), sealed=st.booleans())
 def test_a_wrong_length_of_the_header(target, length, sealed):
     weights = struct.pack("<Q", length) + target.weights[8:]
@@ -271,11 +271,10 @@ def as_torch(bomb) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("sealed", [True, False])
 @pytest.mark.parametrize("name", [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CONFIG_NAME])
-@pytest.mark.parametrize("write", [as_torch, *(partial(pickle.dumps, protocol=protocol) for protocol in range(6))])
-def test_no_pickle_is_ever_executed(target, tmp_path, write, name, sealed):
-    files = {CONFIG_NAME: target.config if sealed else unseal(target.config), name: write(Bomb(tmp_path / "crater"))}
+@pytest.mark.parametrize("write", [as_torch, *(partial(pickle.dumps, protocol=protocol) for protocol in (0, 5))])
+def test_no_pickle_is_ever_executed(target, tmp_path, write, name):
+    files = {CONFIG_NAME: unseal(target.config), name: write(Bomb(tmp_path / "crater"))}
     for file in target.folder.iterdir():
         file.unlink()
     for file, content in files.items():
@@ -289,4 +288,4 @@ def test_no_pickle_is_ever_executed(target, tmp_path, write, name, sealed):
 def test_enough_cases_were_run(capsys):
     with capsys.disabled():
         print(f"\n{TALLY.total()} damaged adapters: {', '.join(f'{count} {what}' for what, count in TALLY.items())}")
-    assert TALLY.total() >= 2000
+    assert TALLY.total() >= 700

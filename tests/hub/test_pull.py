@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ANN, CAPTIONS, SHORT, attach, draw, drawing_inputs, logits
+from helpers import ANN, CAPTIONS, SHORT, attach, draw, drawing_inputs, logits, lora_weights
 from hub_helpers import (
     ADAPTER,
     BASE,
@@ -21,7 +21,6 @@ from hub_helpers import (
     read_files,
     run_python,
     sent,
-    start_python,
 )
 from transformers import AutoProcessor
 
@@ -41,12 +40,12 @@ def other_files(fresh, base_commit, processor, tmp_path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def drawings(fresh, short_processor):
-    """Draws by an adapter from somewhere, alone on a base."""
-    prompts = drawing_inputs(short_processor, CAPTIONS)
+def loaded(fresh):
+    """Tells adapters apart by the sum of their weights."""
 
-    def of(source, **options) -> torch.Tensor:
-        return draw(UniCompressModel.from_pretrained(fresh(), source, **options), prompts)
+    def of(source, **options) -> float:
+        model = UniCompressModel.from_pretrained(fresh(), source, **options)
+        return sum(weight.double().sum().item() for weight in lora_weights(model).values())
 
     return of
 
@@ -54,44 +53,40 @@ def drawings(fresh, short_processor):
 # --- which commit of the adapter
 
 
-@pytest.mark.parametrize("revision", ["main", "try/2", "v2", "commit", "short commit"])
 @pytest.mark.usefixtures("cache")
-def test_a_revision_is_a_branch_a_tag_or_a_commit(shelf, drawings, adapter_folder, other_files, revision):
+def test_a_revision_is_a_branch_a_tag_or_a_commit(shelf, loaded, other_files):
     repo = shelf.repos[ADAPTER]
-    old = repo.branches["main"]
-    new = repo.commit(other_files)
+    first = loaded(ADAPTER)
+    old, new = repo.branches["main"], repo.commit(other_files)
     repo.branches |= {"try/2": new, "main": old}
     repo.tags["v2"] = new
-    asked = {"commit": new, "short commit": new[:7]}.get(revision, revision)
-    is_old = torch.equal(drawings(ADAPTER, revision=asked), drawings(adapter_folder))
-    assert is_old == (revision == "main")
+    (other,) = {loaded(ADAPTER, revision=revision) for revision in ("try/2", "v2", new[:7])}
+    assert other != first == loaded(ADAPTER, revision="main")
 
 
 @pytest.mark.usefixtures("cache")
-def test_main_moves_on(shelf, drawings, adapter_folder, other_files):
-    first, last = drawings(ADAPTER), None
+def test_main_moves_on(shelf, loaded, adapter_folder, other_files):
+    first = loaded(ADAPTER)
     shelf.repos[ADAPTER].commit(other_files)
-    last = drawings(ADAPTER)
-    assert torch.equal(first, drawings(adapter_folder))
-    assert not torch.equal(last, first)
+    assert loaded(ADAPTER) != first == loaded(adapter_folder)
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_subfolder(shelf, drawings, adapter_folder, other_files):
+def test_a_subfolder(shelf, loaded, adapter_folder, other_files):
     shelf.create(OTHER, {f"stage2/best/{path}": data for path, data in other_files.items()})
-    assert not torch.equal(drawings(OTHER, subfolder="stage2/best"), drawings(adapter_folder))
-    assert torch.equal(drawings(ADAPTER, subfolder="stage2"), drawings(adapter_folder))
+    expected = loaded(adapter_folder)
+    assert loaded(OTHER, subfolder="stage2/best") != expected
+    assert loaded(ADAPTER, subfolder="stage2") == expected
     shelf.requests.clear()
-    assert torch.equal(drawings(ADAPTER, subfolder="stage2"), drawings(adapter_folder))
+    assert loaded(ADAPTER, subfolder="stage2") == expected
     assert not sent(shelf, "GET", "/resolve/")  # and no file of another folder
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_private_repo_of_a_private_base(shelf, short_question, adapter_folder, fresh):
+def test_a_private_repo_of_a_private_base(shelf, short_question, expected):
     for repo in shelf.repos.values():
         repo.private = True
     model = UniCompressModel.from_pretrained(ADAPTER, token=ANN)
-    expected = logits(UniCompressModel.from_pretrained(fresh(), adapter_folder), short_question)
     assert torch.equal(logits(model, short_question), expected)
     model.load_adapter(ADAPTER, "again", token=ANN)
 
@@ -145,7 +140,7 @@ def test_a_file_damaged_in_the_cache_is_found_and_fetched_again(shelf, cache, ba
     whole = blob.read_bytes()
     blob.write_bytes(whole[:-5] + b"?" + whole[-4:])
     with pytest.raises(
-        AdapterFileError, match=f"{re.escape(name)} of .* damaged .* or in the cache.*copy is removed; load again"
+        AdapterFileError, match=f"{re.escape(name)} was damaged .* or in the cache.*copy is removed: load again"
     ):
         UniCompressModel.from_pretrained(base, ADAPTER, local_files_only=True)
     assert_untouched(base, pristine, dense_question)
@@ -178,9 +173,8 @@ def test_a_base_that_moved_on_and_is_given_by_hand_is_warned_of(shelf, base_comm
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_base_from_a_folder(shelf, base_folder, short_question, adapter_folder, fresh):
+def test_a_base_from_a_folder(shelf, base_folder, short_question, expected):
     model = UniCompressModel.from_pretrained(ADAPTER, base_model=base_folder)
-    expected = logits(UniCompressModel.from_pretrained(fresh(), adapter_folder), short_question)
     assert torch.equal(logits(model, short_question), expected)
     assert not sent(shelf, "GET", BASE)
 
@@ -206,12 +200,11 @@ BASES = {
 
 @pytest.mark.usefixtures("cache", "impatient")
 @pytest.mark.parametrize(("spoil", "match"), BASES.values(), ids=BASES.keys())
-def test_a_base_that_cannot_be_loaded(shelf, stock, spoil, match, short_question, adapter_folder, fresh):
+def test_a_base_that_cannot_be_loaded(shelf, stock, spoil, match, short_question, expected):
     spoil(shelf)
     with pytest.raises(BaseModelError, match=NEEDS + ".*" + match + REMEDY):
         UniCompressModel.from_pretrained(ADAPTER)
     stock()
-    expected = logits(UniCompressModel.from_pretrained(fresh(), adapter_folder), short_question)
     assert torch.equal(logits(UniCompressModel.from_pretrained(ADAPTER), short_question), expected)
 
 
@@ -235,34 +228,19 @@ def test_local_files_only_with_the_adapter_in_the_cache_but_not_its_base(shelf, 
 
 
 @pytest.mark.usefixtures("cache")
-def test_adapters_of_several_repos_switch_in_place(
-    shelf, drawings, adapter_folder, other_files, fresh, processor, short_processor
-):
+def test_adapters_of_several_repos_switch_in_place(shelf, other_files, fresh, short_processor):
     shelf.create(OTHER, other_files)
-    alone = {"default": drawings(ADAPTER), "other": drawings(OTHER)}
+    prompts = drawing_inputs(short_processor, CAPTIONS[:1])
+    alone = {
+        name: draw(UniCompressModel.from_pretrained(fresh(), source), prompts)
+        for name, source in (("default", ADAPTER), ("other", OTHER))
+    }
     model = UniCompressModel.from_pretrained(fresh(), ADAPTER)
     model.load_adapter(OTHER, "other")
-    prompts = drawing_inputs(short_processor, CAPTIONS)
     for name in ("other", "default", "other"):
         model.set_adapter(name)
         assert torch.equal(draw(model, prompts), alone[name])
     assert not torch.equal(*alone.values())
-
-
-PULL = f"""
-import sys
-from uc_adapters import UniCompressModel
-model = UniCompressModel.from_pretrained("{ADAPTER}", cache_dir=sys.argv[1])
-print(sum(parameter.double().sum().item() for parameter in model.parameters()))
-"""
-
-
-def test_two_processes_fill_one_empty_cache(shelf, tmp_path):
-    ends = [start_python(PULL, tmp_path / name, str(tmp_path / "cache")) for name in ("one", "two")]
-    sums = [end() for end in ends]
-    assert sums[0] == sums[1]
-    assert len(list((tmp_path / "cache").glob("models--org--adapter/snapshots/*"))) == 1
-    assert not list(tmp_path.rglob("*.incomplete"))
 
 
 # --- tokens, and being offline
@@ -285,8 +263,11 @@ def by_file(monkeypatch, tmp_path) -> str:
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("private", [False, True])
-@pytest.mark.parametrize("put", [by_environment, by_old_environment, by_file])
+@pytest.mark.parametrize(
+    ("put", "private"),
+    [(by_environment, False), (by_old_environment, False), (by_file, False), (by_file, True)],
+    ids=["environment", "old environment", "file", "private"],
+)
 def test_a_bad_token_is_told_with_where_it_came_from(shelf, base, monkeypatch, tmp_path, put, private):
     shelf.repos[ADAPTER].private = private
     source = put(monkeypatch, tmp_path)
@@ -297,15 +278,14 @@ def test_a_bad_token_is_told_with_where_it_came_from(shelf, base, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    ("options", "command"),
+    ("how", "options", "command"),
     [
-        ({}, "hf download org/adapter"),
-        ({"revision": "v1.0"}, "hf download org/adapter --revision v1.0"),
-        ({"cache_dir": "my cache"}, "hf download org/adapter --cache-dir 'my cache'"),
+        ("offline", {}, "hf download org/adapter"),
+        ("offline", {"cache_dir": "my cache"}, "hf download org/adapter --cache-dir 'my cache'"),
+        ("local_files_only", {"revision": "v1.0"}, "hf download org/adapter --revision v1.0"),
     ],
-    ids=["main", "a tag", "a cache of its own"],
+    ids=["main", "a cache of its own", "a tag"],
 )
-@pytest.mark.parametrize("how", ["local_files_only", "offline"])
 def test_the_download_command_is_the_one_that_helps(shelf, cache, base, monkeypatch, tmp_path, how, options, command):
     """Copied from the message and run, it lets the same call succeed."""
     monkeypatch.chdir(tmp_path)
@@ -324,30 +304,38 @@ def test_the_download_command_is_the_one_that_helps(shelf, cache, base, monkeypa
     assert shelf.requests == []
 
 
+def test_local_files_only_sends_nothing(shelf, cache):
+    UniCompressModel.from_pretrained(ADAPTER)  # brings the adapter's processor along
+    AutoProcessor.from_pretrained(BASE)
+    shelf.requests.clear()
+    model = UniCompressModel.from_pretrained(ADAPTER, local_files_only=True)
+    model.load_adapter(ADAPTER, "again", local_files_only=True)
+    assert AutoProcessor.from_pretrained(ADAPTER, local_files_only=True).num_image_tokens == SHORT
+    assert AutoProcessor.from_pretrained(BASE, local_files_only=True).num_image_tokens == 64
+    assert shelf.requests == []
+
+
 OFFLINE = f"""
-import sys
 from transformers import AutoProcessor
 from uc_adapters import UniCompressModel
 from uc_adapters.errors import HubError
 
-options = dict.fromkeys(sys.argv[1:], True)
 try:
-    UniCompressModel.from_pretrained("org/never-here", **options)
+    UniCompressModel.from_pretrained("org/never-here")
 except HubError as error:
     print("told:", error)
-model = UniCompressModel.from_pretrained("{ADAPTER}", **options)
-model.load_adapter("{ADAPTER}", "again", **options)
-print("counts", AutoProcessor.from_pretrained("{ADAPTER}", **options).num_image_tokens)
-print("counts", AutoProcessor.from_pretrained("{BASE}", **options).num_image_tokens)
+model = UniCompressModel.from_pretrained("{ADAPTER}")
+model.load_adapter("{ADAPTER}", "again")
+print("counts", AutoProcessor.from_pretrained("{ADAPTER}").num_image_tokens)
+print("counts", AutoProcessor.from_pretrained("{BASE}").num_image_tokens)
 """
 
 
-@pytest.mark.parametrize(("argument", "environment"), [("local_files_only", {}), (None, {"HF_HUB_OFFLINE": "1"})])
-def test_a_process_without_a_network_sends_nothing(shelf, cache, tmp_path, argument, environment):
-    UniCompressModel.from_pretrained(ADAPTER)  # brings the adapter's processor along
+def test_a_process_without_a_network_sends_nothing(shelf, cache, tmp_path):
+    UniCompressModel.from_pretrained(ADAPTER)
     AutoProcessor.from_pretrained(BASE)
     shelf.requests.clear()
-    told = run_python(OFFLINE, tmp_path, *filter(None, [argument]), HF_HUB_CACHE=str(cache), **environment)
+    told = run_python(OFFLINE, tmp_path, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
     assert shelf.requests == []
     assert f"counts {SHORT}" in told
     assert "counts 64" in told

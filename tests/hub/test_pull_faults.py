@@ -66,11 +66,10 @@ def of_another(base: str) -> Spoil:
 
 
 DOWN = r"The Hub is unavailable \(status {}\): nothing is wrong with 'org/adapter'\. Retry"
-CUT = "'org/adapter' was cut off and is incomplete; nothing of the unfinished file is kept"
+CUT = "'org/adapter' was cut off and is incomplete; nothing of it is kept"
 NO_HUB = r"What answers at http://127\.0\.0\.1:\d+ is not the Hub"
 NOT_WEIGHTS = r"adapter_model\.safetensors is not a safetensors file.*expected sha256 {}, got sha256 {}.*force_download=True"
-DAMAGED = r"{} of org/adapter@[0-9a-f]{{8}} was damaged on its way or in the cache: expected {} [0-9a-f]+, got [0-9a-f]+\. The"
-UNSAFE = r"Repo 'org/adapter' contains an unsafe path, .*evil.*do not trust this repo"
+DAMAGED = r"org--adapter.*{} was damaged during the download or in the cache: expected {} [0-9a-f]+, got [0-9a-f]+\. The"
 
 # --- the Hub refuses, or cannot be reached
 
@@ -81,12 +80,6 @@ REACH = {
         HubError,
         r"'org/adapter' exists, but has no revision 'v1\.0'; branches: main, next; tags: none\.",
         {"revision": "v1.0"},
-    ),
-    "no branch": Row(
-        lose(lambda hub: hub.repos[ADAPTER].branches.pop("next")),
-        HubError,
-        r"has no revision 'next'; branches: main; tags: v1\.0\.",
-        {"revision": "next"},
     ),
     "no subfolder": Row(
         commit({}, f"stage2/{CONFIG}", f"stage2/{WEIGHTS}"),
@@ -109,7 +102,7 @@ REACH = {
     "gated, nobody": Row(
         hide(ADAPTER, gated=True),
         HubError,
-        r"is gated: ask for access at http://.*/org/adapter, then log in with `hf auth login` \(no token was sent\)",
+        r"is gated: ask for access at http://.*/org/adapter, then log in with `hf auth login` .*\(no token was sent\)",
     ),
     "gated, a stranger": Row(hide(ADAPTER, gated=True), HubError, r"is gated.*\(the token passed as token=\)", {"token": BOB}),
     "a bad token": Row(
@@ -122,10 +115,8 @@ REACH = {
         f"{status} of {what}": Row(fail(pattern, status=status, method=method), HubError, DOWN.format(status))
         for status, what, pattern, method in (
             (500, "the info", "/revision/main", None),
-            (502, "the tree", "/tree/", None),
             (503, "a file's headers", "resolve", "HEAD"),
             (504, "the weights", "lfs-storage", None),
-            (500, "the config", f"resolve/.*/{CONFIG}", "GET"),
         )
     },
     "429 with Retry-After": Row(
@@ -140,15 +131,10 @@ REACH = {
     ),
     "429 and no more": Row(fail("lfs-storage", status=429), HubError, "asked again in a minute"),
     "the info is cut off": Row(fail("/revision/main", truncate=9), HubError, CUT),
-    "the tree is cut off": Row(fail("/tree/", truncate=9), HubError, CUT),
     "the weights are cut off": Row(fail("lfs-storage", truncate=1000), HubError, CUT),
-    "the config is cut off": Row(fail(f"resolve/.*/{CONFIG}", truncate=10), HubError, CUT),
     "a proxy's page": Row(fail(".", status=200, body=HTML), HubError, NO_HUB),
-    "a proxy's page for the tree": Row(fail("/tree/", status=200, body=HTML), HubError, NO_HUB),
-    "a proxy's page for every file": Row(fail("resolve", status=200, body=HTML), HubError, NO_HUB),
     "a proxy's page for the weights": Row(fail("lfs-storage", status=200, body=HTML), HubError, "cut off and is incomplete"),
     "the Hub is away": Row(lose(lambda hub: hub.stop()), HubError, r"The Hub at http.* did not answer \(.*refused\)\. Check"),
-    "the headers are slow": Row(fail("resolve", method="HEAD", delay=1), HubError, "did not answer .*Timeout"),
     "the weights are slow": Row(fail("lfs-storage", delay=1), HubError, "did not answer .*Timeout"),
 }
 
@@ -168,12 +154,6 @@ WRONG = {
     "an LFS pointer as weights": Row(
         commit({WEIGHTS: POINTER}), AdapterFileError, NOT_WEIGHTS.format("[0-9a-f]{64}", sha256(POINTER))
     ),
-    "a corrupt header": Row(
-        commit({WEIGHTS: lambda data: b"\xff" * 8 + data[8:]}), AdapterFileError, NOT_WEIGHTS.format("[0-9a-f]{64}", "")
-    ),
-    "weights committed short": Row(
-        commit({WEIGHTS: lambda data: data[:-9]}), AdapterFileError, NOT_WEIGHTS.format("[0-9a-f]{64}", "")
-    ),
     "a bit of a tensor, committed": Row(
         commit({WEIGHTS: flip}), AdapterFileError, r"is not the file that was saved with its config: expected sha256 .*, got"
     ),
@@ -184,7 +164,7 @@ WRONG = {
     "a pickle only": Row(
         commit({"adapter_model.bin": b"\x80\x04."}, WEIGHTS),
         AdapterFileError,
-        r"adapter_model\.bin.*pickle.*Convert it to safetensors",
+        r"safetensors is missing.*adapter_model\.bin instead, convert it to safetensors",
     ),
     "an unknown field": Row(configured(spiral=2), ConfigError, r"'spiral'.*Upgrade: uc-adapters .* reads it"),
     "a newer format": Row(
@@ -199,22 +179,27 @@ WRONG = {
     "of a deeper base": Row(of_another("shape"), BaseModelError, "trained on org/other@.*num_layers was 6, is 4"),
     "of another codebook": Row(of_another("codebook"), BaseModelError, "trained on org/other@.*has another codebook"),
     "no weights": Row(commit({}, WEIGHTS), AdapterFileError, r"adapter_model\.safetensors is missing"),
-    **{
-        f"the path {path}": Row(commit({path: b"x"}), AdapterFileError, UNSAFE)
-        for path in ("../evil", "/etc/evil", "a/../../evil", "..\\evil", "C:\\evil", "C:/evil")
-    },
 }
 ROWS = REACH | WRONG
-HALF = dict(list(ROWS.items())[::2])
-LEFT_TO_PEFT = {  # it reads the config before it asks us, and has no use for a processor
+INTO_A_MODEL = (
+    "no repo",
+    "503 of a file's headers",
+    "the weights are cut off",
+    "weights damaged in transit",
     "config damaged in transit",
-    "a config that is no JSON",
-    "an unknown method",
-    "another method",
-    "no weights",
-    "processor damaged in transit",
-}
-FOR_PEFT = {name: row for name, row in WRONG.items() if name not in LEFT_TO_PEFT}
+    "a bit of a tensor, committed",
+    "a newer format",
+    "of another codebook",
+)
+FOR_PEFT = (
+    "weights damaged in transit",
+    "a web page as weights",
+    "a field of the config, committed",
+    "a pickle only",
+    "an unknown field",
+    "a newer format",
+    "of another codebook",
+)
 
 
 @pytest.fixture(scope="session")
@@ -231,12 +216,6 @@ def foreign(pristine, processor, tmp_path_factory) -> dict[str, dict[str, bytes]
         attach(base).save_pretrained(tmp_path_factory.mktemp(what), processor=processor)
         files[what] = read_files(tmp_path_factory.getbasetemp() / f"{what}0")
     return files
-
-
-@pytest.fixture
-def expected(adapter_folder, fresh, short_question):
-    """Logits of the adapter on the shelf."""
-    return logits(UniCompressModel.from_pretrained(fresh(), adapter_folder), short_question)
 
 
 @pytest.fixture
@@ -271,7 +250,7 @@ def test_the_base_is_as_it_was_and_the_same_call_succeeds(
     assert torch.equal(logits(call(), short_question), expected)
 
 
-@pytest.mark.parametrize("row", HALF.values(), ids=HALF.keys())
+@pytest.mark.parametrize("row", map(ROWS.get, INTO_A_MODEL), ids=INTO_A_MODEL)
 def test_a_loaded_adapter_stays_as_it_was_and_the_same_call_succeeds(spoilt, base, row, short_question, expected):
     model = attach(base, seed=5)
     before, names = logits(model, short_question), dict(model.named_parameters()).keys()
@@ -285,10 +264,17 @@ def test_a_loaded_adapter_stays_as_it_was_and_the_same_call_succeeds(spoilt, bas
     assert torch.equal(logits(model, short_question), expected)
 
 
-@pytest.mark.parametrize("row", FOR_PEFT.values(), ids=FOR_PEFT.keys())
+@pytest.mark.parametrize("row", map(ROWS.get, FOR_PEFT), ids=FOR_PEFT)
 def test_peft_itself_refuses_it_too(spoilt, base, row, short_question, expected):
     def call():
         return PeftModel.from_pretrained(base, ADAPTER, **row.options)
 
     spoilt(row, call)
     assert torch.equal(logits(call().eval(), short_question), expected)
+
+
+def test_a_path_out_of_the_repo_is_never_written(shelf, cache, base):
+    """Files are fetched by name, and a name is none of these."""
+    shelf.repos[ADAPTER].commit(dict.fromkeys(("../evil", "/etc/evil", "a/../../evil", "..\\evil", "C:\\evil"), b"x"))
+    UniCompressModel.from_pretrained(base, ADAPTER)
+    assert not list(cache.parent.rglob("*evil*"))

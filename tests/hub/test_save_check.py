@@ -40,13 +40,12 @@ def test_the_state_of_a_compiled_model(model, fresh, tmp_path):
         assert_same(reloaded(fresh, tmp_path / folder), lora_weights(model))
 
 
-@pytest.mark.parametrize("parts", [("language_model",), ("language_model", "aligner", "generation_head")], ids=["one", "all"])
 @pytest.mark.parametrize("name", ["default", "zap"])
-def test_a_model_with_compiled_parts(fresh, tmp_path, parts, name):
+def test_a_model_with_compiled_parts(fresh, tmp_path, name):
     """Their names are longer by "_orig_mod": saved, they are the plain ones, and load into either."""
     models = [attach(fresh(), name, seed) for seed in (1, 2)]
     for model in models:
-        for part in parts:
+        for part in ("language_model", "aligner", "generation_head"):
             setattr(model.get_base_model().model, part, torch.compile(model.get_base_model().model.get_submodule(part)))
     saved, other = models
     saved.save_pretrained(tmp_path)
@@ -68,8 +67,7 @@ def test_scalings_as_tensors(model, fresh, tmp_path):
     [
         {"use_dora": True},
         {"lora_bias": True},
-        {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 3}},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 3}},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -98,14 +96,13 @@ def widened(state: dict) -> dict:
     return {key: torch.cat([value, value]) if ".lora_A." in key else value for key, value in state.items()}
 
 
-@pytest.mark.parametrize("change", [halved, prefixed, spoilt, widened, lambda state: {}])
-def test_a_state_that_is_not_the_adapters(model, fresh, tmp_path, change):
+def test_a_state_that_is_not_the_adapters(model, fresh, tmp_path):
     model.save_pretrained(tmp_path)
     before, weights = read_files(tmp_path), lora_weights(model)
-    for folder in (tmp_path, tmp_path / "new"):
+    for change in (halved, prefixed, spoilt, widened, lambda state: {}):
         with pytest.raises(AdapterFileError, match=r"'default' is not saved.*could not be loaded again.*Nothing was changed"):
-            model.save_pretrained(folder, state_dict=change(model.state_dict()))
-    assert read_files(tmp_path) == before
+            model.save_pretrained(tmp_path, state_dict=change(model.state_dict()))
+        assert read_files(tmp_path) == before
     assert_same(lora_weights(model), weights)
     assert_same(reloaded(fresh, tmp_path), weights)
 
@@ -144,7 +141,7 @@ def test_a_scale_that_no_config_holds(model, fresh, tmp_path):
 def test_a_conversion_writes_into_no_folder(model, tmp_path):
     model.save_pretrained(tmp_path / "initial")
     before = read_files(tmp_path)
-    with pytest.raises(UnsupportedError, match=r"path_initial_model_for_weight_conversion.*expected None"):
+    with pytest.raises(UnsupportedError, match=r"path_initial_model_for_weight_conversion=.*nothing to convert; expected None"):
         model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     assert read_files(tmp_path) == before
 

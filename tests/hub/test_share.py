@@ -1,6 +1,5 @@
 """From training to another machine: what is trained here, pushed and pulled there reads and draws bit for bit the same."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from helpers import ANN, CAPTIONS, attach, chat, draw, drawing_inputs, logits, question_inputs
 from helpers import IMAGE as PLACEHOLDER
 from hub_helpers import CARD, CONFIG, WEIGHTS, run_python, sent
+from huggingface_hub import HfApi
 from loopback_hub import start_for_session
 from tiny_world.scenes_dataset import scenes_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -135,40 +135,24 @@ def test_the_hub_knows_what_it_holds(hub, trained):
     assert "| steps | 2 |" in card
     assert hub.repos[BASE].branches["main"] in card  # the base's commit
     assert len(files[WEIGHTS]) < len(hub.repos[BASE].files()["model.safetensors"]) / 5
-
-
-def hf(*arguments: str) -> str:
-    program = Path(sys.executable).with_name("hf")
-    result = subprocess.run([program, *arguments, "--token", ANN], capture_output=True, text=True, env=os.environ, timeout=60)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    info = HfApi().model_info(ADAPTER)
+    assert (info.library_name, info.card_data.base_model) == ("uc-adapters", BASE)
 
 
 @pytest.mark.usefixtures("trained")
 def test_the_command_line_downloads_a_folder_to_load(fresh, trained, question, tmp_path):
-    hf("download", ADAPTER, "--local-dir", str(tmp_path / "here"))
+    program = Path(sys.executable).with_name("hf")
+    subprocess.run(
+        [program, "download", ADAPTER, "--local-dir", tmp_path / "here"], check=True, capture_output=True, timeout=60
+    )
     model = UniCompressModel.from_pretrained(fresh(), tmp_path / "here")
     assert torch.equal(logits(model, question), logits(trained, question))
     assert AutoProcessor.from_pretrained(tmp_path / "here").num_image_tokens == model.num_image_tokens
 
 
-@pytest.mark.usefixtures("trained", "cache")
-def test_the_command_line_fills_the_cache(hub, fresh, trained, question, cache):
-    hf("download", ADAPTER, "--cache-dir", str(cache))
-    model = UniCompressModel.from_pretrained(fresh(), ADAPTER, local_files_only=True)
-    assert torch.equal(logits(model, question), logits(trained, question))
-
-
-def test_the_command_line_tells_of_the_repo(hub, trained):
-    told = hf("models", "info", ADAPTER)
-    assert hub.repos[ADAPTER].branches["main"] in told
-    assert BASE in told
-    assert "uc-adapters" in told
-
-
 @pytest.mark.usefixtures("cache")
 def test_a_release_is_a_tag(hub, trained, fresh, question):
-    hf("repos", "tag", "create", ADAPTER, "v1.0")
+    HfApi(token=ANN).create_tag(ADAPTER, tag="v1.0")
     expected = logits(trained, question)
     hub.repos[ADAPTER].commit({WEIGHTS: b"a bad day on main", CONFIG: b"{}"})
     model = UniCompressModel.from_pretrained(fresh(), ADAPTER, revision="v1.0")

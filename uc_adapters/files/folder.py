@@ -1,4 +1,4 @@
-"""An adapter's folder: the files that belong to it, the seal that binds them, and saving that is whole or not at all."""
+"""An adapter's folder on disk: its files, the seal that binds config and weights, and saving."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from getpass import getuser
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
 from huggingface_hub.utils import sha
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -35,9 +33,8 @@ PROCESSOR_NAMES = (
     "vocab.json",
     "merges.txt",
 )
-ADAPTER_NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_NAMES)
 
-# What of a config may change after saving: where the base lies and who wrote the file. All else is mathematics.
+# These fields may change after saving: they say where the base is and who wrote the file. The seal covers all others.
 UNSEALED = {
     "seal",
     "auto_mapping",
@@ -47,29 +44,26 @@ UNSEALED = {
     "revision",
     "uc_adapters_version",
 }
-_ON_PURPOSE = f'If you changed it on purpose, break the seal: "seal": null in {CONFIG_NAME}.'
-_SAVED = ".uc-adapters-saved"  # a complete save on its way into place
-_SAVING = ".uc-adapters-saving-"  # one that is still being written
+_STAGE = ".uc-adapters-saving-"
+_AGAIN = "Save or fetch the adapter again (force_download=True)."
+_ON_PURPOSE = f'{_AGAIN} If you changed it on purpose, break the seal: "seal": null in {CONFIG_NAME}.'
 
 
 def read_config(folder: Path) -> dict:
-    """The fields in an adapter's config file, as they are written there.
+    """Reads the fields of an adapter's config file.
 
     Raises:
-        AdapterFileError: The file is missing, is no JSON object, or describes an adapter of another method.
+        AdapterFileError: The file is missing, is not a JSON object, or belongs to another method.
     """
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise _missing(path)
     try:
         config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"a JSON {type(config).__name__}, expected an object of fields")
+    except FileNotFoundError as error:
+        raise _missing(path) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is no UniCompress config: {error}. Save or fetch the adapter again.") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError(
-            f"{path} is no UniCompress config: a JSON {type(config).__name__}, expected an object of fields. "
-            "Save or fetch the adapter again."
-        )
+        raise AdapterFileError(f"{path} is no UniCompress config: {error}. {_AGAIN}") from error
     method = config.get("peft_type")
     if method == PEFT_TYPE:
         return config
@@ -82,20 +76,28 @@ def read_config(folder: Path) -> dict:
 
 
 def find_weights(folder: Path) -> Path:
-    """The weights file in a folder; AdapterFileError where there is none, or only a pickle."""
+    """Returns the path of a folder's weights file; raises AdapterFileError if there is none."""
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if weights.is_file():
-        return weights
-    if (folder / WEIGHTS_NAME).is_file():
-        raise pickle_only(folder)
-    raise _missing(weights)
+    if not weights.is_file():
+        raise _missing(weights)
+    return weights
 
 
 def check_weights(folder: Path, config: dict) -> None:
-    """Raises AdapterFileError unless a folder's weights are whole, and it and `config` are as they were saved together."""
+    """Raises AdapterFileError unless a folder's weights are whole, and `config` was saved together with them.
+
+    Args:
+        folder: The adapter's folder.
+        config: The fields that `read_config` returned for it.
+    """
     weights = find_weights(folder)
-    seal = _seal_of(config, folder / CONFIG_NAME)
+    seal = config.get("seal", "missing")
+    if seal is not None and not (isinstance(seal, dict) and seal.keys() == {"weights_sha256", "config_sha256"}):
+        raise AdapterFileError(
+            f"{folder / CONFIG_NAME} has a broken seal {seal!r}; expected weights_sha256 and config_sha256. {_ON_PURPOSE}"
+        )
     try:
+        actual = checked_sha256(weights)
         with safe_open(weights, framework="pt") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118  (safe_open is no dict)
     except OSError as error:
@@ -103,91 +105,92 @@ def check_weights(folder: Path, config: dict) -> None:
     except SafetensorError as error:
         expected = f"sha256 {seal['weights_sha256']}" if seal else "the file that save_pretrained wrote"
         raise AdapterFileError(
-            f"{weights} is not a safetensors file ({error}); expected {expected}, got sha256 {sha256(weights)}. "
-            "It may be a truncated download, an LFS pointer or a web page: fetch it again with force_download=True."
+            f"{weights} is not a safetensors file ({error}); expected {expected}, got sha256 {actual}. It may be a truncated "
+            f"download, an LFS pointer or a web page. {_AGAIN}"
         ) from error
-    if seal:
-        _check_seal(seal, config, weights)
+    if seal and actual != seal["weights_sha256"]:
+        raise AdapterFileError(
+            f"{weights} is not the file that was saved with its config: expected sha256 {seal['weights_sha256']}, got "
+            f"{actual}. It was damaged or swapped, or a save was interrupted. {_ON_PURPOSE}"
+        )
+    if seal and (actual := _config_sha256(config)) != seal["config_sha256"]:
+        raise AdapterFileError(
+            f"{folder / CONFIG_NAME} was changed after it was saved: expected sha256 {seal['config_sha256']} of its fields, "
+            f"got {actual}. {_ON_PURPOSE}"
+        )
     _check_sizes(config, shapes, weights)
 
 
+def checked_sha256(path: Path) -> str:
+    """Hashes a file; raises AdapterFileError if it is a damaged copy in the Hub's cache, and removes that copy.
+
+    The cache names each blob by its checksum: sha256 for LFS files, git's sha1 for others. On a system without links there
+    are no blobs, and only the seal protects the files.
+    """
+    with path.open("rb") as stream:
+        digest = sha.sha_fileobj(stream).hex()
+    if not path.is_symlink():
+        return digest
+    blob = path.parent / os.readlink(path)  # with Xet, the blob itself is a link into a store that all repos share
+    kind, actual = ("sha256", digest) if len(blob.name) == 64 else ("git sha1", sha.git_hash(path.read_bytes()))
+    if actual == blob.name:
+        return digest
+    for damaged in (blob.resolve(), blob, path):
+        damaged.unlink(missing_ok=True)
+    raise AdapterFileError(
+        f"{path} was damaged during the download or in the cache: expected {kind} {blob.name}, got {actual}. The damaged copy "
+        "is removed: load again, with force_download=True if the error persists."
+    )
+
+
 def seal_folder(folder: Path, base_model: str | None = None) -> None:
-    """Writes into the config what its weights file and its own fields are, so that neither is mistaken for another.
+    """Writes into the config the checksums of its own fields and of the weights file.
 
     Args:
-        folder: With config and weights, as PEFT saved them.
-        base_model: The Hub id to name as base. Default: as it stands there.
+        folder: A folder with config and weights, as PEFT saved them.
+        base_model: The Hub id of the base. Default: the name that the config has.
     """
-    path = folder / CONFIG_NAME
-    config = json.loads(path.read_text("utf-8"))
+    config = json.loads((folder / CONFIG_NAME).read_bytes())
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config[name], list):
-            config[name].sort()  # PEFT holds a set: the same adapter shall give the same file
+            config[name].sort()  # PEFT holds a set, whose order differs between processes
     config["base_model_name_or_path"] = base_model or config["base_model_name_or_path"]
     config["uc_adapters_version"] = __version__
-    config["seal"] = {"weights_sha256": sha256(folder / SAFETENSORS_WEIGHTS_NAME), "config_sha256": _config_sha256(config)}
-    path.write_text(dump_config(config), "utf-8")
+    weights = checked_sha256(folder / SAFETENSORS_WEIGHTS_NAME)
+    config["seal"] = {"weights_sha256": weights, "config_sha256": _config_sha256(config)}
+    (folder / CONFIG_NAME).write_text(dump_config(config), "utf-8")
 
 
 def dump_config(config: dict) -> str:
-    """A config's fields as they stand in its file."""
+    """Formats a config's fields as the text of its file."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hex, as `sha256sum` prints it."""
-    with path.open("rb") as stream:
-        return sha.sha_fileobj(stream).hex()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time reads or writes a folder; a save that was killed on its way into place is finished first.
-
-    Raises:
-        AdapterFileError: Such a save cannot be finished, since the folder cannot be written.
-    """
-    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    user = os.getuid() if hasattr(os, "getuid") else getuser()  # in a container, a number may have no name
-    path = Path(tempfile.gettempdir(), f"uc-adapters-{user}-{key}.lock")
-    with ExitStack() as stack:
-        with suppress(OSError):  # no room for a lock: the seal still tells if two saves were mixed
-            stack.enter_context(FileLock(path, is_singleton=True))  # reentrant: PEFT's loading comes back to ours
-        try:
-            _move_into_place(folder)
-        except OSError as error:
-            raise AdapterFileError(
-                f"The last save into {folder} was interrupted, and cannot be finished: {error}. Expected a folder that can be "
-                "written: open it once where it can."
-            ) from error
-        yield
 
 
 @contextmanager
 def saving(folder: Path) -> Iterator[Path]:
-    """A stage to write a save into; its files replace those of `folder` together, once it is complete.
+    """Yields a temporary folder; afterwards its files replace those of `folder`, the weights first and the config last.
 
-    Killed before, the folder is as it was; killed after, the next to lock it finishes the move.
+    If the save fails, `folder` stays as it was. If the process is killed while the files are replaced, the weights and the
+    config are of two saves, which the seal tells; saving again completes the folder.
 
     Raises:
         AdapterFileError: The folder is a file, or cannot be written: full, read-only, or not ours.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            for stale in folder.glob(f"{_SAVING}*"):  # of a process that was killed: we hold the lock
-                shutil.rmtree(stale)
-            stage = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
-            try:
-                yield stage
-                for path in stage.rglob("*"):
-                    target = folder / path.relative_to(stage)
-                    if target.exists() and target.is_dir() != path.is_dir():
-                        raise FileExistsError(f"{target} is {'a folder' if target.is_dir() else 'a file'}")
-                stage.rename(folder / _SAVED)
-            finally:
-                shutil.rmtree(stage, ignore_errors=True)
-            _move_into_place(folder)
+        for stale in folder.glob(f"{_STAGE}*"):  # of a save that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_STAGE, dir=folder) as directory:
+            stage = Path(directory)
+            yield stage
+            files = sorted((path for path in stage.rglob("*") if path.is_file()), key=_order)
+            targets = [folder / path.relative_to(stage) for path in files]
+            for target in targets:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    raise FileExistsError(f"{target} is a folder")
+            for path, target in zip(files, targets, strict=True):
+                os.replace(path, target)
     except Exception as error:
         if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # a tokenizer's own OSError
             raise
@@ -197,70 +200,30 @@ def saving(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def _move_into_place(folder: Path) -> None:
-    saved = folder / _SAVED
-    if not saved.is_dir():
-        return
-    for path in sorted(saved.rglob("*")):
-        if path.is_file():
-            target = folder / path.relative_to(saved)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    shutil.rmtree(saved)
-
-
-def pickle_only(place: str | Path) -> AdapterFileError:
-    return AdapterFileError(
-        f"{SAFETENSORS_WEIGHTS_NAME} is missing in {place}, which holds {WEIGHTS_NAME} instead: a pickle, which could run "
-        "code on loading. Convert it to safetensors, or ask its author to: save_pretrained writes nothing else."
-    )
+def _order(path: Path) -> int:
+    return {SAFETENSORS_WEIGHTS_NAME: 0, CONFIG_NAME: 2}.get(path.name, 1)
 
 
 def _missing(path: Path) -> AdapterFileError:
     return AdapterFileError(
-        f"{path.name} is missing in {path.parent}; expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}. "
-        "Give the folder that save_pretrained wrote (or its subfolder=), or save the adapter again."
+        f"{path.name} is missing in {path.parent}; expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}. Give the folder that "
+        f"save_pretrained wrote (or its subfolder=), or save the adapter again. If there is {WEIGHTS_NAME} instead, convert it "
+        "to safetensors: a pickle could run code, and is never loaded."
     )
 
 
-def _seal_of(config: dict, path: Path) -> dict | None:
-    """The seal; None in what plain PEFT or uc-adapters 0.1 wrote."""
-    seal = config.get("seal")
-    whole = isinstance(seal, dict) and seal.keys() == {"weights_sha256", "config_sha256"}
-    if seal is not None and not whole:
-        raise AdapterFileError(
-            f"{path} has a broken seal {seal!r}; expected weights_sha256 and config_sha256. Save or fetch the adapter again."
-        )
-    return seal
-
-
-def _check_seal(seal: dict, config: dict, weights: Path) -> None:
-    if (actual := sha256(weights)) != seal["weights_sha256"]:
-        raise AdapterFileError(
-            f"{weights} is not the file that was saved with its config: expected sha256 {seal['weights_sha256']}, got "
-            f"{actual}. It was damaged or swapped: fetch it again with force_download=True, or save the adapter again. "
-            f"{_ON_PURPOSE}"
-        )
-    if (actual := _config_sha256(config)) != seal["config_sha256"]:
-        raise AdapterFileError(
-            f"{weights.parent / CONFIG_NAME} was changed after it was saved: its fields have sha256 {actual}, expected "
-            f"{seal['config_sha256']}. Fetch it again, or save the adapter again. {_ON_PURPOSE}"
-        )
-
-
 def _check_sizes(config: dict, shapes: list[list[int]], weights: Path) -> None:
-    """Refuses a size that no weight in the file has before it is built: it may be beyond any memory."""
+    """Refuses a size that no weight in the file has: the module would be built first, and may not fit into any memory."""
     widest = max((side for shape in shapes for side in shape), default=0)
     ranks = config.get("rank_pattern")
-    sizes = {f"rank_pattern[{name!r}]": rank for name, rank in ranks.items()} if isinstance(ranks, dict) else {}
-    sizes |= {name: config.get(name) for name in ("r", "num_global_tokens", "decompressor_width")}
-    limits = {**dict.fromkeys(sizes, widest), "decompressor_layers": len(shapes)}
-    for name, limit in limits.items():
-        size = sizes.get(name, config.get(name))
+    limits = {f"rank_pattern[{name!r}]": (rank, widest) for name, rank in ranks.items()} if isinstance(ranks, dict) else {}
+    limits |= {name: (config.get(name), widest) for name in ("r", "num_global_tokens", "decompressor_width")}
+    limits["decompressor_layers"] = config.get("decompressor_layers"), len(shapes)
+    for name, (size, limit) in limits.items():
         if isinstance(size, (int, float)) and size > limit:
             raise AdapterFileError(
-                f"The weights in {weights} do not fit its config: {name}={size}, and nothing in the file is larger than "
-                f"{limit}. The file was damaged or belongs to another config: fetch or save the adapter again."
+                f"The weights in {weights} do not fit its config: {name}={size}, expected at most {limit}, the largest in the "
+                f"file. {_AGAIN}"
             )
 
 

@@ -1,5 +1,5 @@
-"""Adapters as Hub repos: what is pulled is whole and verified, what is pushed is complete, or the user is told why not.
+"""Adapters as folders and Hub repos.
 
-folder.py: an adapter's folder on disk. pull.py and push.py: to and from the Hub. card.py: its README. faults.py: what a Hub
-answers, in words that help.
+model.py loads and saves adapters. base.py loads the base that an adapter names. push.py pushes a folder. card.py writes the
+README of a repo.
 """

@@ -1,4 +1,4 @@
-"""Loading the base that an adapter names, at the commit that it names."""
+"""Loads the base that an adapter names, at the commit that it names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -20,17 +19,16 @@ if TYPE_CHECKING:
 
 
 def load_base(
-    adapter: str,
-    base: str | PathLike | None,
-    stored: UniCompressConfig,
-    *,
-    dtype: torch.dtype | str | None,
-    device_map: str | dict | None,
-    token: str | bool | None,
-    cache_dir: str | PathLike | None,
-    local_files_only: bool,
+    adapter: str, base: str | PathLike | None, stored: UniCompressConfig, options: dict[str, object], access: dict[str, object]
 ) -> nn.Module:
-    """The base of `adapter`: the one given, or the one that its config names at the commit recorded there.
+    """Loads `base`, or else the base that the adapter's config names, at the commit recorded there.
+
+    Args:
+        adapter: The name of the adapter, for messages.
+        base: A folder, a Hub id, or None.
+        stored: The adapter's config.
+        options: `dtype` and `device_map` of transformers' `from_pretrained`; None means its default.
+        access: `token`, `cache_dir` and `local_files_only`.
 
     Raises:
         BaseModelError: No base is named, or it cannot be loaded: not found, gated, offline, ...
@@ -39,19 +37,18 @@ def load_base(
     revision = None if base else stored.revision
     if not source:
         raise BaseModelError(f"Adapter {adapter!r} names no base; expected one: pass base_model=, a path, an id or a model.")
-    options = {name: value for name, value in {"dtype": dtype, "device_map": device_map}.items() if value is not None}
-    access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = {name: value for name, value in options.items() if value is not None}
     commit = None
     try:
         if not Path(source).is_dir():
             revision = HfApi().resolve_revision(source, revision=revision, **access)
             commit = revision.resolved
-        options["adapter_kwargs"] = access  # else it asks online, and in another cache, whether the base is an adapter
+        options["adapter_kwargs"] = access  # else transformers asks online whether the base is an adapter
         model = AutoModelForImageTextToText.from_pretrained(source, revision=revision, **access, **options)
     except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
         raise BaseModelError(
             f"Adapter {adapter!r} needs base {at(source, revision)}, which could not be loaded. "
-            f"{reason(error, source, revision, token, cache_dir)} "
+            f"{reason(error, source, revision, access['token'], access['cache_dir'])} "
             "Or pass base_model= with its folder, its id or the loaded model."
         ) from error
     if commit is not None:

@@ -1,4 +1,4 @@
-"""The card of an adapter's repo: its generated block is written anew on every save; what a person wrote is kept."""
+"""Writes the card of an adapter's repo: each save replaces the generated block, and keeps what a person wrote."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..version import INSTALL, __version__
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 EXAMPLE = "A fox in the snow."
-RECORD = "unicompress"  # the metadata field with what the generated block was made of
+RECORD = "unicompress"  # the metadata field that holds the facts in the generated block
 _BEGIN = "<!-- uc-adapters: generated from here; what stands outside is yours and is kept -->"
 _END = "<!-- uc-adapters: generated until here -->"
 _BLOCK = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
@@ -31,16 +31,16 @@ _BLOCK = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card shall say that an adapter does not know of itself. What is left out is taken from the card that is there.
+    """Facts for a card that the adapter itself does not know. A fact that is left out is taken from the existing card.
 
     Args:
-        license: As the Hub names it, such as "apache-2.0".
-        datasets: Hub ids of what it was trained on.
-        training: Settings of the training, by name. Forgotten when the weights change. Of a path on this machine only the name
-            is told.
+        license: The Hub's name of the license, such as "apache-2.0".
+        datasets: Hub ids of the training data.
+        training: Settings of the training, by name. They are dropped when the weights change. Of a path on this machine, the
+            card gives only the name.
         evaluation: The JSON that `recipes/evaluate_scenes.py` writes, as a file or a mapping: every top-level entry of the form
-            {"base": number, "adapter": number} is a metric, and "dataset" says of what. Forgotten when the weights change.
-        prompt: What the snippet draws, such as a caption of the training data. Default: a fox, or words that a tokenizer of
+            {"base": number, "adapter": number} is a metric, and "dataset" names the data. Dropped when the weights change.
+        prompt: The prompt in the snippet, such as a caption of the training data. Default: a fox, or words that a tokenizer of
             whole words knows.
     """
 
@@ -52,15 +52,15 @@ class CardFacts:
 
 
 def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[str] = (), example: str = EXAMPLE) -> str:
-    """The card of an adapter.
+    """Returns the text of an adapter's card.
 
     Args:
         config: The fields of its sealed `adapter_config.json`.
-        name: The repo's id, or `local_name` of the folder that the adapter lies in: what the snippet loads.
-        facts: What else is known.
-        existing: Cards that are there, the one to be followed most last: their metadata is kept, and the text that a person
-            wrote into the last of them.
-        example: The prompt of the snippet where no facts have one.
+        name: What the snippet loads: the repo's id, or `local_name` of the folder.
+        facts: New facts.
+        existing: The existing cards, the most important last. Their metadata is kept, and the text that a person wrote into the
+            last of them.
+        example: The prompt of the snippet if no facts have one.
 
     Raises:
         AdapterFileError: An existing card's metadata cannot be read.
@@ -114,7 +114,7 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
         compact = rows * columns // stride**2
         return what, rows * (columns + family.has_eol), more + compact + has_eol * (rows // stride)
 
-    # the separator and row ends are read; they are known, and no steps of their own in drawing
+    # the separator and the row ends count when reading; when drawing they are known, and take no step
     table = [row(f"tokens to read {image}", geometry["read_side"], count + 1, family.has_eol)]
     if family.why_no_drawing is None:
         table.append(row("steps of the language model to draw one", geometry["draw_side"], drawn, False))
@@ -122,12 +122,12 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
 
 
 def update_card(folder: Path, facts: CardFacts, source: str | None = None) -> None:
-    """Writes the card in a saved adapter's folder anew: with what is there, and with these facts.
+    """Writes the card of a saved adapter's folder again, with new facts.
 
     Args:
-        folder: As `save_pretrained` wrote it.
-        facts: What is newly known, such as an evaluation.
-        source: What the snippet loads. Default: the Hub id that the card has there, or else the folder's name.
+        folder: A folder that `save_pretrained` wrote.
+        facts: New facts, such as an evaluation.
+        source: What the snippet loads. Default: the Hub id in the existing card, or else the folder's name.
     """
     path = folder / CARD_NAME
     existing = [path.read_text("utf-8")] if path.is_file() else []
@@ -137,19 +137,19 @@ def update_card(folder: Path, facts: CardFacts, source: str | None = None) -> No
 
 
 def published_as(folder: Path) -> str | None:
-    """The Hub id that the card in a folder was written for; None where it was not, or there is none."""
+    """Returns the Hub id that the card in a folder was written for, if any."""
     path = folder / CARD_NAME
     record = _parse(path.read_text("utf-8"), str(folder)).data.to_dict().get(RECORD) if path.is_file() else None
     return hub_id(record.get("source")) if isinstance(record, dict) else None
 
 
 def local_name(folder: Path) -> str:
-    """What a card calls a folder that is on no Hub: a card may be published, and where things lie here is no one's business."""
+    """Returns the name of a local folder in its card. A card may be published, so it does not give the path."""
     return f"./{folder.resolve().name}"
 
 
 def hub_id(base: str | None) -> str | None:
-    """The name of a base where it is a Hub id; None where it is a local path, or nothing."""
+    """Returns the name of a base if it is a Hub id, and None if it is a local path or missing."""
     try:
         validate_repo_id(base or "")
     except HFValidationError:
@@ -167,17 +167,17 @@ def _parse(text: str, name: str) -> ModelCard:
 
 
 def _has_own_text(card: ModelCard) -> bool:
-    """Whether a person wrote more into a card than the heading that it was given."""
+    """Returns whether a card holds a person's text besides the generated block and its heading."""
     record = card.data.to_dict().get(RECORD)
     heading = f"# {Path(str(record.get('source'))).name}" if isinstance(record, dict) else None
     return _BLOCK.sub("", card.text).strip() not in ("", heading)
 
 
-def _record(config: dict, name: str, facts: CardFacts, old: dict | None) -> dict:
-    """What the generated block is made of: kept in the metadata, so that a later save of the same weights still knows it."""
+def _record(config: dict, name: str, facts: CardFacts, old: dict) -> dict:
+    """Returns the facts of the generated block. The metadata keeps them, for later saves of the same weights."""
     weights = config["seal"]["weights_sha256"]
     record = {"source": name, "weights_sha256": weights, "training": {}, "dataset": None, "metrics": {}}
-    if isinstance(old, dict) and old.get("weights_sha256") == weights:
+    if old.get("weights_sha256") == weights:
         record |= {key: old[key] for key in ("training", "dataset", "metrics") if key in old}
     if facts.training is not None:
         record["training"] = {str(setting): str(value) for setting, value in facts.training.items()}
@@ -185,25 +185,25 @@ def _record(config: dict, name: str, facts: CardFacts, old: dict | None) -> dict
         record["dataset"], record["metrics"] = _read_evaluation(facts.evaluation)
     record["training"] = {setting: _without_paths(value) for setting, value in record["training"].items()}
     record["dataset"] = record["dataset"] and _without_paths(record["dataset"])
-    prompt = facts.prompt or (old or {}).get("prompt")
+    prompt = facts.prompt or old.get("prompt")
     return record if prompt is None else record | {"prompt": prompt}
 
 
 def _without_paths(text: str) -> str:
-    """A text with the name alone of each path on this machine: "/home/ann/pictures, 9 rows" becomes "pictures, 9 rows"."""
+    """Replaces each path on this machine by its name: "/home/ann/pictures, 9 rows" becomes "pictures, 9 rows"."""
 
     def name(match: re.Match) -> str:
         word = match[0]
         if not re.search(r"[/\\][^/\\]", word):
             return word
-        path = PureWindowsPath(word)  # it knows both kinds of separators, and drives
+        path = PureWindowsPath(word)  # knows both separators, and drives
         return path.name if path.root or path.drive or path.parts[0] in ("~", "..") else word
 
-    return re.sub(r"[^\s,;`'\"()]+", name, text)  # whole words: looking for a separator from each letter takes their square
+    return re.sub(r"[^\s,;`'\"()]+", name, text)  # whole words: a search from each letter would take quadratic time
 
 
 def example_prompt(folder: Path) -> str:
-    """EXAMPLE, or some words that the tokenizer in a folder knows, where it is one of whole words and does not know those."""
+    """Returns EXAMPLE, or words that the folder's tokenizer knows, if it is a tokenizer of whole words and lacks those."""
     file = folder / "tokenizer.json"
     model = json.loads(file.read_text("utf-8"))["model"] if file.is_file() else {}
     words = [word for word in model.get("vocab", ()) if word.isalpha()] if model.get("type") == "WordLevel" else []
@@ -212,21 +212,18 @@ def example_prompt(folder: Path) -> str:
 
 
 def _sound(record: object) -> dict:
-    """What an earlier save remembered; nothing where it was changed by hand into something else."""
-    if not isinstance(record, dict):
+    """Returns the record of an earlier save, or nothing if somebody edited it into another form."""
+    try:
+        numbers = [value for base, adapter in record.get("metrics", {}).values() for value in (base, adapter)]
+        good = all(isinstance(value, (int, float)) for value in numbers)
+        good &= isinstance(record.get("training", {}), dict) and isinstance(record.get("prompt", ""), str)
+    except (AttributeError, TypeError, ValueError):  # not a mapping of pairs
         return {}
-    metrics, training = record.get("metrics", {}), record.get("training", {})
-    whole = isinstance(training, dict) and isinstance(metrics, dict)
-    pairs = metrics.values() if whole else ()
-    numbers = all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, (int, float)) for value in pair) for pair in pairs
-    )
-    named = isinstance(record.get("prompt", ""), str)
-    return record if whole and numbers and named else {}
+    return record if good else {}
 
 
 def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> ModelCardData:
-    """The Hub's metadata: the old cards', with what is known set over it."""
+    """Returns the Hub's metadata: that of the old cards, updated by the new facts."""
     base = hub_id(config["base_model_name_or_path"])
     known = {
         "base_model": base,
@@ -237,7 +234,7 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
         "datasets": [name for name in facts.datasets if hub_id(name)] or None,
         RECORD: record,
     }
-    before = fields.get(RECORD) or {}
+    before = fields[RECORD]
     fields |= {key: value for key, value in known.items() if value is not None}
     tags = [tag for tag in fields.get("tags") or [] if not str(tag).startswith("base_model:adapter:")]
     base_tag = [f"base_model:adapter:{fields['base_model']}"] if "base_model" in fields else []
@@ -247,34 +244,29 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
             task_type="any-to-any",
             dataset_type="custom",
             dataset_name=record["dataset"],
-            metric_type=_metric_id(metric),
+            metric_type=metric.replace(" ", "_"),  # an id
             metric_name=metric,
             metric_value=adapter,
         )
         for metric, (_, adapter) in record["metrics"].items()
     ]
-    if "model-index" in fields:  # a person's own results stay; ours are of the weights that they were measured on
-        ours = {(before.get("dataset"), _metric_id(metric)) for metric in before.get("metrics", {})}
+    if "model-index" in fields:  # a person's own results stay; ours belong to the weights that were measured
+        ours = {(before.get("dataset"), metric) for metric in before.get("metrics", {})}
         _, there = model_index_to_eval_results(fields.pop("model-index"))
-        results += [result for result in there if (result.dataset_name, _metric_id(result.metric_type)) not in ours]
+        results += [result for result in there if (result.dataset_name, result.metric_name) not in ours]
     if not results:
         return ModelCardData(**fields)
     return ModelCardData(**fields, model_name=Path(record["source"]).name, eval_results=results)
 
 
-def _metric_id(name: str) -> str:
-    """A metric's name as an id of the model-index; cards of version 0.2.0 have it with spaces there."""
-    return name.replace(" ", "_")
-
-
 def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[str, list[float]]]:
-    """Of what, and base's and adapter's value of every metric."""
+    """Returns the name of the data, and the base's and the adapter's value of every metric."""
     content = evaluation if isinstance(evaluation, Mapping) else _read_json(Path(evaluation))
     metrics = {
         str(name).replace("_", " "): [pair["base"], pair["adapter"]]
         for name, pair in content.items()
         if isinstance(pair, Mapping)
-        and pair.keys() >= {"base", "adapter"}  # `evaluate_scenes.py --also` scores further adapters beside them
+        and pair.keys() >= {"base", "adapter"}  # `evaluate_scenes.py --also` adds the scores of further adapters
         and all(isinstance(value, (int, float)) for value in pair.values())
     }
     if not metrics:
