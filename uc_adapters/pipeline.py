@@ -200,7 +200,9 @@ class UniCompressPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, {})
 
             tokens = model.generate(**inputs, **arguments, generation_mode="image", progress=advance)
-        images = _converted(_to_pil(self.processor, family.to_pixels(tokens, grid)), output_type)
+        # Each alone: a batch would take more memory, and would round otherwise than the image alone
+        pixels = torch.cat([family.to_pixels(of_image, grid) for of_image in tokens.split(1)])  # (B * N, 3, H, W)
+        images = _converted(_to_pil(self.processor, pixels), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _inputs(self, texts: list[str], repeats: int, height: int | None, width: int | None) -> BatchFeature:
