@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from uc_adapters import UniCompressModel, push_folder
-from uc_adapters.errors import HubError, InputError, UnsupportedError
+from uc_adapters.errors import AdapterFileError, HubError, InputError, UnsupportedError
 from uc_adapters.hub.pipeline_files import pipeline_files
 
 pytest.importorskip("diffusers")
@@ -261,6 +261,11 @@ def test_a_prompt_fits_until_the_context_is_full(pipe):
         pipe("red " * (words + 1))
 
 
+def test_a_disabled_adapter(pipe):
+    with pipe.model.disable_adapter(), pytest.raises(InputError, match="The adapter is disabled"):
+        pipe("a red 3")
+
+
 def test_beams_cannot_draw(pipe):
     with pytest.raises(UnsupportedError, match="num_beams=2"):
         pipe("a red 3", num_beams=2)
@@ -270,6 +275,11 @@ def test_beams_cannot_draw(pipe):
 def test_an_id_that_is_none(tmp_path):
     with pytest.raises(HubError, match="'org/none' is no folder here"):
         UniCompressPipeline.from_pretrained("org/none", cache_dir=tmp_path)
+
+
+def test_a_folder_without_a_processor(tmp_path):
+    with pytest.raises(AdapterFileError, match="No processor could be loaded from"):
+        UniCompressPipeline.from_pretrained(tmp_path)
 
 
 def test_a_pipeline_without_a_model(pipe):
