@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from uc_adapters import UniCompressModel, push_folder
-from uc_adapters.errors import HubError, InputError, UnsupportedError
+from uc_adapters.errors import AdapterFileError, HubError, InputError, UnsupportedError
 from uc_adapters.hub.pipeline_files import pipeline_files
 
 pytest.importorskip("diffusers")
@@ -195,8 +195,8 @@ def test_plain_diffusers_draws_from_a_folder(pipe, base_folder, tmp_path):
     pipe.save_pretrained(tmp_path, base_model=str(base_folder))
     found = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True).to(torch.float64)
     assert (type(found), found.dtype) == (UniCompressPipeline, torch.float64)
-    options = {"generator": seeds(1), "output_type": "np"}
-    assert np.array_equal(found.to(torch.float32)(CAPTIONS[0], **options).images, pipe(CAPTIONS[0], **options).images)
+    theirs, ours = (each(CAPTIONS[0], generator=seeds(1)).images for each in (found.to(torch.float32), pipe))
+    assert same(theirs, ours)
 
 
 def test_without_trust_nothing_of_a_repo_runs(pushed):
@@ -205,10 +205,11 @@ def test_without_trust_nothing_of_a_repo_runs(pushed):
 
 
 def test_pushing_an_older_folder_adds_the_pipeline(pushed, pipe, tmp_path):
-    pipe.model.save_pretrained(tmp_path, processor=pipe.processor)
+    folder = tmp_path / "folder"
+    pipe.model.save_pretrained(folder, processor=pipe.processor)
     for name in pipeline_files("janus"):
-        (tmp_path / name).unlink()
-    push_folder(tmp_path, "org/older", token=ANN, base_model=BASE)
+        (folder / name).unlink()
+    push_folder(folder, "org/older", token=ANN, base_model=BASE)
     files = pushed.repos["org/older"].files()
     assert {name: files[name].decode() for name in pipeline_files("janus")} == pipeline_files("janus")
 
@@ -260,6 +261,11 @@ def test_a_prompt_fits_until_the_context_is_full(pipe):
         pipe("red " * (words + 1))
 
 
+def test_a_disabled_adapter(pipe):
+    with pipe.model.disable_adapter(), pytest.raises(InputError, match="The adapter is disabled"):
+        pipe("a red 3")
+
+
 def test_beams_cannot_draw(pipe):
     with pytest.raises(UnsupportedError, match="num_beams=2"):
         pipe("a red 3", num_beams=2)
@@ -269,6 +275,11 @@ def test_beams_cannot_draw(pipe):
 def test_an_id_that_is_none(tmp_path):
     with pytest.raises(HubError, match="'org/none' is no folder here"):
         UniCompressPipeline.from_pretrained("org/none", cache_dir=tmp_path)
+
+
+def test_a_folder_without_a_processor(tmp_path):
+    with pytest.raises(AdapterFileError, match="No processor could be loaded from"):
+        UniCompressPipeline.from_pretrained(tmp_path)
 
 
 def test_a_pipeline_without_a_model(pipe):

@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from .errors import InputError, UnsupportedError
+from .errors import AdapterFileError, InputError, UnsupportedError
 from .families import family_of_processor
 from .files.pull import PULL_OPTIONS, pull
 from .layers import Grid
@@ -72,7 +72,7 @@ class UniCompressPipeline(DiffusionPipeline):
         """
         access = {name: kwargs[name] for name in PULL_OPTIONS if name in kwargs}
         folder = pull(pretrained_model_name_or_path, subfolder=kwargs.pop("subfolder", None), **access)
-        pipeline = cls(AutoProcessor.from_pretrained(folder))
+        pipeline = cls(_load_processor(folder))
         if "torch_dtype" in kwargs:  # diffusers' older name, which PEFT would ignore
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         pipeline.model = UniCompressModel.from_pretrained(folder, **kwargs)
@@ -107,7 +107,7 @@ class UniCompressPipeline(DiffusionPipeline):
             snapshot = Path(self.processor.tokenizer.name_or_path)  # <cache_dir>/models--org--adapter/snapshots/<commit>
             access = {"revision": snapshot.name, "cache_dir": snapshot.parents[2]}
         folder = pull(self.name_or_path, **access)
-        self.processor = AutoProcessor.from_pretrained(folder)  # Emu3's is a class of ours, and the loader's is the base's
+        self.processor = _load_processor(folder)  # Emu3's is a class of ours, and the loader's is the base's
         self._model = UniCompressModel.from_pretrained(folder, device_map=self.hf_device_map, **access)
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
@@ -159,7 +159,7 @@ class UniCompressPipeline(DiffusionPipeline):
 
         Raises:
             InputError: No prompt, an empty one, or one that is too long for the base; a size that the base cannot draw; a
-                wrong number of negative prompts or generators; an unknown `output_type` or argument.
+                wrong number of negative prompts or generators; an unknown `output_type` or argument; a disabled adapter.
             UnsupportedError: A field of the generation config that cannot draw, such as `num_beams`.
         """
         prompts = _texts(prompt, "prompt")
@@ -175,6 +175,8 @@ class UniCompressPipeline(DiffusionPipeline):
             )
 
         model, family = self.model, self.model.family
+        if model.code_head is None:
+            raise InputError("The adapter is disabled; expected an enabled one. The base draws by its own generate.")
         inputs = self._inputs(prompts, num_images_per_prompt, height, width)
         grid = family.prompt_grids(total, inputs.get("image_sizes"))[0]  # all images are of one size
         self._check_length(inputs, grid, "prompt")
@@ -201,7 +203,9 @@ class UniCompressPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, {})
 
             tokens = model.generate(**inputs, **arguments, generation_mode="image", progress=advance)
-        images = _converted(to_pil(self.processor, family.to_pixels(tokens, grid)), output_type)
+        # Each alone: a batch would take more memory, and would round otherwise than the image alone
+        pixels = torch.cat([family.to_pixels(of_image, grid) for of_image in tokens.split(1)])  # (B * N, 3, H, W)
+        images = _converted(to_pil(self.processor, pixels), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _inputs(self, texts: list[str], repeats: int, height: int | None, width: int | None) -> BatchFeature:
@@ -221,6 +225,16 @@ class UniCompressPipeline(DiffusionPipeline):
                 f"A {name} of {longest} tokens is too long for the base: expected at most {context - drawn}, since its context "
                 f"is {context} tokens and the image takes {drawn} of them. Shorten the {name}."
             )
+
+
+def _load_processor(folder: Path) -> ProcessorMixin:
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:  # transformers raises either
+        raise AdapterFileError(
+            f"No processor could be loaded from {folder}: {error} Expected an adapter's folder with its processor, as "
+            "model.save_pretrained(folder, processor=...) writes it."
+        ) from error
 
 
 def _texts(value: str | list[str] | None, name: str) -> list[str]:

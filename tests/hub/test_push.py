@@ -27,7 +27,8 @@ from uc_adapters.hub.card import CardFacts
 from uc_adapters.hub.push import push_folder
 
 NEW = "org/new"
-OURS = {CONFIG, WEIGHTS, CARD, "chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+OURS = {CONFIG, WEIGHTS, CARD, "model_index.json", "pipeline.py", *PROCESSOR}
 LEFT_AT_HOME = (
     "optimizer.pt",
     "scheduler.pt",
