@@ -37,7 +37,8 @@ QUESTIONS = {
 }
 CSS = """
 .gradio-container {max-width: 900px !important; margin: auto}
-.picture img {image-rendering: pixelated}
+.picture {aspect-ratio: 1}
+.picture img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
 .told progress {width: 100%}
 """
 
@@ -46,6 +47,7 @@ def build(page: Page, adapter: str) -> gr.Blocks:
     """The page in Gradio's components. One event at a time uses the models; the others wait in a queue."""
     alone = {"concurrency_limit": 1, "concurrency_id": "models", "show_progress": "minimal"}
     narrow = {"min_width": 130}  # two columns on a phone, too
+    shown = {"interactive": False, "show_label": False, "buttons": [], "elem_classes": "picture"}
     with gr.Blocks(title="uc-adapters", analytics_enabled=False) as blocks:
         gr.Markdown("# Base beside adapter\nThe adapter reads and draws images in a quarter of the tokens.")
         with gr.Accordion("Adapter", open=False):
@@ -60,16 +62,17 @@ def build(page: Page, adapter: str) -> gr.Blocks:
             with gr.Row():
                 for name in ("Base", "Adapter"):
                     with gr.Column(**narrow):
-                        image = gr.Image(label=f"{name} draws", format="png", interactive=False, elem_classes="picture")
-                        drawn += [image, gr.HTML(elem_classes="told")]
+                        gr.Markdown(f"**{name}**")
+                        drawn += [gr.Image(format="png", **shown), gr.HTML(elem_classes="told", padding=False)]
             gr.Examples([[text] for text in PROMPTS], prompt, label="Prompts")
         with gr.Tab("Ask"):
-            picture = gr.Image(
-                label="Picture", type="filepath", image_mode=None, format="png", interactive=False, elem_classes="picture"
-            )
-            upload = gr.UploadButton("Upload a picture", file_types=["image"])
-            question = gr.Textbox(QUESTIONS["scene-1.png"], label="Question")
-            ask = gr.Button("Ask", variant="primary")
+            with gr.Row():
+                with gr.Column(**narrow):
+                    picture = gr.Image(type="filepath", image_mode=None, format="png", **shown)
+                with gr.Column(**narrow):
+                    upload = gr.UploadButton("Upload a picture", file_types=["image"])
+                    question = gr.Textbox(QUESTIONS["scene-1.png"], label="Question", lines=2)
+                    ask = gr.Button("Ask", variant="primary")
             with gr.Row():
                 answers = []
                 for name in ("Base", "Adapter"):
@@ -95,9 +98,18 @@ def serve(blocks: gr.Blocks, port: int, wait: bool = True) -> None:
     Raises:
         SystemExit: The port is taken.
     """
-    look = {"theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), "css": CSS}
     check_port(port)
-    blocks.launch(server_port=port, prevent_thread_lock=not wait, max_file_size="30mb", ssr_mode=False, show_error=True, **look)
+    blocks.launch(
+        server_port=port,
+        prevent_thread_lock=not wait,
+        show_error=True,
+        max_file_size="30mb",
+        run_history=False,
+        ssr_mode=False,
+        footer_links=["gradio"],
+        theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=CSS,
+    )
 
 
 def check_port(port: int) -> None:
