@@ -81,7 +81,7 @@ def build(page: Page, adapter: str) -> gr.Blocks:
             pairs = [[str(PICTURES / name), text] for name, text in QUESTIONS.items()]
             gr.Examples(pairs, [picture, question], label="Pictures and questions")
         load.click(page.describe, adapter, facts, **alone)
-        draw.click(page.draw, [prompt, seed, adapter], drawn, **alone)
+        draw.click(page.draw, [prompt, seed, adapter], drawn, show_progress_on=drawn[::2], **alone)
         ask.click(page.ask, [picture, question, adapter], answers, **alone)
         upload.upload(page.upload, upload, picture)
     return blocks
@@ -117,7 +117,7 @@ def check_port(port: int) -> None:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) else error
         raise SystemExit(f"--port {port}: {reason}; expected a free port. Choose another, such as --port 7861.") from None
 
 

@@ -28,8 +28,10 @@ def read_picture(path: str) -> Image.Image:
     """
     name = Path(path).name
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
+            image = Image.open(path)
+        with image:
             _check_size(name, image.width * image.height)
             picture = to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
