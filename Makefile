@@ -1,20 +1,28 @@
-# Two commands for users; the rest is in CONTRIBUTING.md.
+# Three commands for users; the rest is in CONTRIBUTING.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test docs
+.PHONY: quickstart demo test docs
 
 quickstart: $(VENV)/installed
 	$(BIN)/python recipes/quickstart.py
 
+# The demo page, at http://127.0.0.1:7860
+demo: $(VENV)/demo-installed
+	$(BIN)/python recipes/demo/app.py
+
 # A process a core, each with one thread: the models are too small to share
-test: $(VENV)/installed
+test: $(VENV)/demo-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 # The site, in site/; a dead link or a docstring that cannot be rendered is an error
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/demo-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
 
 $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
