@@ -106,7 +106,7 @@ def test_a_module_without_a_config_is_refused():
         get_uc_model(nn.Linear(2, 2), small_config())
 
 
-@pytest.mark.parametrize("host", ["aligner", "generation_head", "language_model", "vqmodel"])
+@pytest.mark.parametrize("layer", ["aligner", "generation_head", "language_model", "vqmodel"])
 def test_a_base_that_lacks_a_layer_is_refused(base, layer):
     delattr(base.model, layer)
     with pytest.raises(BaseModelError, match=rf"lacks .*model\.{layer}.*JanusForConditionalGeneration"):
