@@ -6,6 +6,7 @@ import finetune
 import pytest
 import torch
 from finetune_runs import ARGUMENTS, TRAINING
+from finetuning import stages
 from PIL import Image
 from safetensors.torch import load_file
 from specs import SPECS
@@ -48,7 +49,7 @@ def dataset(spec, tmp_path):
 def test_every_family_trains(base_folder, dataset, tmp_path, distill):
     arguments = {**ARGUMENTS, "num_global_tokens": 1, "caption_dropout": 0.5, "distill": distill}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "ENOUGH_PERPLEXITY", 0.0)  # four steps on four pictures
+        patch.setattr(stages, "ENOUGH_PERPLEXITY", 0.0)  # four steps on four pictures
         finetune.main(
             finetune.FinetuneArguments(base=str(base_folder), dataset=[str(dataset)], **arguments),
             finetune.TrainingConfig(
