@@ -3,9 +3,9 @@
 from transformers import PreTrainedModel
 
 
-def shallow(model: PreTrainedModel) -> PreTrainedModel:
-    """One like it, with two layers in its language model and one in its vision tower; random weights."""
-    model.config.get_text_config().num_hidden_layers = 2
+def shallow(model: PreTrainedModel, layers: int = 2) -> PreTrainedModel:
+    """One like it, with so many layers in its language model and one in its vision tower; random weights."""
+    model.config.get_text_config().num_hidden_layers = layers
     if hasattr(model.config, "vision_config"):
         model.config.vision_config.num_hidden_layers = 1
     made = type(model)(model.config)
