@@ -14,7 +14,7 @@ demo: $(VENV)/demo-installed
 
 # A process a core, each with one thread: the models are too small to share
 test: $(VENV)/demo-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 # The site, in site/; a dead link or a docstring that cannot be rendered is an error
 docs: $(VENV)/docs-installed

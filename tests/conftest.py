@@ -1,4 +1,4 @@
-"""Fixtures: a tiny real Janus with random weights, built once, copied for every test that attaches to it."""
+"""Fixtures: a shallow real Janus with random weights, built once, copied for every test that attaches to it."""
 
 # ruff: noqa: E402  (the Hub must be up before anything of Hugging Face is imported)
 import copy
@@ -12,9 +12,10 @@ os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets counts on the network 
 
 import pytest
 import torch
-from helpers import ANN, SHORT, question_inputs, rng
+from helpers import ANN, SHORT, attach, question_inputs, rng
 from hypothesis import settings
 from PIL import Image
+from shallow import shallow
 from tiny_world.digits import random_scene
 from tiny_world.tiny_janus import make_model, make_processor
 
@@ -49,7 +50,7 @@ def short_processor():
 def pristine(processor):
     """The one base that `base` copies; nothing may attach to it."""
     torch.manual_seed(0)
-    model = make_model(processor).eval()
+    model = shallow(make_model(processor)).eval()
     with torch.no_grad():  # livelier than at its default start, where every prompt draws nearly the same
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -67,6 +68,25 @@ def fresh(pristine):
 def base(fresh):
     """A base to attach to."""
     return fresh()
+
+
+@pytest.fixture(scope="session")
+def shared(pristine):
+    """Gives adapters that no test may change, of the fields that it is told; each is made once."""
+    made = {}
+
+    def sums(model) -> dict[str, float]:
+        return {name: weight.double().sum().item() for name, weight in model.named_parameters()}
+
+    def give(**fields):
+        key = tuple(sorted(fields.items()))
+        if key not in made:
+            model = attach(copy.deepcopy(pristine), **fields)
+            made[key] = model, sums(model)
+        return made[key][0]
+
+    yield give
+    assert all(sums(model) == before for model, before in made.values())
 
 
 @pytest.fixture(scope="session")

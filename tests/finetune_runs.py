@@ -1,4 +1,4 @@
-"""Shared by the tests of finetune.py, and what they run in processes of their own: python finetune_runs.py ARGUMENTS (JSON)."""
+"""Shared by the tests of finetune.py, and runs that are killed: finetune_runs.py [[[STAGE, STEP], ARGUMENTS], ...] (JSON)."""
 
 import json
 import os
@@ -20,12 +20,15 @@ ARGUMENTS = {
     "num_global_tokens": 1,
     "r": 2,
 }
+# Where a test looks at checkpoints; saving one takes as long as some steps
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+AT_END = {"save_strategy": "steps", "save_steps": 100}
 TRAINING = {
     "max_steps": 4,
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-3,
     "logging_steps": 1,
-    "save_steps": 1,
+    "save_strategy": "no",
     "report_to": [],
     "disable_tqdm": True,
     "use_cpu": True,
@@ -82,16 +85,24 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    told = json.loads(sys.argv[1])
-    kill = told.pop("kill", None)  # [stage, step]
-    if kill:
-        victim = stages.ReconstructionTrainer if kill[0] == 1 else stages.JointTrainer
+def train_until_killed(stage: int, step: int, told: dict) -> None:
+    """Never returns."""
+    victim = stages.ReconstructionTrainer if stage == 1 else stages.JointTrainer
 
-        class Victim(victim):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                self.add_callback(KillAt(kill[1]))
+    class Victim(victim):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(KillAt(step))
 
-        setattr(stages, victim.__name__, Victim)
+    setattr(stages, victim.__name__, Victim)
     train(**told)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    for (stage, step), told in json.loads(sys.argv[1]):
+        child = os.fork()  # before anything was computed; a process of its own would import all of this again
+        if not child:
+            train_until_killed(stage, step, told)
+        _, status = os.waitpid(child, 0)
+        print("ended by", os.WTERMSIG(status), flush=True)

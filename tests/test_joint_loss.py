@@ -13,6 +13,8 @@ from uc_adapters.errors import InputError, UnsupportedError
 from uc_adapters.joint_loss import CODES
 
 each_decompressor = pytest.mark.parametrize("decompressor", DECOMPRESSORS)
+# "raster" is learned by the head of "phase"
+each_head = pytest.mark.parametrize("decompressor", ["strip", "phase"])
 FIELDS = ("log_probs", "entropy", "is_top1", "label_mask")
 
 
@@ -45,8 +47,8 @@ def collate(short_processor):
 
 
 @each_decompressor
-def test_every_labelled_position_is_scored_and_no_other(base, rows, collate, decompressor):
-    model = attach(base, decompressor=decompressor)
+def test_every_labelled_position_is_scored_and_no_other(shared, rows, collate, decompressor):
+    model = shared(decompressor=decompressor)
     batch = collate(model, rows)
     output = model(**batch)
     labelled = batch["labels"][:, 1:] != -100
@@ -63,8 +65,8 @@ def test_every_labelled_position_is_scored_and_no_other(base, rows, collate, dec
     assert labelled[1].sum() == places - 1 + 1  # the image's places but the separator, and the turn's end
 
 
-def test_the_loss_is_the_mean_over_labelled_positions(base, rows, collate):
-    model = attach(base)
+def test_the_loss_is_the_mean_over_labelled_positions(shared, rows, collate):
+    model = shared()
     batch = collate(model, rows)
     output = model(**batch)
     torch.testing.assert_close(output.loss, -output.log_probs.sum() / output.label_mask.sum())
@@ -72,8 +74,8 @@ def test_the_loss_is_the_mean_over_labelled_positions(base, rows, collate):
 
 
 @pytest.mark.parametrize("row", [0, 4])
-def test_words_score_as_the_plain_forward_says(base, rows, collate, row):
-    model = attach(base)
+def test_words_score_as_the_plain_forward_says(shared, rows, collate, row):
+    model = shared()
     batch = collate(model, rows[row : row + 1])
     output = model(**batch, fused_lm_head=True)
     labels = batch.pop("labels")[:, 1:]
@@ -84,8 +86,8 @@ def test_words_score_as_the_plain_forward_says(base, rows, collate, row):
     assert torch.equal(output.is_top1, hits * (labels != -100))
 
 
-def test_without_images_to_draw_or_trl_the_forward_is_pefts(base, rows, collate):
-    model = attach(base)
+def test_without_images_to_draw_or_trl_the_forward_is_pefts(shared, rows, collate):
+    model = shared()
     batch = collate(model, rows[:1])
     plain, fused = model(**batch), model(**batch, fused_lm_head=True)
     assert plain.logits.shape[:2] == batch["input_ids"].shape
@@ -93,8 +95,8 @@ def test_without_images_to_draw_or_trl_the_forward_is_pefts(base, rows, collate)
 
 
 @each_decompressor
-def test_rows_of_a_batch_score_as_they_do_alone(base, rows, collate, decompressor):
-    model = attach(base, decompressor=decompressor)
+def test_rows_of_a_batch_score_as_they_do_alone(shared, rows, collate, decompressor):
+    model = shared(decompressor=decompressor)
     with torch.no_grad():
         together = iter(model(**collate(model, rows)).log_probs)
         for row in rows:
@@ -105,8 +107,8 @@ def test_rows_of_a_batch_score_as_they_do_alone(base, rows, collate, decompresso
 
 
 @each_decompressor
-def test_a_places_score_is_the_sum_over_its_codes(base, rows, collate, decompressor):
-    model = attach(base, decompressor=decompressor)
+def test_a_places_score_is_the_sum_over_its_codes(shared, rows, collate, decompressor):
+    model = shared(decompressor=decompressor)
     head, batch = model.code_head, collate(model, rows[1:2])
     codes = head.compress(batch["gen_pixel_values"])
     first = codes.globals.shape[1] + 1  # of the steps, behind the separator
@@ -124,8 +126,8 @@ def test_a_places_score_is_the_sum_over_its_codes(base, rows, collate, decompres
     assert scores.log_probs[0, first - 1] == 0  # the separator
 
 
-def test_images_of_a_batch_go_to_their_own_rows(base, rows, collate):
-    model = attach(base)
+def test_images_of_a_batch_go_to_their_own_rows(shared, rows, collate):
+    model = shared()
     drawn = [rows[1], rows[2]]
     with torch.no_grad():
         forward, backward = (model(**collate(model, order)).log_probs for order in (drawn, drawn[::-1]))
@@ -171,7 +173,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, rows, collate, re
     assert [name for name in plain if not torch.equal(plain[name], checkpointed[name])] == []
 
 
-@each_decompressor
+@each_head
 def test_a_bfloat16_base_scores_and_trains(base, rows, collate, decompressor):
     model = attach(base.to(torch.bfloat16), decompressor=decompressor)
     output = model(**collate(model, rows))
@@ -181,7 +183,7 @@ def test_a_bfloat16_base_scores_and_trains(base, rows, collate, decompressor):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@each_decompressor
+@each_head
 def test_an_adapter_in_bfloat16_scores_and_trains(base, rows, collate, decompressor):
     """As FSDP1 and ZeRO-3 want it, with autocast_adapter_dtype=False."""
     model = attach(base, decompressor=decompressor).to(torch.bfloat16)
@@ -208,8 +210,8 @@ def answer_and_drawing(images) -> dict:
     return {"messages": turns(*contents), "images": images[:1]}
 
 
-def test_text_behind_drawn_strips_stands_where_it_stands_in_the_bases_own_sequence(base, images, collate, processor):
-    model, row = attach(base), answer_and_drawing(images)
+def test_text_behind_drawn_strips_stands_where_it_stands_in_the_bases_own_sequence(shared, images, collate, processor):
+    model, row = shared(), answer_and_drawing(images)
     batch = collate(model, [row])
     config = replace(model.active_peft_config, stride=1, num_global_tokens=0)
     dense = UniCompressCollator(processor, config, caption_dropout=0.0)([row])
@@ -224,23 +226,23 @@ def test_text_behind_drawn_strips_stands_where_it_stands_in_the_bases_own_sequen
 
 
 @pytest.mark.parametrize("decompressor", ["phase", "raster"])
-def test_other_decompressors_count_compact_tokens(base, images, collate, decompressor):
-    model = attach(base, decompressor=decompressor)
+def test_other_decompressors_count_compact_tokens(shared, images, collate, decompressor):
+    model = shared(decompressor=decompressor)
     batch = collate(model, [answer_and_drawing(images)])
     assert torch.equal(positions_seen(model, batch)[0], torch.arange(batch["input_ids"].shape[1]))
 
 
-def test_positions_of_the_callers_are_kept(base, rows, collate):
-    model = attach(base)
+def test_positions_of_the_callers_are_kept(shared, rows, collate):
+    model = shared()
     batch = collate(model, rows[1:2])
     told = torch.arange(batch["input_ids"].shape[1])[None] + 5
     assert torch.equal(positions_seen(model, batch | {"position_ids": told}), told)
 
 
-@each_decompressor
-def test_without_a_mask_nothing_is_padding(base, rows, collate, decompressor):
+@each_head
+def test_without_a_mask_nothing_is_padding(shared, rows, collate, decompressor):
     """Uneven positions alone would be taken for those of several sequences that are packed into one."""
-    model = attach(base, decompressor=decompressor)
+    model = shared(decompressor=decompressor)
     batch = collate(model, rows[1:2])
     assert batch["attention_mask"].all()
     with torch.no_grad():
@@ -287,52 +289,52 @@ def test_a_pupil_that_is_its_teacher_has_nothing_to_learn(base):
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 192), (2, 63, 192), (2, 64, 191), (128, 192)])
-def test_a_teachers_states_of_another_shape_are_refused(base, rows, collate, shape):
-    model = attach(base)
+def test_a_teachers_states_of_another_shape_are_refused(shared, rows, collate, shape):
+    model = shared()
     with pytest.raises(InputError, match=rf"teacher_states of shape {re.escape(str(shape))}; expected \(2, 64, 192\)"):
         model(**collate(model, rows[1:3]), teacher_states=torch.zeros(shape))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_of_the_teacher_out_of_range_is_refused(base, rows, collate, share):
-    model = attach(base)
+def test_a_share_of_the_teacher_out_of_range_is_refused(shared, rows, collate, share):
+    model = shared()
     with pytest.raises(InputError, match=rf"teacher_states_weight={share}; expected a number from 0 to 1"):
         model(**collate(model, rows[1:3]), teacher_states=torch.zeros(2, 64, 192), teacher_states_weight=share)
 
 
 @pytest.mark.parametrize("change", [lambda probs: probs[:1], lambda probs: probs[1:], lambda probs: probs[:, :1]])
-def test_a_teachers_words_of_another_shape_are_refused(base, rows, collate, change):
-    model = attach(base)
+def test_a_teachers_words_of_another_shape_are_refused(shared, rows, collate, change):
+    model = shared()
     batch = collate(model, rows[:1])
     words = int((batch["labels"][:, 1:] != -100).sum())
-    probs = torch.full((words, base.config.text_config.vocab_size), 1 / base.config.text_config.vocab_size)
+    probs = torch.full((words, model.config.text_config.vocab_size), 1 / model.config.text_config.vocab_size)
     assert model(**batch, teacher_probs=probs).loss.isfinite()
     with pytest.raises(InputError, match=rf"teacher_probs of shape .*; expected \({words}, {probs.shape[1]}\)"):
         model(**batch, teacher_probs=change(probs))
 
 
-def test_a_teachers_states_without_an_image_to_draw_are_refused(base, rows, collate):
-    model = attach(base)
+def test_a_teachers_states_without_an_image_to_draw_are_refused(shared, rows, collate):
+    model = shared()
     with pytest.raises(InputError, match=r"teacher_states of shape \(1, 64, 192\); expected \(0, 0, 192\)"):
         model(**collate(model, rows[:1]), teacher_states=torch.zeros(1, 64, 192))
 
 
 @pytest.mark.parametrize("decompressor", ["phase", "raster"])
-def test_decompressors_of_another_order_cannot_have_the_teachers_states(base, rows, collate, decompressor):
-    model = attach(base, decompressor=decompressor)
+def test_decompressors_of_another_order_cannot_have_the_teachers_states(shared, rows, collate, decompressor):
+    model = shared(decompressor=decompressor)
     with pytest.raises(UnsupportedError, match=rf"teacher_states with the '{decompressor}' decompressor; expected 'strip'"):
         model(**collate(model, rows[1:3]), teacher_states=torch.zeros(2, 64, 192))
 
 
-def test_the_disabled_model_refuses_images_to_draw(base, rows, processor):
-    model = attach(base)
+def test_the_disabled_model_refuses_images_to_draw(shared, rows, processor):
+    model = shared()
     batch = UniCompressCollator(processor, model.active_peft_config, caption_dropout=0.0)(rows[1:2])
     with pytest.raises(ValueError, match=r"gen_pixel_values.*disabled"), model.disable_adapter():
         model(**batch)
 
 
-def test_images_to_draw_need_labels(base, rows, collate):
-    model = attach(base)
+def test_images_to_draw_need_labels(shared, rows, collate):
+    model = shared()
     batch = collate(model, rows)
     batch.pop("labels")
     with pytest.raises(ValueError, match=r"labels=None.*UniCompressCollator"):

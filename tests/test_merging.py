@@ -339,7 +339,7 @@ def walked(pristine, short_question, dense_question, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:train.. unmerged")
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(steps=st.lists(st.sampled_from(Walk.STEPS), max_size=10))
 def test_disabled_it_is_the_base_after_any_walk(pristine, walked, short_question, dense_question, steps):
     folder, expected, of_base = walked

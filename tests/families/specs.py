@@ -6,6 +6,7 @@ from functools import partial
 
 import tiny_chameleon
 from scoring.stock_calls import CALLS
+from shallow import shallow
 from tiny_world import tiny_emu3, tiny_janus
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -24,9 +25,11 @@ class Spec:
 
 
 SPECS = [
-    Spec("janus", tiny_janus.make_processor, tiny_janus.make_model),
+    Spec("janus", tiny_janus.make_processor, lambda processor: shallow(tiny_janus.make_model(processor))),
     Spec(
-        "emu3", partial(tiny_emu3.make_processor, 32 * 32, 64 * 64), partial(tiny_emu3.make_model, temporal_downsample_factor=4)
+        "emu3",
+        partial(tiny_emu3.make_processor, 32 * 32, 64 * 64),
+        lambda processor: shallow(tiny_emu3.make_model(processor, temporal_downsample_factor=4)),
     ),
     Spec("chameleon", tiny_chameleon.make_processor, tiny_chameleon.make_model),
 ]

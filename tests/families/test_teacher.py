@@ -6,6 +6,7 @@ import pytest
 import torch
 from finetune_runs import TRAINING, say
 from helpers import attach
+from shallow import shallow
 from tiny_world import tiny_emu3
 from tiny_world.scenes_dataset import scenes_dataset
 from trl import SFTConfig
@@ -25,7 +26,7 @@ def processor():
 @pytest.fixture(scope="module")
 def pristine(processor):
     torch.manual_seed(0)
-    model = tiny_emu3.make_model(processor).eval()
+    model = shallow(tiny_emu3.make_model(processor)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name.startswith("model.text_model"):

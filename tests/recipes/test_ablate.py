@@ -15,6 +15,7 @@ from uc_adapters.layers import average_pool
 from uc_adapters.training.reconstruction import ReconstructionStage
 
 GRID, STRIDE, WIDTH = (4, 6), 2, 16
+RUNS = ablate.runs_of(list(AXES))  # each variant once, on however many axes it stands
 POOLS = {"max": MaxPool, "strided conv": StridedConv, "gated": GatedPool, "top-k selection": TopK}
 
 
@@ -67,9 +68,9 @@ def test_another_global_token_sees_every_dense_token(features, token):
     assert (features.grad.abs().sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, variants in AXES.items() for name in variants])
-def test_every_variant_fits_an_adapter_which_then_scores_and_draws(base, processor, axis, name):
-    variant = AXES[axis][name]
+@pytest.mark.parametrize("run", RUNS)
+def test_every_variant_fits_an_adapter_which_then_scores_and_draws(base, processor, run):
+    variant = RUNS[run]
     model = attach(base, **{name: value for name, value in variant.options.items() if name != "distill"})
     if variant.change is not None:
         variant.change(model)

@@ -152,8 +152,8 @@ def test_the_table_tells_what_is_written(scores):
     assert quarters[3].startswith(f"{100 * scores.written['differences']['drawing']['value']:.1f} (")
 
 
-def test_changing_places_swaps_the_columns(base_folder, adapter_folder):
-    base, adapter = contenders(str(base_folder), str(adapter_folder))
+def test_changing_places_swaps_the_columns(base_folder, plain_folder):
+    base, adapter = contenders(str(base_folder), str(plain_folder))
     scenes, args = random_scenes(9, 3), EvaluateArguments(seed=5, batch_size=2)
     first, _ = score_scenes([base, adapter], scenes, args)
     swapped, _ = score_scenes(
@@ -191,9 +191,9 @@ def test_a_base_alone(base_folder, capsys):
     assert capsys.readouterr().out.startswith("|  | base |\n")
 
 
-def test_a_second_adapter_has_a_column_of_its_own_and_differs_from_nobody(base_folder, adapter_folder, tmp_path):
-    other = shutil.copytree(adapter_folder, tmp_path / "other")
-    own = shutil.copytree(adapter_folder, tmp_path / "own")
+def test_a_second_adapter_has_a_column_of_its_own_and_differs_from_nobody(base_folder, plain_folder, tmp_path):
+    other = shutil.copytree(plain_folder, tmp_path / "other")
+    own = shutil.copytree(plain_folder, tmp_path / "own")
     files = {"base": str(base_folder), "adapter": str(own), "also": [str(other)]}
     scores = main(EvaluateArguments(**files, scenes=3, grid=str(tmp_path / "drawings.png"), card=True))
     for what in ("reading", "drawing", "nats_per_image", "reconstruction"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import finetune_runs
 import pytest
 import torch
-from finetune_runs import TRAINING, train, write_captioned
+from finetune_runs import AT_END, EVERY_STEP, TRAINING, train, write_captioned
 from finetuning import stages
 from helpers import ANN, DECOMPRESSORS, assert_same, attach, base_weights
 from huggingface_hub import ModelCard
@@ -37,7 +37,7 @@ def captioned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(base_folder, captioned, tmp_path_factory):
     """What a run leaves behind that nothing cut off; no test may change it."""
-    return train(base_folder, tmp_path_factory.mktemp("whole") / "out", dataset=[str(captioned)])
+    return train(base_folder, tmp_path_factory.mktemp("whole") / "out", dataset=[str(captioned)], training=EVERY_STEP)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -51,7 +51,8 @@ def log_of(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("decompressor", DECOMPRESSORS)
 def test_both_stages_make_an_adapter_that_loads(base_folder, captioned, tmp_path, pristine, decompressor, monkeypatch):
     monkeypatch.setattr(stages, "ENOUGH_PERPLEXITY", 0.0)  # so few steps would not pass the guard against collapsed codes
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], decompressor=decompressor)
+    options = {"decompressor": decompressor, "stage_1_steps": 2, "training": {"max_steps": 2}}
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], **options)
     for adapter in (folder / "stage1", folder):
         model = UniCompressModel.from_pretrained(adapter, base_model=base_folder)
         assert_same(base_weights(model), base_weights(pristine))
@@ -65,14 +66,15 @@ def test_both_stages_make_an_adapter_that_loads(base_folder, captioned, tmp_path
 def test_where_stage_1_has_nothing_to_learn_it_is_skipped(base_folder, captioned, tmp_path):
     """Without global tokens, and with a decoder that learns from the language model's states."""
     arguments = {"dataset": [str(captioned)], "num_global_tokens": 0, "decompressor": "strip"}
-    folder = train(base_folder, tmp_path / "out", training={"max_steps": 1}, **arguments)
+    folder = train(base_folder, tmp_path / "out", training={"max_steps": 1, **AT_END}, **arguments)
+    assert last_checkpoint(folder).name == "checkpoint-1"
     assert last_checkpoint(folder / "stage1") is None
     assert weights(folder).keys() == weights(folder / "stage1").keys()
     assert UniCompressModel.from_pretrained(folder, base_model=base_folder).num_image_tokens == 1 + 16
 
 
 def test_the_losses_of_its_parts_are_logged_apart(base_folder, captioned, tmp_path):
-    options = {"training": {"report_to": ["tensorboard"]}, "decompressor": "phase", "num_global_tokens": 0}
+    options = {"training": {"report_to": ["tensorboard"], **AT_END}, "decompressor": "phase", "num_global_tokens": 0}
     folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], **options)
     parts = {"reconstruction", "codebook", "code_accuracy"}
     assert all(parts <= row.keys() for row in log_of(folder / "stage1") if "loss" in row)
@@ -84,13 +86,14 @@ def test_the_losses_of_its_parts_are_logged_apart(base_folder, captioned, tmp_pa
 
 
 def test_sample_pictures_are_drawn_and_change_nothing(base_folder, captioned, tmp_path):
-    options = {"dataset": [str(captioned)], "decompressor": "phase", "num_global_tokens": 0}  # it is drawn with in both stages
+    options = {"decompressor": "phase", "num_global_tokens": 0, "stage_1_steps": 2}  # it is drawn with in both stages
+    options |= {"dataset": [str(captioned)], "training": {"max_steps": 2}}
     plain = train(base_folder, tmp_path / "plain", **options)
-    shown = train(base_folder, tmp_path / "shown", sample_steps=2, **options)
+    shown = train(base_folder, tmp_path / "shown", sample_steps=1, **options)
     assert_same(weights(shown), weights(plain))
     for folder in (shown / "stage1", shown):
         pictures = sorted((folder / "samples").iterdir())
-        assert [picture.name for picture in pictures] == ["step-000002.png", "step-000004.png"]
+        assert [picture.name for picture in pictures] == ["step-000001.png", "step-000002.png"]
         assert min(Image.open(pictures[0]).size) > 200
 
 
@@ -105,12 +108,13 @@ def test_sample_pictures_are_drawn_as_after_training(base_folder, captioned, tmp
 
 
 def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, captioned, whole, tmp_path):
-    told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)]}
-    for more in ({"kill": [1, 2]}, {"kill": [2, 3], "resume": True}, {"resume": True}):
-        command = [sys.executable, finetune_runs.__file__, json.dumps({**told, **more})]
-        paths = os.pathsep.join(str(Path(__file__).parents[up] / name) for up, name in ((2, "recipes"), (1, "")))
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
-        assert done.returncode == (-signal.SIGKILL if "kill" in more else 0), done.stderr[-2000:]
+    told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)], "training": EVERY_STEP}
+    runs = [([1, 2], told), ([2, 3], {**told, "resume": True})]
+    paths = os.pathsep.join(str(Path(__file__).parents[up] / name) for up, name in ((2, "recipes"), (1, "")))
+    command = [sys.executable, finetune_runs.__file__, json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert done.stdout.count(f"ended by {int(signal.SIGKILL)}\n") == 2, done.stderr[-2000:]
+    train(**told, resume=True)
     assert_same(weights(tmp_path / "cut" / "stage1"), weights(whole / "stage1"))
     assert_same(weights(tmp_path / "cut"), weights(whole))
 
@@ -167,14 +171,16 @@ def test_a_loss_that_is_no_number_stops_and_names_step_and_rows(base_folder, cap
         return made
 
     monkeypatch.setattr(stages, name, spoiled)
+    options = {"stage_1_steps": (4, 1)[stage - 1], "training": EVERY_STEP}
     with pytest.raises(TrainingError, match=r"step 3 is nan.*captioned, row \d+ \(\d+\.png\).*checkpoint-2"):
-        train(base_folder, tmp_path / "out", dataset=[str(captioned)])
+        train(base_folder, tmp_path / "out", dataset=[str(captioned)], **options)
     folder = tmp_path / "out" / "stage1" if stage == 1 else tmp_path / "out"
     assert last_checkpoint(folder).name == "checkpoint-2"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(base_folder, captioned, whole, tmp_path):
-    train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1)
+    shutil.copytree(whole / "stage1", tmp_path / "out" / "stage1")
+    options = {"dataset": [str(captioned)], "stage": 2, "training": EVERY_STEP}
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class FillDisk(TrainerCallback):
@@ -187,12 +193,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(base_fo
         patch.setattr(stages, "JointTrainer", lambda *args, **kwargs: with_callback(trainer(*args, **kwargs), FillDisk()))
         try:
             with pytest.raises(TrainingError, match=r"step 3 could not be written.*checkpoint-2.*--resume true"):
-                train(base_folder, out, dataset=[str(captioned)], stage=2)
+                train(base_folder, out, **options)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
-    train(base_folder, out, dataset=[str(captioned)], stage=2, resume=True)
+    train(base_folder, out, resume=True, **options)
     assert_same(weights(out), weights(whole))
 
 
@@ -240,10 +246,10 @@ def test_several_datasets_are_mixed_and_streamed(base_folder, captioned, tmp_pat
     asked = tmp_path / "asked.jsonl"
     rows = [{"image": str(captioned / f"{i}.png"), "question": "How many digits are there?", "answer": 2} for i in range(4)]
     asked.write_text("\n".join(map(json.dumps, rows)))
-    sources = [str(captioned), str(asked)]
-    folder = train(base_folder, tmp_path / "mixed", dataset=sources, dataset_weights=[1.0, 3.0], training={"max_steps": 2})
+    sources, short = [str(captioned), str(asked)], {"stage_1_steps": 1, "training": {"max_steps": 2}}
+    folder = train(base_folder, tmp_path / "mixed", dataset=sources, dataset_weights=[1.0, 3.0], **short)
     assert weights(folder)
-    folder = train(base_folder, tmp_path / "streamed", dataset=sources, streaming=True, training={"max_steps": 2})
+    folder = train(base_folder, tmp_path / "streamed", dataset=sources, streaming=True, **short)
     assert weights(folder)
     with pytest.raises(SystemExit, match=r"--streaming with --max_steps -1.*expected a number"):
         train(base_folder, tmp_path / "endless", dataset=sources, streaming=True, training={"max_steps": -1})
@@ -251,17 +257,18 @@ def test_several_datasets_are_mixed_and_streamed(base_folder, captioned, tmp_pat
         train(base_folder, tmp_path / "taught", dataset=sources, streaming=True, distill=True, training={"max_steps": 2})
 
 
-@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
-def test_options_for_small_hardware_train_in_both_stages(base_folder, captioned, tmp_path, options):
-    arguments = {"dataset": [str(captioned)], "dtype": "bfloat16" if "bf16" in options else "auto"}
-    folder = train(base_folder, tmp_path / "out", training={"max_steps": 2, **options}, **arguments)
+def test_options_for_small_hardware_train_in_both_stages(base_folder, captioned, tmp_path):
+    """All at once; test_training.py has them one by one."""
+    options = {"bf16": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "max_steps": 2}
+    arguments = {"dataset": [str(captioned)], "dtype": "bfloat16", "stage_1_steps": 2}
+    folder = train(base_folder, tmp_path / "out", training=options, **arguments)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(folder).values())
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_base_trains(base_folder, captioned, tmp_path, bits):
     training = {"max_steps": 2, "learning_rate": 1e-4}
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], quantize=bits, training=training)
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], quantize=bits, stage_1_steps=1, training=training)
     before, after = weights(folder / "stage1"), weights(folder)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in after.values())
     (norm,) = [name for name in after if name.endswith("decoder.norm.weight")]
@@ -307,7 +314,7 @@ def test_rows_without_images_cannot_begin_with_stage_1(base_folder, tmp_path):
 
 
 def test_settings_of_stage_1_are_its_own(base_folder, captioned, tmp_path):
-    training = {"gradient_accumulation_steps": 3}
+    training = {"gradient_accumulation_steps": 3, **AT_END}
     folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], stage=1, stage_1_steps=2, training=training)
     log = [row for row in log_of(folder / "stage1") if "loss" in row]
     assert [row["step"] for row in log] == [1, 2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import finetune
 import pytest
 import torch
-from finetune_runs import say, train, turn, write_captioned, write_rows
+from finetune_runs import AT_END, EVERY_STEP, say, train, turn, write_captioned, write_rows
 from finetuning.arguments import GROUPS, NEW_ADAPTER, FinetuneArguments, FinetuneParser, TrainingConfig
 from helpers import ANN
 from safetensors.torch import load_file
@@ -122,7 +122,7 @@ def test_the_help_shows_this_recipes_options_with_their_real_defaults_in_two_scr
 @pytest.fixture(scope="module")
 def trained(base_folder, captioned, tmp_path_factory):
     """What a run leaves behind; no test may change it."""
-    return train(base_folder, tmp_path_factory.mktemp("trained") / "out", dataset=[str(captioned)])
+    return train(base_folder, tmp_path_factory.mktemp("trained") / "out", dataset=[str(captioned)], training=AT_END)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,9 @@ def test_options_that_an_adapter_has_otherwise_are_refused_with_the_difference(
 
 def test_options_that_it_has_alike_are_not_and_those_not_named_are_its_own(base_folder, captioned, trained, tmp_path, capsys):
     own = dict.fromkeys(NEW_ADAPTER) | {"r": 2, "stride": 2}
-    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], adapter=str(trained), **own)
+    folder = train(
+        base_folder, tmp_path / "out", dataset=[str(captioned)], adapter=str(trained), training={"max_steps": 1}, **own
+    )
     assert weights(folder).keys() == weights(trained).keys()
     assert f"stage 1: done before, in {trained}" in capsys.readouterr().out
 
@@ -157,7 +159,9 @@ def test_another_learning_rate_goes_on_from_a_checkpoint(base_folder, captioned,
     with pytest.raises(TrainingError, match=rf"learning_rate: 0\.001 then, 0\.0005 now.*--adapter {trained}/checkpoint-4"):
         train(base_folder, trained, dataset=[str(captioned)], resume=True, training=other)
     checkpoint = str(trained / "checkpoint-4")
-    folder = train(base_folder, tmp_path / "on", dataset=[str(captioned)], adapter=checkpoint, training=other)
+    folder = train(
+        base_folder, tmp_path / "on", dataset=[str(captioned)], adapter=checkpoint, training={**other, "max_steps": 1}
+    )
     assert all(value.isfinite().all() for value in weights(folder).values())
 
 
@@ -188,7 +192,8 @@ def test_a_share_of_the_rows_is_evaluated_on_and_the_best_checkpoint_is_kept(bas
         columns=["image=photo", "text=caption"],
         eval_share=0.25,
         early_stopping=2,
-        training={"learning_rate": 1.0, "max_steps": 8, "save_total_limit": 2},  # far too much: it gets worse
+        stage_1_steps=1,
+        training={"learning_rate": 1.0, "max_steps": 8, "save_total_limit": 2, **EVERY_STEP},  # far too much: it gets worse
     )
     log = log_of(folder)
     evaluations = [row for row in log if "eval_loss" in row]
@@ -208,7 +213,7 @@ def test_a_share_of_the_rows_is_evaluated_on_and_the_best_checkpoint_is_kept(bas
 def test_rows_of_their_own_are_evaluated_on_by_their_labels(base_folder, captioned, mixed, tmp_path, distill):
     """No caption is dropped and no teacher asked: what comes out is what the finished adapter scores."""
     options = {"columns": ["image=photo", "text=caption"], "dataset": [mixed], "eval_dataset": [mixed], "distill": distill}
-    training = {"max_steps": 1, "per_device_eval_batch_size": 32}
+    training = {"max_steps": 1, "per_device_eval_batch_size": 32, **AT_END}
     folder = train(base_folder, tmp_path / "out", caption_dropout=0.9, stage_1_steps=1, training=training, **options)
     [scores] = [row for row in log_of(folder) if "eval_loss" in row]
     again = train(

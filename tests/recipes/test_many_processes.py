@@ -13,7 +13,6 @@ from finetune_runs import train, write_captioned
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parents[1]
-KINDS = list(two_processes.SEEDS)
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +22,19 @@ def captioned(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_two(base_folder, captioned, tmp_path_factory):
-    """Runs two processes, and returns the folder of what they left behind."""
-    folders: dict[str, Path] = {}
-
-    def run(how: str) -> Path:
-        if how not in folders:
-            folders[how] = tmp_path_factory.mktemp(how)
-            paths = os.pathsep.join(map(str, (TESTS.parent / "recipes", TESTS)))
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            done = subprocess.run(
-                [*torchrun, two_processes.__file__, str(base_folder), str(captioned), str(folders[how]), how],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
-        return folders[how]
-
-    return run
+    """The folder of what two processes left behind."""
+    folder = tmp_path_factory.mktemp("two")
+    paths = os.pathsep.join(map(str, (TESTS.parent / "recipes", TESTS)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, two_processes.__file__, str(base_folder), str(captioned), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
 def assert_same_training(file: Path, log: list[dict], weights: dict[str, torch.Tensor]) -> None:
@@ -56,23 +49,21 @@ def assert_same_training(file: Path, log: list[dict], weights: dict[str, torch.T
         torch.testing.assert_close(theirs["weights"][name], value, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "stage"), two_processes.RUNS)
 def test_two_processes_train_as_one(base_folder, of_two, tmp_path, kind, stage):
     one = two_processes.train(str(base_folder), str(tmp_path), kind, stage, 4)
-    assert_same_training(of_two("ddp") / f"{kind}-{stage}.pt", *one)
+    assert_same_training(of_two / f"{kind}-{stage}.pt", *one)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", two_processes.SEEDS)
 def test_two_sharded_processes_train_as_one(base_folder, of_two, kind):
-    assert_same_training(of_two("fsdp2") / f"{kind}-2.pt", *two_processes.train_sharded(str(base_folder), kind, 0, 1))
+    assert_same_training(of_two / f"{kind}-sharded.pt", *two_processes.train_sharded(str(base_folder), kind, 0, 1))
 
 
-@pytest.mark.parametrize("distill", [False, True])
-def test_two_processes_write_the_adapter_that_one_does(base_folder, of_two, captioned, tmp_path, distill):
-    options = {"dataset": [str(captioned)], "distill": distill, "stage_1_learning_rate": 1e-4, "training": two_processes.RATES}
-    of_one = train(base_folder, tmp_path, stage_1_batch_size=8, **options)
-    folders = of_one, of_two("ddp") / f"finetune-{distill}"
+def test_two_processes_write_the_adapter_that_one_does(base_folder, of_two, captioned, tmp_path):
+    """With a teacher: JointTrainer, without one, is among the trainers above."""
+    options = {"dataset": [str(captioned)], "distill": True, "training": two_processes.RATES, **two_processes.SHORT}
+    folders = train(base_folder, tmp_path, stage_1_batch_size=8, **options), of_two / "finetune"
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -23,13 +23,13 @@ def test_quickstart_writes_a_picture_and_a_table(base_folder, adapter_folder, tm
     assert "21" in table
 
 
-def test_quickstart_reads_an_image_of_the_users(base_folder, adapter_folder, tmp_path, images, capsys):
+def test_quickstart_reads_an_image_of_the_users(base_folder, plain_folder, tmp_path, images, capsys):
     picture, file = tmp_path / "mine.png", tmp_path / "picture.png"
     images[0].convert("RGBA").save(picture)
     quickstart.main(
         quickstart.QuickstartArguments(
             base=str(base_folder),
-            adapter=str(adapter_folder),
+            adapter=str(plain_folder),
             image=str(picture),
             question="How many digits are there?",
             device="cpu",

@@ -1,8 +1,8 @@
-"""What `torchrun --nproc_per_node 2` runs for test_many_processes.py: two_processes.py BASE DATASET OUTPUT ddp|fsdp2.
+"""What `torchrun --nproc_per_node 2` runs for test_many_processes.py: two_processes.py BASE DATASET OUTPUT.
 
 Training for a few steps on rows that are read, on rows that are drawn, and on both; rank 0 writes what was logged and the
-weights that it ended with. With ddp by the trainers of both stages, and finetune.py itself; with fsdp2 by torch's
-`fully_shard`, since accelerate, and so a trainer, shards on accelerators alone.
+weights that it ended with. By the trainers of both stages, and finetune.py itself; and sharded by torch's `fully_shard`, since
+accelerate, and so a trainer, shards on accelerators alone.
 """
 
 import json
@@ -23,10 +23,13 @@ from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.training.joint import JointTrainer
 from uc_adapters.training.reconstruction import ReconstructionStage, ReconstructionTrainer
 
-STEPS = 3
-RATES = {"learning_rate": 1e-4}  # of finetune.py: AdamW's first steps are of the rate itself, whichever way rounding turns them
+STEPS = 2
+# Of finetune.py: AdamW's first steps are of the rate itself, whichever way rounding turns them
+RATES = {"learning_rate": 1e-4, "max_steps": 2}
 # Of `scene_row`: even ones are read, odd ones drawn
 SEEDS = {"reading": range(0, 96, 2), "drawing": range(1, 97, 2), "mixed": range(48)}
+RUNS = [("mixed", 1), *((kind, 2) for kind in SEEDS)]  # stage 1 looks at images alone, whoever reads or draws them
+SHORT = {"stage_1_steps": 2, "stage_1_learning_rate": 1e-4}
 ALTERNATING = [0, 2, 1, 3]  # of four rows, two each: one process reads while the other draws
 
 
@@ -101,21 +104,17 @@ def weights_of(model: UniCompressModel) -> dict[str, torch.Tensor]:
     return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in weights.items()}
 
 
+def save(file: str, log: list[dict], weights: dict[str, torch.Tensor]) -> None:
+    if distributed.get_rank() == 0:
+        torch.save({"log": json.dumps(log), "weights": weights}, file)
+
+
 if __name__ == "__main__":
-    base, dataset, output, how = sys.argv[1:]
-    if how == "fsdp2":
-        distributed.init_process_group("gloo")
+    base, dataset, output = sys.argv[1:]
+    for kind, stage in RUNS:
+        save(f"{output}/{kind}-{stage}.pt", *train(base, output, kind, stage, 2))
+    training = {"per_device_train_batch_size": 1, "use_cpu": False, **RATES}  # no use_cpu: torchrun alone tells it
+    finetune_runs.train(base, f"{output}/finetune", dataset=[dataset], distill=True, training=training, **SHORT)
     for kind in SEEDS:
-        for stage in (1, 2) if how == "ddp" else (2,):
-            if how == "ddp":
-                log, weights = train(base, f"{output}/{kind}-{stage}", kind, stage, 2)
-            else:
-                log, weights = train_sharded(base, kind, distributed.get_rank(), 2)
-            if distributed.get_rank() == 0:
-                torch.save({"log": json.dumps(log), "weights": weights}, f"{output}/{kind}-{stage}.pt")
-    if how == "ddp":
-        for distill in (False, True):
-            training = {"per_device_train_batch_size": 1, "use_cpu": False, **RATES}  # no use_cpu: torchrun alone tells it
-            options = {"dataset": [dataset], "distill": distill, "stage_1_learning_rate": 1e-4, "training": training}
-            finetune_runs.train(base, f"{output}/finetune-{distill}", **options)
+        save(f"{output}/{kind}-sharded.pt", *train_sharded(base, kind, distributed.get_rank(), 2))
     distributed.destroy_process_group()
