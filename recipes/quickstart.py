@@ -20,14 +20,16 @@ import numpy as np
 import torch
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image, ImageOps, UnidentifiedImageError
-from rows.conversations import to_rgb
+from PIL import Image
 from rows.unknown_words import unknown_words
 from scoring.contenders import Contender, answer, check_sampling, contenders, draw, drawn_steps, read_tokens
 from scoring.scene_scores import SPLIT
 from tiny_world.digits import QUESTION_KINDS, judge, random_scene, right_quarters
 from tqdm.auto import tqdm
 from trl import TrlParser
+
+from uc_adapters.errors import InputError
+from uc_adapters.pictures import open_picture
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
@@ -180,13 +182,9 @@ def check(args: QuickstartArguments) -> None:
 def load_image(path: str) -> Image.Image:
     """Loads an image file as the recipes train on it: upright, RGB, transparent parts on white."""
     try:
-        return to_rgb(ImageOps.exif_transpose(Image.open(path)))
-    except UnidentifiedImageError:
-        raise SystemExit(f"--image {path} is not an image that PIL can read; expected a PNG, a JPEG or the like.") from None
-    except OSError as error:
-        raise SystemExit(
-            f"--image {path} cannot be read: {error.strerror or error}. Expected the path of an image file."
-        ) from None
+        return open_picture(path)
+    except InputError as error:
+        raise SystemExit(f"--image {error}") from None
 
 
 def load(args: QuickstartArguments) -> list[Contender]:

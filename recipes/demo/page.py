@@ -10,12 +10,12 @@ from functools import lru_cache
 
 import gradio as gr
 from demo.race import Drawing, race, warm_up
-from demo.uploads import read_picture
 from PIL import Image
 from rows.unknown_words import unknown_words
 from scoring.contenders import Contender, answer, contenders, drawn_steps, read_tokens, why_no_drawing, with_adapter
 
 from uc_adapters.errors import InputError, UnsupportedError
+from uc_adapters.pictures import open_picture
 
 LONGEST_TEXT = 500  # tokens of a prompt or a question
 ADAPTERS = 4  # that stay loaded
@@ -111,7 +111,7 @@ class Page:
             if picture is None:
                 raise InputError("There is no picture; expected one. Upload a picture, or take an example below.")
             question = check_text("question", question, self.base)
-            image, answers = read_picture(picture), ["", ""]
+            image, answers = open_picture(picture), ["", ""]
             for index, contender in enumerate([self.base, self.adapter(adapter.strip())]):
                 start = time.perf_counter()
                 (told,) = answer(contender, [image], [question], max_new_tokens=64)
@@ -121,4 +121,4 @@ class Page:
     def upload(self, path: str) -> Image.Image:
         """The picture in a file that was uploaded."""
         with explained():
-            return read_picture(path)
+            return open_picture(path)

@@ -13,7 +13,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets import Image as ImageFeature
 from datasets.fingerprint import Hasher
@@ -23,6 +22,7 @@ from rows.turns import asked, continued, drawn_and_described, given, images_of, 
 from tqdm.auto import tqdm
 
 from uc_adapters import __version__
+from uc_adapters.pictures import to_rgb
 
 ROW = Features(
     {
@@ -278,23 +278,3 @@ def _decode(image: dict | None) -> Image.Image:
         return to_rgb(ImageFeature().decode_example(image))  # decode_example applies the EXIF rotation
     except UnidentifiedImageError as error:
         raise DatasetError("PIL cannot read an image: its file is empty, damaged or of another format.") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any image to RGB: deep greys scaled to 8 bits, transparent parts on white, the first frame of an animation."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        if image.mode == "La":  # PIL converts La to RGBA only by way of LA
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> np.ndarray:
-    """A grey image of 16 or 32 bits as uint8, (H, W)."""
-    depth = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0).clip(0)
-    # Modes I and F do not say which value is white: take the first usual one that the image does not exceed.
-    white = 65535 if image.mode.startswith("I;16") else next(top for top in (1, 255, 65535, depth.max()) if depth.max() <= top)
-    return (depth * (255 / white)).round().astype(np.uint8)

@@ -11,10 +11,11 @@ from helpers import rng
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rows.conversations import FORMS, UNFINISHED_FORMS, DatasetError, column_names, conversations, samples, to_rgb
+from rows.conversations import FORMS, UNFINISHED_FORMS, DatasetError, column_names, conversations, samples
 from rows.turns import CAPTION_REQUEST
 
 from uc_adapters.messages import malformed
+from uc_adapters.pictures import to_rgb
 
 IMAGE = {"type": "image"}
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "I;16B"]

@@ -15,7 +15,7 @@ pytest.importorskip("playwright", reason='the demo page is tested by playwright:
 
 import torch
 import yaml
-from demo import app, make_space, screenshots, uploads
+from demo import app, make_space, screenshots
 from demo.race import race
 from demo.screenshots import PATIENCE, finish, opened, start
 from helpers import small_config
@@ -27,6 +27,7 @@ from transformers import AutoModelForImageTextToText
 
 from uc_adapters import get_uc_model
 from uc_adapters.errors import InputError
+from uc_adapters.pictures import open_picture
 
 ROOT = Path(__file__).parents[2]
 BASE, ADAPTER = str(ROOT / "model_cards/tiny-janus"), str(ROOT / "model_cards/tiny-janus-uc4x")
@@ -199,12 +200,7 @@ def test_a_bad_file_is_refused_with_a_sentence(tab, tmp_path):
 def test_a_bad_file_is_refused(name, tmp_path):
     write_bad_files(tmp_path)
     with pytest.raises(InputError, match=BAD_FILES[name]):
-        uploads.read_picture(str(tmp_path / name))
-
-
-def test_a_large_photo_becomes_a_small_picture(tmp_path):
-    Image.new("L", (3000, 1500)).save(tmp_path / "photo.jpg")
-    assert uploads.read_picture(str(tmp_path / "photo.jpg")).size == (1024, 512)
+        open_picture(tmp_path / name)
 
 
 def test_unknown_words_are_warned_of_and_no_words_refused(tab):

@@ -64,7 +64,7 @@ def loads_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"image": "words.txt", "question": "What?"}, r"--image .*words\.txt is not an image that PIL can read"),
+        ({"image": "words.txt", "question": "What?"}, r"--image .*words\.txt is no picture that can be read"),
         ({"image": "scan.png", "question": "What?"}, r"--image .*scan\.png cannot be read: No such file"),
         ({"image": ".", "question": "What?"}, r"--image .* cannot be read: Is a directory"),
         ({"output": "far/away.png"}, r"--output .*away\.png: the folder .* does not exist"),
