@@ -176,6 +176,6 @@ def test_xet(hub, trained, processor, fresh, question, cache, tmp_path, monkeypa
     weights = next(cache.glob(f"models--org--by-xet/snapshots/*/{WEIGHTS}")).resolve()
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    with pytest.raises(AdapterFileError, match="was damaged on its way or in the cache"):
+    with pytest.raises(AdapterFileError, match="was damaged during the download or in the cache"):
         load()
     assert torch.equal(load(), logits(trained, question))
