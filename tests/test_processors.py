@@ -24,7 +24,7 @@ SAMPLING = {
     "min_p": 0.2,
     "typical_p": 0.3,
     "epsilon_cutoff": 0.01,
-    "eta_cutoff": 0.05,
+    "eta_cutoff": 0.5,
 }
 REFUSED = {
     "repetition_penalty": 1.3,
