@@ -39,7 +39,8 @@ CSS = """
 .gradio-container {max-width: 900px !important; margin: auto}
 .picture {aspect-ratio: 1}
 .picture img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
-.told progress {width: 100%}
+.told {min-height: 3.2em}
+.told progress {width: 100%; accent-color: #0f766e}
 """
 
 
@@ -63,7 +64,8 @@ def build(page: Page, adapter: str) -> gr.Blocks:
                 for name in ("Base", "Adapter"):
                     with gr.Column(**narrow):
                         gr.Markdown(f"**{name}**")
-                        drawn += [gr.Image(format="png", **shown), gr.HTML(elem_classes="told", padding=False)]
+                        told = gr.HTML(elem_classes="told", padding=False)
+                        drawn += [gr.Image(format="png", **shown), told]
             gr.Examples([[text] for text in PROMPTS], prompt, label="Prompts")
         with gr.Tab("Ask"):
             with gr.Row():
