@@ -62,8 +62,8 @@ def test_emu3_draws_what_its_documented_calls_draw(emu3):
         generator=torch.Generator().manual_seed(2),
     )
     height, width = inputs["image_sizes"][0]
-    pixels = model.decode_image_tokens(image_tokens=tokens, height=height, width=width)
-    images = processor.postprocess(list(pixels))["pixel_values"]
+    pixels = [model.decode_image_tokens(image_tokens=own, height=height, width=width)[0] for own in tokens.split(1)]
+    images = processor.postprocess(pixels)["pixel_values"]
     assert np.array_equal(np.rint(drawn * 255), np.stack(images))
 
 
