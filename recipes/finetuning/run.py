@@ -22,6 +22,7 @@ DECISIVE = (
 )
 
 
+BITS = ("8bit", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -37,6 +38,8 @@ def check_options(args: FinetuneArguments, training: TrainingConfig) -> None:
         raise SystemExit("--streaming with --distill; expected one of them: what the base fills in is kept on disk.")
     if args.dtype not in DTYPES:
         raise SystemExit(f"--dtype {args.dtype} is not known; expected one of {', '.join(DTYPES)}.")
+    if args.quantize not in (None, *BITS):
+        raise SystemExit(f"--quantize {args.quantize!r} is not known; expected {' or '.join(BITS)}.")
     if args.stage == 1 and args.adapter:
         raise SystemExit(f"--stage 1 with --adapter {args.adapter}; expected one of them: that adapter has finished stage 1.")
     _evaluate_where_asked(args, training)

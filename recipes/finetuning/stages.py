@@ -174,7 +174,7 @@ def card_facts(args: FinetuneArguments, training: TrainingConfig, seconds: float
     """The facts about the training that the adapter's card shows."""
     sources, epochs = args.dataset or [], f"{training.num_train_epochs:g} epochs"
     settings = {
-        "recipe": f"`recipes/finetune.py{' --distill' if args.distill else ''}`, stock `trl.SFTTrainer`",
+        "recipe": f"`recipes/finetune.py{' --distill' if args.distill else ''}`, `trl.SFTTrainer`",
         "data": ", ".join(Path(source).name if Path(source).exists() else source for source in sources)
         or "digit scenes of the train scans",
         "rows": "streamed" if isinstance(rows, IterableDataset) else f"{len(rows):,}",

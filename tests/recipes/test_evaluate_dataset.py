@@ -220,7 +220,10 @@ def test_drawings_are_not_mixed_with_what_is_there(tmp_path):
     [
         ({"features": "inception", "clip": "none"}, "--features inception .*pip install torch-fidelity"),
         ({"features": "not_there:factory", "clip": "none"}, "--features not_there:factory.*module:factory"),
-        ({"features": "digits:load_digits", "clip": "none"}, "--features digits:load_digits returned .*expected an nn.Module"),
+        (
+            {"features": "tiny_world.digits:load_digits", "clip": "none"},
+            "--features tiny_world.digits:load_digits returned .*expected an nn.Module",
+        ),
         ({"features": "json:dumps", "clip": "none"}, "--features json:dumps: .*missing 1 required.*module:factory"),
         ({"features": "none", "clip": "not/there"}, "--clip not/there cannot be loaded"),
     ],
