@@ -1,5 +1,6 @@
 """What is Chameleon's own: codes that its logits mask, images of one size, no decoder."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from finetune_runs import write_rows
 from finetuning.answers import filled_in
 from helpers import attach, logits, question_inputs
+from huggingface_hub import ModelCard
 from rows.conversations import DatasetError
 from rows.training_rows import RowCheck, places_of, training_rows
 from tiny_chameleon import CODES, make_model, make_processor
@@ -101,3 +103,11 @@ def test_rows_to_draw_are_refused_before_training_whether_or_not_a_teacher_is_to
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": "a red 3"}])
     with pytest.raises(DatasetError, match=r"prompts.jsonl, row 0 is a prompt to draw, and the base cannot draw: .*no decoder"):
         training_rows([prompts], check, fill_in=lambda rows: filled_in(rows, model, processor))
+
+
+def test_the_card_of_an_adapter_that_only_reads_promises_no_drawing(pristine, processor, tmp_path):
+    attach(copy.deepcopy(pristine)).save_pretrained(tmp_path, processor=processor, base_model="org/chameleon")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "it shortens what the model reads." in card.text
+    assert "what it draws" not in card.text

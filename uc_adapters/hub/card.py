@@ -225,11 +225,13 @@ def _sound(record: object) -> dict:
 def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> ModelCardData:
     """Returns the Hub's metadata: that of the old cards, updated by the new facts."""
     base = hub_id(config["base_model_name_or_path"])
+    draws = FAMILIES[config["base_geometry"]["model_type"]].why_no_drawing is None
+    task = "any-to-any" if draws else "image-text-to-text"
     known = {
         "base_model": base,
         "base_model_relation": "adapter" if base else None,
         "library_name": "uc-adapters",
-        "pipeline_tag": "any-to-any",
+        "pipeline_tag": task,
         "license": facts.license,
         "datasets": [name for name in facts.datasets if hub_id(name)] or None,
         RECORD: record,
@@ -241,7 +243,7 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
     fields["tags"] = [*tags, *({"unicompress"} - set(tags)), *base_tag]
     results = [
         EvalResult(
-            task_type="any-to-any",
+            task_type=task,
             dataset_type="custom",
             dataset_name=record["dataset"],
             metric_type=metric.replace(" ", "_"),  # an id
