@@ -65,10 +65,11 @@ class Reading:
 
 @dataclass
 class Drawn:
-    """A prompt and each contender's drawing; for a scene of digits, `right` counts the quarters that are right."""
+    """A prompt, and each contender's drawing and seconds; for a scene of digits, `right` counts the quarters that are right."""
 
     prompt: str
     images: dict[str, Image.Image] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     right: dict[str, int] = field(default_factory=dict)
 
 
@@ -82,20 +83,19 @@ def read_all(pair: list[Contender], readings: list[Reading]) -> None:
 def draw_all(pair: list[Contender], drawings: list[Drawn], args: QuickstartArguments) -> dict[str, float]:
     """Draws every prompt with both contenders in turn, one at a time, and stores the images in `drawings`.
 
+    Each contender warms up once.
+
     Returns:
-        Each contender's mean seconds an image, after one warm-up each.
+        Each contender's mean seconds an image.
     """
     sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
-    seconds = {contender.name: 0.0 for contender in pair}
     for contender in pair:
         draw(contender, [drawings[0].prompt], **sampling)
     for index, drawn in enumerate(tqdm(drawings, desc="draw, in turn", leave=False)):
         for contender in pair:
             torch.manual_seed(args.seed + index)
-            images, took = draw(contender, [drawn.prompt], **sampling)
-            drawn.images[contender.name] = images[0]
-            seconds[contender.name] += took / len(drawings)
-    return seconds
+            (drawn.images[contender.name],), drawn.seconds[contender.name] = draw(contender, [drawn.prompt], **sampling)
+    return {contender.name: sum(drawn.seconds[contender.name] for drawn in drawings) / len(drawings) for contender in pair}
 
 
 def tiny_world(seed: int, count: int = 12) -> tuple[list[Reading], list[Drawn], list]:
@@ -149,7 +149,8 @@ def picture(pair: list[Contender], readings: list[Reading], drawings: list[Drawn
     for column, drawn in enumerate(drawings):
         for row, contender in enumerate(pair):
             axes[row][column].imshow(drawn.images[contender.name])
-            label = f"{contender.name} draws" + (f": {drawn.right[contender.name]}/4 quarters right" if drawn.right else "")
+            label = f"{contender.name}: {drawn_steps(contender)} steps, {drawn.seconds[contender.name]:.2f} s"
+            label += f"\n{drawn.right[contender.name]}/4 quarters right" if drawn.right else ""
             axes[row][column].set_title(wrap(drawn.prompt) + f"\n{label}" if row == 0 else label, fontsize=9)
     for column, reading in enumerate(readings):
         axis = axes[rows - 1][column]
@@ -164,6 +165,9 @@ def check(args: QuickstartArguments) -> None:
     """Exits with one line, before anything is loaded, on arguments that cannot work."""
     if (args.image is None) != (args.question is None):
         raise SystemExit(f"--image {args.image} and --question {args.question}: expected both, or neither.")
+    for name in ("prompt", "question"):
+        if getattr(args, name) is not None and not getattr(args, name).strip():
+            raise SystemExit(f"--{name} is empty; expected a text.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
     output = Path(args.output)
     if not output.parent.is_dir():

@@ -66,6 +66,7 @@ def loads_nothing(monkeypatch):
     [
         ({"image": "words.txt", "question": "What?"}, r"--image .*words\.txt is no picture that can be read"),
         ({"image": "scan.png", "question": "What?"}, r"--image .*scan\.png cannot be read: No such file"),
+        ({"prompt": " "}, "--prompt is empty; expected a text"),
         ({"image": ".", "question": "What?"}, r"--image .* cannot be read: Is a directory"),
         ({"output": "far/away.png"}, r"--output .*away\.png: the folder .* does not exist"),
         ({"output": "picture.words"}, r"--output .*picture\.words: expected a file that ends in one of .*\.png"),
