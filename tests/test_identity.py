@@ -10,6 +10,7 @@ from helpers import attach, logits, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import CONFIG_NAME
+from shallow import shallow
 from tiny_world.tiny_janus import make_model
 from transformers import AutoModelForImageTextToText, JanusForConditionalGeneration
 
@@ -179,7 +180,7 @@ def test_another_commit_is_warned_of(base, fresh, tmp_path, commit):
 @pytest.mark.usefixtures("silent")
 def test_a_base_on_the_meta_device_is_not_judged(folder, processor):
     with torch.device("meta"):
-        base = make_model(processor)
+        base = shallow(make_model(processor))
     model = get_uc_model(base, small_config(), low_cpu_mem_usage=True)
     assert model.active_peft_config.base_fingerprint == {"codebook": None, "weights": None}
     model.load_adapter(folder, "second", low_cpu_mem_usage=True)

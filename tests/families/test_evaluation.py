@@ -40,7 +40,7 @@ def test_an_adapter_that_cannot_draw_is_scored_for_what_it_reads(chameleon, caps
 
 def test_a_picture_of_drawings_is_refused_where_there_are_none(chameleon, tmp_path):
     arguments = EvaluateArguments(base=chameleon.base, adapter=chameleon.adapter, grid=str(tmp_path / "drawings.png"))
-    with pytest.raises(SystemExit, match=r"--grid .*cannot draw: transformers' Chameleon .*Leave it out"):
+    with pytest.raises(SystemExit, match=r"--grid .*cannot draw: transformers' Chameleon .*Leave --grid out"):
         main(arguments)
     assert list(tmp_path.iterdir()) == []
 

@@ -176,7 +176,7 @@ WRONG = {
         r"peft_type 'MAGIC', which is not known.*upgrade uc-adapters and peft",
     ),
     "another method": Row(configured(peft_type="LORA"), AdapterFileError, "LORA adapter; expected UNICOMPRESS"),
-    "of a deeper base": Row(of_another("shape"), BaseModelError, "trained on org/other@.*num_layers was 6, is 4"),
+    "of a deeper base": Row(of_another("shape"), BaseModelError, "trained on org/other@.*num_layers was 4, is 2"),
     "of another codebook": Row(of_another("codebook"), BaseModelError, "trained on org/other@.*has another codebook"),
     "no weights": Row(commit({}, WEIGHTS), AdapterFileError, r"adapter_model\.safetensors is missing"),
 }
@@ -208,7 +208,7 @@ def foreign(pristine, processor, tmp_path_factory) -> dict[str, dict[str, bytes]
     deeper, recoded = copy.deepcopy(pristine), copy.deepcopy(pristine)
     layers = deeper.model.language_model.layers
     layers.extend(copy.deepcopy(layers[:2]))
-    deeper.config.text_config.num_hidden_layers = 6
+    deeper.config.text_config.num_hidden_layers = 4
     torch.nn.init.normal_(recoded.model.vqmodel.quantize.embedding.weight)
     files = {}
     for what, base in (("shape", deeper), ("codebook", recoded)):

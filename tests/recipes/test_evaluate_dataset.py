@@ -18,7 +18,7 @@ from tiny_world.digits import random_scene
 from tiny_world.tiny_words import DIGITS_AND_WORDS, word_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-FEATURES = "digit_features:digit_features"
+FEATURES = "scoring.digit_features:digit_features"
 QUESTION = "What digit is at the top left?"
 PROMPTS = [
     {"prompt": "a red 3", "tag": "colors", "include": [{"class": "3", "count": 1, "color": "red"}]},
