@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart demo test docs
+.PHONY: quickstart demo test coverage docs
 
 quickstart: $(VENV)/installed
 	$(BIN)/python recipes/quickstart.py
@@ -14,6 +14,10 @@ demo: $(VENV)/demo-installed
 
 # A process a core, each with one thread: the models are too small to share
 test: $(VENV)/demo-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The same with the package's coverage, which takes a quarter longer
+coverage: $(VENV)/demo-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 # The site, in site/; a dead link or a docstring that cannot be rendered is an error
