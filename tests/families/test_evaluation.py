@@ -60,7 +60,9 @@ def test_an_adapter_that_cannot_draw_is_not_asked_to_by_a_dataset_or_prompts(cha
     pictures = str(write_captioned(tmp_path / "pictures", 2))
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a 3", "tag": "x", "include": [{"class": "3", "count": 1}]}])
     models = {"base": chameleon.base, "adapter": chameleon.adapter}
-    with pytest.raises(SystemExit, match=r"chameleon-adapter0 cannot draw: transformers' Chameleon .*a dataset of questions"):
+    with pytest.raises(
+        SystemExit, match=r"chameleon-adapter\d cannot draw: transformers' Chameleon .*a dataset of questions to read"
+    ):
         score_dataset(EvaluateDatasetArguments(**models, dataset=pictures, features="none", clip="none"))
     with pytest.raises(SystemExit, match="cannot draw"):
         score_dataset(EvaluateDatasetArguments(**models, prompts=prompts, output_dir=str(tmp_path / "drawn")))
