@@ -11,10 +11,11 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor
 
 from .config import UniCompressConfig
 from .errors import InputError, UnsupportedError
+from .families import family_of_processor
 from .files.folder import find_weights, read_config
 from .files.pull import pull
 from .hub.card import token_counts
@@ -48,10 +49,12 @@ def draw(args: argparse.Namespace) -> None:
     files = _output_files(Path(args.output), args.count)
     if not args.prompt.strip():
         raise InputError("The prompt is empty; expected a text that says what to draw.")
-    model, processor = _load(args)
+    folder = pull(args.adapter)
+    processor = AutoProcessor.from_pretrained(folder)
+    if why_no_drawing := family_of_processor(processor).why_no_drawing:  # before gigabytes of a base are loaded
+        raise UnsupportedError(f"The base of {args.adapter} cannot draw: {why_no_drawing}. Use `uc-adapters ask`.")
+    model = _load_model(folder, args)
     family = model.family
-    if family.why_no_drawing is not None:
-        raise UnsupportedError(f"The base of {args.adapter} cannot draw: {family.why_no_drawing}. Use `uc-adapters ask`.")
     turn = {"role": "user", "content": [{"type": "text", "text": args.prompt}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
     inputs = family.prompt_inputs(processor, [text]).to(family.device)
@@ -76,7 +79,8 @@ def ask(args: argparse.Namespace) -> None:
     if not args.question.strip():
         raise InputError("The question is empty; expected a text.")
     image = open_picture(args.image)
-    model, processor = _load(args)
+    folder = pull(args.adapter)
+    model, processor = _load_model(folder, args), AutoProcessor.from_pretrained(folder)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, images=[image], return_tensors="pt").to(model.family.device)
@@ -142,11 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(args: argparse.Namespace) -> tuple[UniCompressModel, ProcessorMixin]:
-    """Loads the adapter on its base, and the adapter's processor."""
-    folder = pull(args.adapter)
-    model = UniCompressModel.from_pretrained(folder, base_model=args.base_model, dtype=args.dtype, device_map=args.device)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+def _load_model(folder: Path, args: argparse.Namespace) -> UniCompressModel:
+    """Loads the adapter in a folder on its base."""
+    return UniCompressModel.from_pretrained(folder, base_model=args.base_model, dtype=args.dtype, device_map=args.device).eval()
 
 
 def _output_files(output: Path, count: int) -> list[Path]:
