@@ -1,6 +1,7 @@
 """The import graph of the package and of the recipes: imports point downward, between files and between folders."""
 
 import ast
+import subprocess
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -71,3 +72,11 @@ def test_the_method_does_not_know_sharing_or_training():
     entries = {"uc_adapters", "uc_adapters.command", "uc_adapters.model"}
     assert {module for module, targets in edges.items() if "uc_adapters.hub" in targets} == entries
     assert not [module for module, targets in edges.items() if "uc_adapters.training" in targets]
+
+
+def test_no_file_holds_a_merge_conflict():
+    # A docstring that holds one is valid Python, so nothing else sees it.
+    found = subprocess.run(["git", "grep", "-nE", "^(<{7}|>{7}) "], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert not found.stdout

@@ -2,11 +2,7 @@
 
 The base draws with transformers' own `generate` and guidance, as its documentation does. Janus has its own loop there, which
 always makes a static cache and never compiles. `cache_implementation` only chooses whether that cache is offloaded, and
-<<<<<<< HEAD
 `compile_config` is not looked at. So its alternatives come from outside: a `DynamicCache` as an argument, and PyTorch's own
-=======
-`compile_config` is ignored. So its alternatives come from outside: `past_key_values=DynamicCache(...)`, and PyTorch's own
->>>>>>> 19df51fd4d8462fc7afd811fe67c3181b08baf40
 `Module.compile` on the language model.
 """
 
