@@ -19,14 +19,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from reporting.environment import check_output, environment, is_here, make_current
-from timing.drawing import ALTERNATIVES, drawing_cache_bytes, drawing_figures, drawing_shares
+from timing.drawing import (
+    ALTERNATIVES,
+    draw_in_turn,
+    drawing_cache_bytes,
+    drawing_shares,
+    ways_to_draw,
+    why_not_compiled,
+)
+from timing.largest import largest_batch
 from timing.models import SHAPES, fused, prompts, random_pixels, sides
-from timing.reading import disabled_over_bare, image_cache_bytes, reading_figures
+from timing.parts import Parts
+from timing.reading import disabled_over_bare, image_cache_bytes, read_in_turn, tokens_per_second
 from timing.report import draw_chart, markdown
 from timing.stopwatch import Work, fitting, in_turn
 from timing.training import training_figures
@@ -55,6 +65,10 @@ class BenchmarkArguments:
     alternatives: list[str] = field(
         default_factory=list, metadata={"help": "Also draw in other ways: dynamic and static caches, compiled."}
     )
+    largest: bool = field(
+        default=False, metadata={"help": "Also draw the largest batch that fits on the GPU. Needs two of --batch_sizes."}
+    )
+    limit: float | None = field(default=None, metadata={"help": "Seconds that one part of the figures may take."})
     repeats: int = field(default=3, metadata={"help": "Timed turns of each side. Reading one prompt takes at least three."})
     warm_up: bool = field(default=True, metadata={"help": "Run each side once untimed. False if a drawing takes minutes."})
     dtype: str = field(default="float32", metadata={"help": "Dtype of the base: float32, bfloat16 or float16."})
@@ -73,9 +87,17 @@ class BenchmarkArguments:
         self._require("repeats", self.repeats >= 1, "1 or more")
         self._require("batch_sizes", self.batch_sizes and min(self.batch_sizes) >= 1, "one or more, each 1 or more")
         self._require("device", is_here(self.device), "cpu, or the device of a GPU that is there, such as cuda")
+        self._require("limit", self.limit is None or self.limit > 0, "a number of seconds above 0")
+        if self.largest and (not self.device.startswith("cuda") or len(set(self.batch_sizes)) < 2):
+            raise SystemExit("--largest true needs --device cuda and two or more --batch_sizes, from whose peaks it starts.")
         if self.gradient_checkpointing and not self.train:
             raise SystemExit("--gradient_checkpointing true without --train true; expected both: only training has gradients.")
-        of_drawing = {"also": " ".join(self.also), "alternatives": " ".join(self.alternatives), "fused": "true" * self.fused}
+        of_drawing = {
+            "also": " ".join(self.also),
+            "alternatives": " ".join(self.alternatives),
+            "fused": "true" * self.fused,
+            "largest": "true" * self.largest,
+        }
         for name, chosen in of_drawing.items():
             if self.train and chosen:
                 raise SystemExit(f"--{name} {chosen} with --train true; expected one of them: --{name} is for drawing only.")
@@ -91,7 +113,7 @@ class BenchmarkArguments:
 def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
     """For each side, the batch sizes of drawing that ran out of memory, and the largest one that fits."""
     found = {}
-    for name in next(iter(by_batch.values())):
+    for name in next(iter(by_batch.values()), {}):
         fits = [int(batch) for batch, seconds in by_batch.items() if seconds[name] is not None]
         failed = [int(batch) for batch, seconds in by_batch.items() if seconds[name] is None]
         found[name] = {"out_of_memory": failed, "largest_that_fits": max(fits, default=None)}
@@ -99,32 +121,53 @@ def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def speed_figures(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
-    """The figures of drawing on all sides, and of reading on base, "adapter" and "fused".
-
-    The other adapters read just as "adapter" does.
-    """
+def measure_speed(models: dict[str, nn.Module], args: BenchmarkArguments, parts: Parts) -> None:
+    """Measures drawing on all sides, and reading on base, "adapter" and "fused". The other adapters read as "adapter" does."""
+    drawing: dict = {"by_batch": {}, "alternatives": {}, "largest": {}, "left_out": {}, "shares": {}}
+    reading: dict = {"by_batch": {}, "tokens_per_second": {}}
+    peaks: dict[str, dict[str, int | None]] = {}
     pair = {name: models[name] for name in ("base", "adapter")}
-    readers = pair | {name: models[name] for name in models if name == "fused"}
-    reading = reading_figures(readers, args.batch_sizes, args.repeats, args.warm_up)
-    # This runs before the timed turns, because it is their only warm-up if warm_up is false
-    shares = {name: fitting(lambda model=model: drawing_shares(model, args.warm_up)) for name, model in models.items()}
-    drawing = drawing_figures(models, args.batch_sizes, args.repeats, args.warm_up, args.alternatives)
-    drawing["shares"], peaks = shares, drawing.pop("peak_bytes")
     memory = {
         "cache_bytes": image_cache_bytes(pair["adapter"]),
         "drawing": {
             "keys and values, of a drawing": {str(batch): drawing_cache_bytes(models, batch) for batch in args.batch_sizes},
-            "drawing, peak beyond the weights": {batch: peak for batch, peak in peaks.items() if all(peak.values())},
+            "drawing, peak beyond the weights": peaks,
         },
     }
-    return {
-        "drawing": drawing,
-        "reading": reading,
-        "memory": memory,
-        "batches": batches(drawing["by_batch"]),
-        "disabled_over_bare": disabled_over_bare(pair, 4 * max(3, args.repeats)),
-    }
+    parts.figures |= {"drawing": drawing, "reading": reading, "memory": memory}
+
+    # This runs before the timed turns, because it is their only warm-up if warm_up is false
+    for name, model in models.items():
+        with parts.part(f"shares of {name}"):
+            drawing["shares"][name] = fitting(partial(drawing_shares, model, args.warm_up))
+    chosen = args.alternatives
+    if "compiled" in chosen and (reason := why_not_compiled(args.device)):
+        chosen, drawing["left_out"] = [way for way in chosen if way != "compiled"], {"compiled": reason}
+    ways = ways_to_draw(models, chosen)
+    for batch in args.batch_sizes:
+        for way, sides_of_way in ways.items():
+            with parts.part(f"draw {batch}, {way}"):
+                measured = draw_in_turn(sides_of_way, batch, args.repeats, args.warm_up, way)
+                by_batch = drawing["by_batch"] if way == "default" else drawing["alternatives"].setdefault(way, {})
+                by_batch[str(batch)] = {name: found and found.seconds for name, found in measured.items()}
+                if way == "default":
+                    parts.figures["batches"] = batches(by_batch)
+                    found = {name: found and found.peak_bytes for name, found in measured.items()}
+                    if all(found.values()):
+                        peaks[str(batch)] = found
+    readers = pair | {name: models[name] for name in models if name == "fused"}
+    for batch in args.batch_sizes:
+        with parts.part(f"read {batch}"):
+            seconds = read_in_turn(readers, batch, args.repeats, args.warm_up)
+            reading["by_batch"][str(batch)] = seconds
+            reading["tokens_per_second"][str(batch)] = tokens_per_second(seconds, batch)
+    with parts.part("a disabled adapter"):
+        parts.figures["disabled_over_bare"] = disabled_over_bare(pair, 4 * max(3, args.repeats))
+    for name, work in ways["default"].items() if args.largest else ():
+        with parts.part(f"largest batch of {name}"):
+            of_side = {int(batch): sides_of_batch[name] for batch, sides_of_batch in peaks.items()}
+            batch, seconds = largest_batch(work, of_side) or (None, None)
+            drawing["largest"][name] = {"batch": batch, "seconds": seconds}
 
 
 def training_speed(models: dict[str, nn.Module], args: BenchmarkArguments) -> dict:
@@ -155,6 +198,11 @@ def training_speed(models: dict[str, nn.Module], args: BenchmarkArguments) -> di
 
 
 def main(args: BenchmarkArguments) -> dict:
+    """Measures what the arguments ask for, and returns the figures.
+
+    Raises:
+        SystemExit: The models do not fit into memory, or a part failed. What the others measured is printed and written first.
+    """
     transformers.logging.set_verbosity_error()  # transformers' generate warns about defaults that do not matter here
     set_seed(0)
     make_current(args.device)
@@ -166,14 +214,18 @@ def main(args: BenchmarkArguments) -> dict:
         )
     if args.fused:
         models["fused"] = fused(models["adapter"])
-    figures = training_speed(models, args) if args.train else speed_figures(models, args)
-    figures |= environment(args.device) | {"settings": vars(args)}
-    text = json.dumps(figures, indent=2)
-    print(f"{text}\n\n{markdown(figures)}")
-    if args.json:
-        Path(args.json).write_text(text + "\n")
+    figures = environment(args.device) | {"settings": vars(args)}
+    parts = Parts(figures, args.json, args.limit)
+    if args.train:
+        figures |= training_speed(models, args)
+        parts.write()
+    else:
+        measure_speed(models, args, parts)
+    print(f"{json.dumps(figures, indent=2)}\n\n{markdown(figures)}")
     if args.chart:
         draw_chart(figures, args.chart)
+    if failed := figures.get("failed"):
+        raise SystemExit("\n".join(f"{name} failed: {error}" for name, error in failed.items()))
     return figures
 
 

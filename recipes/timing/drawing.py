@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from scoring.contenders import twin_of
 from timing.models import TEXT_TOKENS, prompts
-from timing.stopwatch import Measured, Watch, Work, fitting, in_turn, seconds_of
+from timing.stopwatch import Measured, Watch, Work, in_turn, seconds_of
 from torch import nn
 from transformers import CompileConfig, DynamicCache, set_seed
 
@@ -23,13 +23,14 @@ from uc_adapters import UniCompressModel
 from uc_adapters.steps import CACHE_NAME
 
 ALTERNATIVES = ("dynamic", "static", "compiled")
+DECODED_AT_ONCE = 16  # images; the image decoder needs more memory for an image than the language model
 
 
 def draw(model: nn.Module, batch: int, **options) -> torch.Tensor:
     """Draws a batch with guidance, and returns the pixels."""
     set_seed(0)
     tokens = model.generate(**prompts(model, batch), generation_mode="image", do_sample=True, guidance_scale=5.0, **options)
-    return model.decode_image_tokens(tokens)
+    return torch.cat([model.decode_image_tokens(part) for part in tokens.split(DECODED_AT_ONCE)])
 
 
 def _draw_dense_dynamically(base: nn.Module, batch: int) -> torch.Tensor:
@@ -47,69 +48,42 @@ def why_not_compiled(device: str) -> str | None:
     return None
 
 
-def alternatives(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, dict[str, Callable[[int], object]]]:
-    """The chosen alternatives: for each, functions by which base and "adapter" draw a batch of a given size."""
-    base, adapter = models["base"], models["adapter"]
-    on_gpu = base.device.type == "cuda"
-    found: dict[str, dict[str, Callable[[int], object]]] = {}
+def ways_to_draw(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, dict[str, Callable[[int], object]]]:
+    """The ways to draw, each with a function for each side that draws a batch of a given size.
+
+    "default" has all sides. The chosen ways have "base", "adapter" and, if it is there, "fused".
+    """
+    base, on_gpu = models["base"], models["base"].device.type == "cuda"
+    adapters = {name: models[name] for name in ("adapter", "fused") if name in models}
+    found: dict[str, dict[str, Callable[[int], object]]] = {
+        "default": {name: partial(draw, model) for name, model in models.items()}
+    }
     if "dynamic" in chosen:
-        found["dynamic"] = {
-            "base": partial(_draw_dense_dynamically, base),
-            "adapter": partial(draw, adapter, cache_implementation="dynamic"),
-        }
+        found["dynamic"] = {"base": partial(_draw_dense_dynamically, base)}
+        found["dynamic"] |= {name: partial(draw, model, cache_implementation="dynamic") for name, model in adapters.items()}
     if "static" in chosen:
-        found["static"] = {
-            "base": partial(draw, base),  # its default
-            "adapter": partial(draw, adapter, cache_implementation="static", disable_compile=True),
-        }
+        options = {"cache_implementation": "static", "disable_compile": True}
+        found["static"] = {"base": partial(draw, base)}  # its default
+        found["static"] |= {name: partial(draw, model, **options) for name, model in adapters.items()}
     if "compiled" in chosen:
         compiled_base = twin_of(base)
         compiled_base.model.language_model.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
-        options: dict = {"cache_implementation": "static"}
+        options = {"cache_implementation": "static"}
         if not on_gpu:
             options["compile_config"] = CompileConfig(dynamic=False, mode=None)
             options["compile_config"]._compile_all_devices = True  # else transformers compiles on GPUs alone
-        found["compiled"] = {"base": partial(draw, compiled_base), "adapter": partial(draw, adapter, **options)}
+        found["compiled"] = {"base": partial(draw, compiled_base)}
+        found["compiled"] |= {name: partial(draw, model, **options) for name, model in adapters.items()}
     return found
 
 
-def drawing_figures(
-    models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool, chosen: list[str]
-) -> dict:
-    """The figures of drawing in turn: all sides in the default way, two in the chosen alternatives; None if out of memory."""
-    device = models["base"].device.type
-    left_out = {}
-    if "compiled" in chosen and (reason := why_not_compiled(device)):
-        chosen, left_out = [name for name in chosen if name != "compiled"], {"compiled": reason}
-    ways = {"default": {name: partial(draw, model) for name, model in models.items()}, **alternatives(models, chosen)}
-    measured: dict[str, dict[str, dict[str, Measured | None]]] = {}
-    for batch in batch_sizes:
-        works: dict[str, Work] = {
-            f"{way} {name}": partial(work, batch) for way, of in ways.items() for name, work in of.items()
-        }
-        if "compiled" in ways and not warm_up:  # the time to compile is not part of a drawing
-            for name in ways["compiled"]:
-                fitting(works[f"compiled {name}"])
-        taken = in_turn(works, repeats, f"draw {batch} in turn", warm_up)
-        measured[str(batch)] = {way: {name: taken[f"{way} {name}"] for name in of} for way, of in ways.items()}
-
-    def seconds(way: str) -> dict[str, dict[str, float | None]]:
-        return {
-            batch: {name: found and found.seconds for name, found in by_way[way].items()} for batch, by_way in measured.items()
-        }
-
-    first = seconds("default")[str(batch_sizes[0])]
-    return {
-        "seconds": first,
-        "ratio": first["base"] / first["adapter"] if all(first.values()) else None,
-        "by_batch": seconds("default"),
-        "alternatives": {way: seconds(way) for way in ways if way != "default"},
-        "left_out": left_out,
-        "peak_bytes": {
-            batch: {name: found and found.peak_bytes for name, found in by_way["default"].items()}
-            for batch, by_way in measured.items()
-        },
-    }
+def draw_in_turn(
+    sides: dict[str, Callable[[int], object]], batch: int, repeats: int, warm_up: bool, way: str
+) -> dict[str, Measured | None]:
+    """Measures one way to draw a batch, all sides in turn; None if out of memory."""
+    works: dict[str, Work] = {name: partial(work, batch) for name, work in sides.items()}
+    # The time to compile is not part of a drawing
+    return in_turn(works, repeats, f"draw {batch}, {way}, in turn", warm_up or way == "compiled")
 
 
 def drawing_shares(model: nn.Module, warm_up: bool) -> dict[str, float]:

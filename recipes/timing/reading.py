@@ -39,26 +39,28 @@ def reading_works(models: dict[str, nn.Module], batch: int) -> dict[str, dict[st
     return works
 
 
-def reading_figures(models: dict[str, nn.Module], batch_sizes: list[int], repeats: int, warm_up: bool) -> dict:
-    """The figures of reading on all sides, in turn; None if out of memory.
+def read_in_turn(models: dict[str, nn.Module], batch: int, repeats: int, warm_up: bool) -> dict[str, dict[str, float | None]]:
+    """The seconds of each phase of reading a batch, all sides in turn; None if out of memory.
 
-    A single prompt always has a warm-up and at least three turns.
+    A single prompt always has a warm-up and at least three turns, because it takes seconds where a drawing takes minutes.
     """
-    by_batch: dict[str, dict[str, dict[str, float | None]]] = {}
-    rates: dict[str, dict[str, float | None]] = {}
-    for batch in batch_sizes:
-        few = batch == 1  # this takes seconds where a drawing takes minutes
+    few = batch == 1
+    works = fitting(partial(reading_works, models, batch))
+    seconds: dict[str, dict[str, float | None]] = {phase: dict.fromkeys(models) for phase in PHASES}
+    for phase in PHASES if works else ():
         turns = max(3, repeats) if few else repeats
-        works = fitting(partial(reading_works, models, batch))
-        seconds = {phase: dict.fromkeys(models) for phase in PHASES}
-        for phase in PHASES if works else ():
-            measured = in_turn(works[phase], turns, f"read {batch}, {phase}, in turn", few or warm_up)
-            seconds[phase] = {name: found and found.seconds for name, found in measured.items()}
-        by_batch[str(batch)], rates[str(batch)] = seconds, {}
-        for name in models:
-            first, whole = seconds["first token"][name], seconds["answer"][name]
-            rates[str(batch)][name] = batch * (NEW_TOKENS - 1) / (whole - first) if first and whole else None
-    return {"seconds": by_batch[str(batch_sizes[0])], "by_batch": by_batch, "tokens_per_second": rates}
+        measured = in_turn(works[phase], turns, f"read {batch}, {phase}, in turn", few or warm_up)
+        seconds[phase] = {name: found and found.seconds for name, found in measured.items()}
+    return seconds
+
+
+def tokens_per_second(seconds: dict[str, dict[str, float | None]], batch: int) -> dict[str, float | None]:
+    """The tokens of a whole batch in a second, after the first token, from what `read_in_turn` returns."""
+    rates = {}
+    for name, first in seconds["first token"].items():
+        whole = seconds["answer"][name]
+        rates[name] = batch * (NEW_TOKENS - 1) / (whole - first) if first and whole else None
+    return rates
 
 
 def image_cache_bytes(model: UniCompressModel) -> dict[str, int]:

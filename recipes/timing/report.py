@@ -20,6 +20,17 @@ def rows(figures: dict) -> list[tuple[str, str, Sides, bool]]:
     found = [(f"drawing, prompt to pixels, batch {b}", "s", sides, True) for b, sides in drawing["by_batch"].items()]
     for way, by_batch in drawing["alternatives"].items():
         found += [(f"drawing, {WAYS[way]}, batch {b}", "s", sides, True) for b, sides in by_batch.items()]
+    for way, by_batch in {"default": drawing["by_batch"], **drawing["alternatives"]}.items():
+        found += [
+            (f"drawing{', ' + WAYS[way] if way in WAYS else ''}, batch {b}", "images/s", _rates(sides, int(b)), False)
+            for b, sides in by_batch.items()
+            if int(b) > 1
+        ]
+    if largest := drawing.get("largest"):
+        sizes = {name: of["batch"] for name, of in largest.items()}
+        rates = {name: of["batch"] and of["batch"] / of["seconds"] for name, of in largest.items()}
+        found.append(("drawing, the largest batch that fits", "images", sizes, False))
+        found.append(("drawing, the largest batch that fits", "images/s", rates, False))
     for b, phases in reading["by_batch"].items():
         found += [(f"reading, {phase}, batch {b}", "s", sides, True) for phase, sides in phases.items()]
     found += [
@@ -30,6 +41,10 @@ def rows(figures: dict) -> list[tuple[str, str, Sides, bool]]:
     for what, by_batch in memory["drawing"].items():
         found += [(f"{what}, batch {b}", "MB", _megabytes(sides), True) for b, sides in by_batch.items()]
     return found
+
+
+def _rates(sides: Sides, batch: int) -> Sides:
+    return {name: seconds and batch / seconds for name, seconds in sides.items()}
 
 
 def _megabytes(sides: Sides) -> Sides:

@@ -1,7 +1,8 @@
 """Measures a training step on dense image tokens and on compact ones, for `benchmark.py --train`.
 
 Both sides train a LoRA of the same size in the language models of twins that share their weights. The dense side is stock PEFT
-on stock Janus; the compact side is stage 2, as `finetune.py` runs it. They only differ in the number of image tokens. Each side
+on stock Janus; the compact side is stage 2, as `finetune.py` runs it, without a teacher and with the dense base as one. They only
+differ in the number of image tokens and in the teacher. Each side
 encodes the pixels that it reads, takes the latents of the images to draw from a cache, as `finetune.py` does, runs the LM head
 on the answer alone, and updates with AdamW.
 """
@@ -23,6 +24,7 @@ from transformers import JanusForConditionalGeneration
 from uc_adapters import UniCompressModel
 from uc_adapters.families import family_of
 from uc_adapters.layers import nearest_codes
+from uc_adapters.training import teacher_targets
 
 ANSWER_TOKENS = 16  # learned tokens, after an image and a question
 MEMORY = {
@@ -90,17 +92,33 @@ class Compact(Trainee):
 
     def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         side, config = self.model.family.geometry.draw_side, self.model.active_peft_config
-        ids = self._with_images(words, config.num_gen_tokens((side, side)), words.shape[1])
+        batch = self._drawing_batch(words, latents, config.num_gen_tokens((side, side)))
+        batch["labels"][:, words.shape[1] + config.num_global_codes] = -100  # the separator is not learned
+        return self.model(**batch, **self.targets(words, latents)).loss
+
+    def targets(self, words: torch.Tensor, latents: torch.Tensor) -> dict:
+        """The teacher's arguments of the model; empty without a teacher."""
+        return {}
+
+    def _drawing_batch(self, words: torch.Tensor, latents: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
+        ids = self._with_images(words, count, words.shape[1])  # (B, W + count)
         drawn = (torch.arange(ids.shape[1], device=ids.device) >= words.shape[1]).expand_as(ids)
-        labels = ids.masked_fill(~drawn, -100)
-        labels[:, words.shape[1] + config.num_global_codes] = -100  # the separator is not learned
-        return self.model(input_ids=ids, labels=labels, gen_latents=latents, gen_mask=drawn).loss
+        return {"input_ids": ids, "labels": ids.masked_fill(~drawn, -100), "gen_latents": latents, "gen_mask": drawn}
 
     def reading_loss(self, words: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         ids = self._with_images(words, self.model.num_image_tokens, 1)
         labels = torch.full_like(ids, -100)
         labels[:, -ANSWER_TOKENS:] = ids[:, -ANSWER_TOKENS:]
         return self.model(input_ids=ids, labels=labels, pixel_values=pixels, fused_lm_head=True).loss  # as TRL calls it
+
+
+class Taught(Compact):
+    """An adapter in stage 2, with the dense base as its teacher."""
+
+    def targets(self, words: torch.Tensor, latents: torch.Tensor) -> dict:
+        dense = self._drawing_batch(words, latents, self.model.family.geometry.draw_side**2)
+        others = {"attention_mask": torch.ones_like(dense["input_ids"]), "taught": torch.zeros(len(words), device=words.device)}
+        return teacher_targets(self.model, dense | others, weight=0.5)
 
 
 def with_same_lora(base: JanusForConditionalGeneration, adapter: UniCompressModel) -> PeftModel:
@@ -111,11 +129,12 @@ def with_same_lora(base: JanusForConditionalGeneration, adapter: UniCompressMode
 
 
 def trainees(models: dict[str, nn.Module], gradient_checkpointing: bool) -> dict[str, Trainee]:
-    """The two sides: dense LoRA on the bare base, and the adapter in stage 2."""
+    """The sides: dense LoRA on the bare base, and the adapter in stage 2, without and with a teacher."""
     models["adapter"].train_only("language model")
     return {
         "base": DenseLora(with_same_lora(models["base"], models["adapter"]), gradient_checkpointing),
         "adapter": Compact(models["adapter"], gradient_checkpointing),
+        "adapter, taught": Taught(models["adapter"], gradient_checkpointing),
     }
 
 
@@ -141,16 +160,17 @@ def training_figures(
     questions = torch.cat([prompts, prompts[:, -ANSWER_TOKENS:]], 1)  # any tokens can serve as an answer
     losses = {
         "drawing": {name: partial(side.drawing_loss, prompts, latents) for name, side in sides.items()},
-        "reading": {name: partial(side.reading_loss, questions, pixels) for name, side in sides.items()},
+        # Without answers of the base's own, the teacher is not asked about images to read
+        "reading": {name: partial(sides[name].reading_loss, questions, pixels) for name in ("base", "adapter")},
     }
     training = {}
     for what, loss in losses.items():
-        seconds = timed({name: partial(side.step, loss[name]) for name, side in sides.items()}, what=f"train {what} in turn")
+        seconds = timed({name: partial(sides[name].step, work) for name, work in loss.items()}, what=f"train {what} in turn")
         training[what] = {
             "seconds": seconds,
             "ratio": seconds["base"] / seconds["adapter"],
             "images_per_second": {name: len(pixels) / taken for name, taken in seconds.items()},
-            "activation_bytes": {name: activation_bytes(side, loss[name]) for name, side in sides.items()},
+            "activation_bytes": {name: activation_bytes(sides[name], work) for name, work in loss.items()},
         }
     return {"training": training, "activation_bytes_are": MEMORY[pixels.device.type]}
 

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from uc_adapters import UniCompressCollator, UniCompressModel
 from uc_adapters.families import family_of
 from uc_adapters.images import Images, pack_latents
-from uc_adapters.training.distillation import DistillationTrainer, dense_codes, teacher_collator
+from uc_adapters.training.distillation import DistillationTrainer, dense_codes, teacher_collator, teacher_targets
 
 QUESTION = "How many digits are there?"
 
@@ -208,7 +208,7 @@ def test_words_are_learned_from_the_teachers_distribution(distiller, pristine):
     for row in rows:
         alone, labels, drawn = by_hand(pristine, distiller, row)
         expected.append(pristine.lm_head(alone[:, :-1])[0, (labels != -100)[0, 1:] & ~drawn[0, 1:]].softmax(-1))
-    told = distiller.taught(teacher, 1.0)
+    told = teacher_targets(distiller.model, teacher, 1.0)
     torch.testing.assert_close(told["teacher_probs"], torch.cat(expected), atol=1e-5, rtol=1e-4)
     words = (batch["labels"] != -100) & ~batch["gen_mask"]
     assert len(told["teacher_probs"]) == words.sum()
@@ -250,7 +250,7 @@ def editing(images):
 
 def test_drawn_states_are_the_bare_bases_before_each_code(distiller, pristine, editing):
     rows = [editing, *(scenes_dataset(8, 1)[row] for row in range(2))]  # drawn twice, read, drawn
-    told = distiller.taught(distiller.data_collator(rows)["teacher"], 1.0)
+    told = teacher_targets(distiller.model, distiller.data_collator(rows)["teacher"], 1.0)
     expected = []
     for row in rows:
         hidden, _, drawn = by_hand(pristine, distiller, row)
@@ -262,7 +262,7 @@ def test_drawn_states_are_the_bare_bases_before_each_code(distiller, pristine, e
 def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
     batch = distiller.data_collator([editing, scenes_dataset(8, 1)[0] | {"taught": True}])
     batch.pop("origins")
-    told = distiller.taught(dict(batch["teacher"]), 1.0)
+    told = teacher_targets(distiller.model, dict(batch["teacher"]), 1.0)
     assert told.keys() == {"teacher_probs", "teacher_probs_weight", "teacher_states", "teacher_states_weight"}
     inputs = {name: value for name, value in batch.items() if name != "teacher"}
     with torch.no_grad():
@@ -273,12 +273,12 @@ def test_a_step_is_the_loss_that_the_teacher_says(distiller, editing):
 def test_rows_that_read_teach_no_states_and_other_orders_none(base, make_distiller):
     reading, drawing = (scenes_dataset(8, 1)[row] for row in range(2))
     strip = make_distiller(attach(base))
-    assert strip.taught(strip.data_collator([reading])["teacher"], 1.0) == {}  # nobody is asked
-    assert strip.taught(strip.data_collator([reading | {"taught": True}])["teacher"], 1.0).keys() == {
+    assert teacher_targets(strip.model, strip.data_collator([reading])["teacher"], 1.0) == {}  # nobody is asked
+    assert teacher_targets(strip.model, strip.data_collator([reading | {"taught": True}])["teacher"], 1.0).keys() == {
         *("teacher_probs", "teacher_probs_weight")
     }
     phase = make_distiller(attach(strip.model.unload(), decompressor="phase"))
-    assert "teacher_states" not in phase.taught(phase.data_collator([reading, drawing])["teacher"], 1.0)
+    assert "teacher_states" not in teacher_targets(phase.model, phase.data_collator([reading, drawing])["teacher"], 1.0)
 
 
 def test_a_teacher_of_latents_says_what_it_says_of_pixels(distiller, editing, short_processor):
@@ -292,7 +292,7 @@ def test_a_teacher_of_latents_says_what_it_says_of_pixels(distiller, editing, sh
         assert [len(of_image) for of_image in codes] == [64, 64]
         assert torch.equal(torch.stack(codes), own)
     assert dense_codes(family, Images()) == []
-    ours, theirs = (distiller.taught(batch, 0.5) for batch in (latents, pixels))
+    ours, theirs = (teacher_targets(distiller.model, batch, 0.5) for batch in (latents, pixels))
     assert ours.pop("teacher_states_weight") == theirs.pop("teacher_states_weight") == 0.5
     assert_same(ours, theirs)
 

@@ -5,7 +5,7 @@ JointTrainer           stage 2: LoRA learns from text and image tokens. It exten
 DistillationTrainer    stage 2 with the dense base as a teacher.
 """
 
-from .distillation import DistillationTrainer, teacher_collator
+from .distillation import DistillationTrainer, teacher_collator, teacher_targets
 from .joint import JointTrainer
 from .reconstruction import ReconstructionStage, ReconstructionTrainer
 from .resumable import TrainingError, last_checkpoint
@@ -18,4 +18,5 @@ __all__ = [
     "TrainingError",
     "last_checkpoint",
     "teacher_collator",
+    "teacher_targets",
 ]

@@ -81,65 +81,72 @@ class DistillationTrainer(JointTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "teacher" in inputs:  # batches for evaluation have no teacher
             # The teacher gives its own quality fastest, and the codes themselves lead beyond it, so its weight falls
-            inputs |= self.taught(inputs.pop("teacher"), 1 - self.state.global_step / max(self.state.max_steps, 1))
+            weight = 1 - self.state.global_step / max(self.state.max_steps, 1)
+            inputs |= teacher_targets(self.model, inputs.pop("teacher"), weight)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    @torch.no_grad()
-    def taught(self, batch: dict[str, torch.Tensor], weight: float) -> dict[str, torch.Tensor | float]:
-        """Runs the dense base on a batch of its own inputs; returns the teacher's arguments of `UniCompressModel.forward`.
 
-        Args:
-            batch: The teacher's batch, from `TeacherCollator`.
-            weight: The weight of the teacher's hidden states, from 0 to 1.
+@torch.no_grad()
+def teacher_targets(model: UniCompressModel, batch: dict[str, torch.Tensor], weight: float) -> dict[str, torch.Tensor | float]:
+    """Runs the dense base on a batch of its own inputs; returns the teacher's arguments of `UniCompressModel.forward`.
 
-        Returns:
-            If some answers are the base's own: `teacher_probs`, its probabilities at the N labelled text tokens, (N,
-            vocabulary), and `teacher_probs_weight`, (N,), 1 in those answers and 0 elsewhere. If the batch has images to draw
-            with "strip": `teacher_states`, its last hidden states before each dense code, (M, T, D), and
-            `teacher_states_weight`, the weight.
-        """
-        model, family = self.model, self.model.family
-        gen_mask = batch.get("gen_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
-        text = ((batch["labels"] != -100) & ~gen_mask)[:, 1:]  # (B, L - 1)
-        share = batch["taught"].unsqueeze(1).expand_as(text)[text].float()  # (N,)
-        drawn = Images(*(batch.get(f"gen_{name}") for name in ("pixel_values", "image_sizes", "latents")))
-        teaches_codes = drawn.values is not None and model.active_peft_config.decompressor == "strip"
-        if not teaches_codes and not share.any():
-            return {}
-        codes, grids = dense_codes(family, drawn), [family.draw_grid(size) for size in drawn.sizes(family)]
-        with model.disable_adapter():
-            hidden = self._dense_hidden(batch, gen_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
-            result = {}
-            if share.any():
-                result |= {"teacher_probs": family.text_logits(hidden[text]).float().softmax(-1), "teacher_probs_weight": share}
-        if teaches_codes:
-            before = hidden[gen_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
-            states = [  # M times (T, D), without the states before EOL tokens
-                image_states.unflatten(0, (rows, -1))[:, :columns].flatten(0, 1)
-                for image_states, (rows, columns) in zip(before, grids, strict=True)
-            ]
-            result |= {"teacher_states": pad_sequence(states, batch_first=True), "teacher_states_weight": weight}
-        return result
+    Args:
+        model: The adapter's model. The adapter is disabled meanwhile.
+        batch: The teacher's batch, from `TeacherCollator`.
+        weight: The weight of the teacher's hidden states, from 0 to 1.
 
-    def _dense_hidden(
-        self, batch: dict[str, torch.Tensor], gen_mask: torch.Tensor, codes: list[torch.Tensor], grids: list[Grid]
-    ) -> torch.Tensor:
-        """Returns the dense base's last hidden states, (B, L, D), with the codes of the images to draw as its inputs."""
-        family, ids, mask = self.model.family, batch["input_ids"], batch["attention_mask"]
-        read = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
-        if family.shared_vocabulary:
-            image_tokens = [  # as the base draws them, with EOL tokens, but without the tokens that end an image
-                family.to_tokens(image_codes[None], grid)[0, : family.dense_placeholders(grid)]
-                for image_codes, grid in zip(codes, grids, strict=True)
-            ]
-            ids = ids.masked_scatter(gen_mask, torch.cat(image_tokens)) if codes else ids
-            return family.base.model(input_ids=ids, attention_mask=mask, use_cache=False, **read).last_hidden_state
-        to_read = (ids == family.image_token_id) & ~gen_mask
-        embeddings = self.model.read_layer.embed_prompt(ids, read.get("pixel_values"), None, to_read)  # (B, L, D)
-        if codes:
-            drawn = family.embed_codes(torch.cat(codes)[None])[0]  # (M * T, D)
-            embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), drawn.to(embeddings.dtype))
-        return family.language_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+    Returns:
+        If some answers are the base's own: `teacher_probs`, its probabilities at the N labelled text tokens, (N, vocabulary),
+        and `teacher_probs_weight`, (N,), 1 in those answers and 0 elsewhere. If the batch has images to draw with "strip":
+        `teacher_states`, its last hidden states before each dense code, (M, T, D), and `teacher_states_weight`, the weight.
+    """
+    family = model.family
+    gen_mask = batch.get("gen_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+    text = ((batch["labels"] != -100) & ~gen_mask)[:, 1:]  # (B, L - 1)
+    share = batch["taught"].unsqueeze(1).expand_as(text)[text].float()  # (N,)
+    drawn = Images(*(batch.get(f"gen_{name}") for name in ("pixel_values", "image_sizes", "latents")))
+    teaches_codes = drawn.values is not None and model.active_peft_config.decompressor == "strip"
+    if not teaches_codes and not share.any():
+        return {}
+    codes, grids = dense_codes(family, drawn), [family.draw_grid(size) for size in drawn.sizes(family)]
+    with model.disable_adapter():
+        hidden = _dense_hidden(model, batch, gen_mask, codes, grids)[:, :-1]  # (B, L - 1, D): position t predicts t + 1
+        result = {}
+        if share.any():
+            result |= {"teacher_probs": family.text_logits(hidden[text]).float().softmax(-1), "teacher_probs_weight": share}
+    if teaches_codes:
+        before = hidden[gen_mask[:, 1:]].split([family.dense_placeholders(grid) for grid in grids])
+        states = [  # M times (T, D), without the states before EOL tokens
+            image_states.unflatten(0, (rows, -1))[:, :columns].flatten(0, 1)
+            for image_states, (rows, columns) in zip(before, grids, strict=True)
+        ]
+        result |= {"teacher_states": pad_sequence(states, batch_first=True), "teacher_states_weight": weight}
+    return result
+
+
+def _dense_hidden(
+    model: UniCompressModel,
+    batch: dict[str, torch.Tensor],
+    gen_mask: torch.Tensor,
+    codes: list[torch.Tensor],
+    grids: list[Grid],
+) -> torch.Tensor:
+    """Returns the dense base's last hidden states, (B, L, D), with the codes of the images to draw as its inputs."""
+    family, ids, mask = model.family, batch["input_ids"], batch["attention_mask"]
+    read = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
+    if family.shared_vocabulary:
+        image_tokens = [  # as the base draws them, with EOL tokens, but without the tokens that end an image
+            family.to_tokens(image_codes[None], grid)[0, : family.dense_placeholders(grid)]
+            for image_codes, grid in zip(codes, grids, strict=True)
+        ]
+        ids = ids.masked_scatter(gen_mask, torch.cat(image_tokens)) if codes else ids
+        return family.base.model(input_ids=ids, attention_mask=mask, use_cache=False, **read).last_hidden_state
+    to_read = (ids == family.image_token_id) & ~gen_mask
+    embeddings = model.read_layer.embed_prompt(ids, read.get("pixel_values"), None, to_read)  # (B, L, D)
+    if codes:
+        drawn = family.embed_codes(torch.cat(codes)[None])[0]  # (M * T, D)
+        embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), drawn.to(embeddings.dtype))
+    return family.language_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def dense_codes(family: Family, images: Images) -> list[torch.Tensor]:
