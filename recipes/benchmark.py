@@ -38,7 +38,7 @@ from timing.models import SHAPES, fused, prompts, random_pixels, sides
 from timing.parts import Parts
 from timing.reading import disabled_over_bare, image_cache_bytes, read_in_turn, tokens_per_second
 from timing.report import draw_chart, markdown
-from timing.stopwatch import Work, fitting, in_turn
+from timing.stopwatch import Work, fitting, in_turn, seconds_of
 from timing.training import training_figures
 from torch import nn
 from transformers import set_seed
@@ -46,6 +46,7 @@ from trl import TrlParser
 
 from uc_adapters.config import DECOMPRESSORS
 
+MEASURES = ("reading", "shares", "drawing")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,6 +65,9 @@ class BenchmarkArguments:
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once. Training uses the first."})
     alternatives: list[str] = field(
         default_factory=list, metadata={"help": "Also draw in other ways: dynamic and static caches, compiled."}
+    )
+    measure: list[str] = field(
+        default_factory=lambda: list(MEASURES), metadata={"help": "What to measure: reading, shares of the time, drawing."}
     )
     largest: bool = field(
         default=False, metadata={"help": "Also draw the largest batch that fits on the GPU. Needs two of --batch_sizes."}
@@ -84,6 +88,7 @@ class BenchmarkArguments:
         others = [kind for kind in DECOMPRESSORS if kind != self.decompressor]
         self._require("also", set(self.also) <= set(others), f"some of {', '.join(others)}")
         self._require("alternatives", set(self.alternatives) <= set(ALTERNATIVES), f"some of {', '.join(ALTERNATIVES)}")
+        self._require("measure", self.measure and set(self.measure) <= set(MEASURES), f"some of {', '.join(MEASURES)}")
         self._require("repeats", self.repeats >= 1, "1 or more")
         self._require("batch_sizes", self.batch_sizes and min(self.batch_sizes) >= 1, "one or more, each 1 or more")
         self._require("device", is_here(self.device), "cpu, or the device of a GPU that is there, such as cuda")
@@ -123,7 +128,7 @@ def batches(by_batch: dict[str, dict[str, float | None]]) -> dict[str, dict]:
 @torch.no_grad()
 def measure_speed(models: dict[str, nn.Module], args: BenchmarkArguments, parts: Parts) -> None:
     """Measures drawing on all sides, and reading on base, "adapter" and "fused". The other adapters read as "adapter" does."""
-    drawing: dict = {"by_batch": {}, "alternatives": {}, "largest": {}, "left_out": {}, "shares": {}}
+    drawing: dict = {"by_batch": {}, "alternatives": {}, "first_compiled": {}, "largest": {}, "left_out": {}, "shares": {}}
     reading: dict = {"by_batch": {}, "tokens_per_second": {}}
     peaks: dict[str, dict[str, int | None]] = {}
     pair = {name: models[name] for name in ("base", "adapter")}
@@ -136,18 +141,30 @@ def measure_speed(models: dict[str, nn.Module], args: BenchmarkArguments, parts:
     }
     parts.figures |= {"drawing": drawing, "reading": reading, "memory": memory}
 
-    # This runs before the timed turns, because it is their only warm-up if warm_up is false
-    for name, model in models.items():
+    readers = pair | {name: models[name] for name in models if name == "fused"}
+    for batch in args.batch_sizes if "reading" in args.measure else ():
+        with parts.part(f"read {batch}"):
+            seconds = read_in_turn(readers, batch, args.repeats, args.warm_up)
+            reading["by_batch"][str(batch)] = seconds
+            reading["tokens_per_second"][str(batch)] = tokens_per_second(seconds, batch)
+    # The shares come before the timed drawings, because they are their only warm-up if warm_up is false
+    for name, model in models.items() if "shares" in args.measure else ():
         with parts.part(f"shares of {name}"):
             drawing["shares"][name] = fitting(partial(drawing_shares, model, args.warm_up))
     chosen = args.alternatives
     if "compiled" in chosen and (reason := why_not_compiled(args.device)):
         chosen, drawing["left_out"] = [way for way in chosen if way != "compiled"], {"compiled": reason}
-    ways = ways_to_draw(models, chosen)
+    ways = ways_to_draw(models, chosen) if "drawing" in args.measure else {}
     for batch in args.batch_sizes:
         for way, sides_of_way in ways.items():
+            if way == "compiled":
+                first = drawing["first_compiled"].setdefault(str(batch), {})
+                for name, work in sides_of_way.items():
+                    with parts.part(f"compile {batch}, {name}"):
+                        first[name] = fitting(partial(seconds_of, partial(work, batch)))
+                sides_of_way = {name: work for name, work in sides_of_way.items() if name in first}  # those that compiled
             with parts.part(f"draw {batch}, {way}"):
-                measured = draw_in_turn(sides_of_way, batch, args.repeats, args.warm_up, way)
+                measured = draw_in_turn(sides_of_way, batch, args.repeats, args.warm_up and way != "compiled", way)
                 by_batch = drawing["by_batch"] if way == "default" else drawing["alternatives"].setdefault(way, {})
                 by_batch[str(batch)] = {name: found and found.seconds for name, found in measured.items()}
                 if way == "default":
@@ -155,14 +172,9 @@ def measure_speed(models: dict[str, nn.Module], args: BenchmarkArguments, parts:
                     found = {name: found and found.peak_bytes for name, found in measured.items()}
                     if all(found.values()):
                         peaks[str(batch)] = found
-    readers = pair | {name: models[name] for name in models if name == "fused"}
-    for batch in args.batch_sizes:
-        with parts.part(f"read {batch}"):
-            seconds = read_in_turn(readers, batch, args.repeats, args.warm_up)
-            reading["by_batch"][str(batch)] = seconds
-            reading["tokens_per_second"][str(batch)] = tokens_per_second(seconds, batch)
-    with parts.part("a disabled adapter"):
-        parts.figures["disabled_over_bare"] = disabled_over_bare(pair, 4 * max(3, args.repeats))
+    if "reading" in args.measure:
+        with parts.part("a disabled adapter"):
+            parts.figures["disabled_over_bare"] = disabled_over_bare(pair, 4 * max(3, args.repeats))
     for name, work in ways["default"].items() if args.largest else ():
         with parts.part(f"largest batch of {name}"):
             of_side = {int(batch): sides_of_batch[name] for batch, sides_of_batch in peaks.items()}

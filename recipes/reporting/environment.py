@@ -44,7 +44,7 @@ def in_words(found: dict) -> str:
 
 def make_current(device: str) -> None:
     """Makes a GPU the current one, so that calls that synchronise or measure without a device use it."""
-    if device.startswith("cuda"):
+    if torch.device(device).index is not None:  # "cuda" alone is the current one already
         torch.cuda.set_device(device)
 
 

@@ -2,8 +2,8 @@
 
 The base draws with transformers' own `generate` and guidance, as its documentation does. Janus has its own loop there, which
 always makes a static cache and never compiles. `cache_implementation` only chooses whether that cache is offloaded, and
-`compile_config` is not looked at. So its alternatives come from outside: a `DynamicCache` as an argument, and PyTorch's own
-`Module.compile` on the language model.
+`compile_config` is not looked at. So its alternatives come from outside: a `DynamicCache` as an argument, and `torch.compile`
+on the steps of the language model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def why_not_compiled(device: str) -> str | None:
 def ways_to_draw(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, dict[str, Callable[[int], object]]]:
     """The ways to draw, each with a function for each side that draws a batch of a given size.
 
-    "default" has all sides. The chosen ways have "base", "adapter" and, if it is there, "fused".
+    "default" has all sides. The chosen ways have "base", "adapter" and, if it is there, "fused"; "compiled" has either of both.
     """
     base, on_gpu = models["base"], models["base"].device.type == "cuda"
     adapters = {name: models[name] for name in ("adapter", "fused") if name in models}
@@ -66,15 +66,28 @@ def ways_to_draw(models: dict[str, nn.Module], chosen: list[str]) -> dict[str, d
         found["static"] = {"base": partial(draw, base)}  # its default
         found["static"] |= {name: partial(draw, model, **options) for name, model in adapters.items()}
     if "compiled" in chosen:
-        compiled_base = twin_of(base)
-        compiled_base.model.language_model.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
         options = {"cache_implementation": "static"}
         if not on_gpu:
             options["compile_config"] = CompileConfig(dynamic=False, mode=None)
             options["compile_config"]._compile_all_devices = True  # else transformers compiles on GPUs alone
-        found["compiled"] = {"base": partial(draw, compiled_base)}
-        found["compiled"] |= {name: partial(draw, model, **options) for name, model in adapters.items()}
+        name = "fused" if "fused" in models else "adapter"  # to compile takes a minute
+        found["compiled"] = {"base": partial(draw, _compiled_base(base)), name: partial(draw, models[name], **options)}
     return found
+
+
+def _compiled_base(base: nn.Module) -> nn.Module:
+    """A twin of the base with compiled steps: CUDA graphs on a GPU. As in transformers' text generation, prefill is not."""
+    twin = twin_of(base)
+    language_model = twin.model.language_model
+    eager = language_model.forward
+    compiled = torch.compile(eager, dynamic=False, mode="reduce-overhead" if base.device.type == "cuda" else None)
+
+    def forward(*args, inputs_embeds: torch.Tensor, **kwargs):
+        function = compiled if inputs_embeds.shape[1] == 1 else eager
+        return function(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    language_model.forward = forward
+    return twin
 
 
 def draw_in_turn(
@@ -82,8 +95,7 @@ def draw_in_turn(
 ) -> dict[str, Measured | None]:
     """Measures one way to draw a batch, all sides in turn; None if out of memory."""
     works: dict[str, Work] = {name: partial(work, batch) for name, work in sides.items()}
-    # The time to compile is not part of a drawing
-    return in_turn(works, repeats, f"draw {batch}, {way}, in turn", warm_up or way == "compiled")
+    return in_turn(works, repeats, f"draw {batch}, {way}, in turn", warm_up)
 
 
 def drawing_shares(model: nn.Module, warm_up: bool) -> dict[str, float]:

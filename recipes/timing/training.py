@@ -1,10 +1,10 @@
 """Measures a training step on dense image tokens and on compact ones, for `benchmark.py --train`.
 
 Both sides train a LoRA of the same size in the language models of twins that share their weights. The dense side is stock PEFT
-on stock Janus; the compact side is stage 2, as `finetune.py` runs it, without a teacher and with the dense base as one. They only
-differ in the number of image tokens and in the teacher. Each side
-encodes the pixels that it reads, takes the latents of the images to draw from a cache, as `finetune.py` does, runs the LM head
-on the answer alone, and updates with AdamW.
+on stock Janus. The compact side is stage 2, as `finetune.py` runs it, once without a teacher and once with the dense base as
+its teacher. They only differ in the number of image tokens, and in the teacher. Each side encodes the pixels that it reads,
+takes the latents of the images to draw from a cache, as `finetune.py` does, runs the LM head on the answer alone, and updates
+with AdamW.
 """
 
 from __future__ import annotations

@@ -199,5 +199,7 @@ def test_a_training_step_is_the_cpus(base, short, image):
     here, there = gradients("cpu"), gradients(DEVICE)
     assert here.keys() == there.keys()
     assert len(here) > 20
+    # Some gradients are zero but for rounding: attention to one key gives its query none
+    small = 1e-4 * max(gradient.abs().max().item() for gradient in here.values())
     for name, gradient in here.items():
-        torch.testing.assert_close(there[name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item(), msg=name)
+        torch.testing.assert_close(there[name], gradient, rtol=1e-3, atol=small, msg=name)
