@@ -11,9 +11,9 @@ import torch._inductor.config
 from PIL import Image
 from timing import drawing as drawing_benchmark
 from timing import models as benchmark_models
+from timing import parts, stopwatch
 from timing import reading as reading_benchmark
 from timing import report as benchmark_report
-from timing import stopwatch
 
 from uc_adapters.steps import CACHE_NAME
 
@@ -36,14 +36,12 @@ def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
     assert drawing["alternatives"].keys() == {"dynamic", "static"}
     for by_batch in (drawing["by_batch"], *drawing["alternatives"].values()):
         assert all(by_batch[batch][name] > 0 for batch in ("1", "2") for name in SIDES)
-    assert drawing["seconds"] == drawing["by_batch"]["1"]
     assert drawing["shares"]["base"].keys() == {"language model", "code head", "image decoder", "everything else"}
     assert drawing["shares"]["adapter"].keys() == {*drawing["shares"]["base"], "decompressor"}
     for name in SIDES:
         assert sum(drawing["shares"][name].values()) == pytest.approx(1)
         assert min(drawing["shares"][name].values()) > 0
     assert reading["by_batch"]["2"].keys() == {"prefill", "first token", "answer"}
-    assert reading["seconds"] == reading["by_batch"]["1"]
     assert all(pair.keys() == set(SIDES) for pair in reading["tokens_per_second"].values())
     assert memory["cache_bytes"]["adapter"] * 64 == memory["cache_bytes"]["base"] * 21
     assert figures["batches"]["adapter"] == {"out_of_memory": [], "largest_that_fits": 2}
@@ -59,9 +57,10 @@ def test_further_decompressors_draw_in_the_same_turns_and_are_told_beside(tmp_pa
     figures = benchmark.main(benchmark.BenchmarkArguments(**arguments))
     everyone = {*SIDES, "phase", "raster"}
     drawing = figures["drawing"]
-    assert drawing["seconds"].keys() == drawing["shares"].keys() == figures["batches"].keys() == everyone
-    assert all(taken > 0 for taken in drawing["seconds"].values())
-    assert drawing["alternatives"]["static"]["1"].keys() == figures["reading"]["seconds"]["prefill"].keys() == set(SIDES)
+    seconds = drawing["by_batch"]["1"]
+    assert seconds.keys() == drawing["shares"].keys() == figures["batches"].keys() == everyone
+    assert all(taken > 0 for taken in seconds.values())
+    assert drawing["alternatives"]["static"]["1"].keys() == figures["reading"]["by_batch"]["1"]["prefill"].keys() == set(SIDES)
     kept = figures["memory"]["drawing"]["keys and values, of a drawing"]["1"]
     assert kept["adapter"] < kept["phase"] == kept["raster"] < kept["base"]  # phase and raster feed their global codes, too
     header, _, first, *rows = capsys.readouterr().out.partition("\n\n")[2].splitlines()
@@ -140,7 +139,6 @@ def test_a_batch_that_does_not_fit_is_reported_and_the_others_are_measured(tmp_p
         assert figures["drawing"]["by_batch"][str(NEVER_FITS)][name] is None
         assert figures["drawing"]["by_batch"]["1"][name] > 0
         assert figures["reading"]["by_batch"]["1"]["answer"][name] > 0
-    assert figures["drawing"]["ratio"] is None
     table = capsys.readouterr().out
     assert f"batch {NEVER_FITS} (s) | out of memory | out of memory |  |" in table
     assert f"adapter, batch {NEVER_FITS}: out of memory; the largest that fits is 1." in table
@@ -163,11 +161,56 @@ def test_training_that_does_not_fit_says_so():
         benchmark.main(benchmark.BenchmarkArguments(train=True, repeats=1, warm_up=False, batch_sizes=[NEVER_FITS]))
 
 
-def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
+def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason():
+    arguments = benchmark.BenchmarkArguments(repeats=1, warm_up=False, alternatives=["compiled"], measure=["drawing"])
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):  # what CXX is read into
-        drawing = drawing_benchmark.drawing_figures(tiny, [1], 1, False, ["compiled"])
+        drawing = benchmark.main(arguments)["drawing"]
     assert drawing["alternatives"] == {}
     assert "no-such-compiler" in drawing["left_out"]["compiled"]
+
+
+def test_compiled_steps_of_the_base_draw_its_codes_with_one_graph(tiny, monkeypatch):
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    works = drawing_benchmark.ways_to_draw({name: tiny[name] for name in SIDES}, ["compiled"])["compiled"]
+    monkeypatch.undo()
+    assert torch.equal(works["base"](1), drawing_benchmark.draw(tiny["base"], 1))
+    assert len(graphs) == 1
+
+
+def test_a_part_that_fails_loses_nothing(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    found = parts.Parts({"before": 1}, str(file), limit=0.05)
+    with found.part("broken"):
+        found.figures["half"] = 2
+        raise RuntimeError("it broke\nin two lines")
+    with found.part("slow"):
+        torch.cuda.is_available()
+        while True:
+            found.figures["turns"] = found.figures.get("turns", 0) + 1
+    with found.part("good"):
+        found.figures["after"] = 3
+    written = json.loads(file.read_text())
+    assert (written["before"], written["half"], written["after"]) == (1, 2, 3)
+    assert written["turns"] > 0
+    assert written["failed"] == {"broken": "RuntimeError: it broke", "slow": "TimeoutError: it took longer than 0.05 s"}
+
+
+def test_a_run_with_a_part_that_failed_ends_in_an_error_behind_its_figures(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no reading today")
+
+    monkeypatch.setattr(benchmark, "read_in_turn", broken)
+    file = tmp_path / "figures.json"
+    arguments = benchmark.BenchmarkArguments(repeats=1, warm_up=False, measure=["reading", "drawing"], json=str(file))
+    with pytest.raises(SystemExit, match="read 1 failed: ValueError: no reading today"):
+        benchmark.main(arguments)
+    assert json.loads(file.read_text())["drawing"]["by_batch"]["1"]["adapter"] > 0
 
 
 @pytest.mark.parametrize(
@@ -189,6 +232,9 @@ def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason(tiny):
         ({"json": "no/such/folder/figures.json"}, r"--json .*no/such/folder does not exist; make it first"),
         ({"json": "/tmp"}, r"--json /tmp is a folder; expected a file"),
         ({"chart": "figures.txt"}, r"--chart 'figures.txt'.*ends in \.png"),
+        ({"measure": ["luck"]}, r"--measure \['luck'\].*reading, shares, drawing"),
+        ({"limit": 0.0}, r"--limit 0.0.*above 0"),
+        ({"largest": True}, "needs --device cuda and two or more --batch_sizes"),
         ({"gradient_checkpointing": True}, "expected both"),
         ({"train": True, "fused": True}, r"--fused true with --train true; expected one"),
         ({"train": True, "alternatives": ["static"]}, r"--alternatives static with --train true; expected one"),
