@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import tiny_chameleon
+import tiny_glm_image
 from scoring.stock_calls import CALLS
 from shallow import shallow
 from tiny_world import tiny_emu3, tiny_janus
@@ -32,4 +33,5 @@ SPECS = [
         lambda processor: shallow(tiny_emu3.make_model(processor, temporal_downsample_factor=4)),
     ),
     Spec("chameleon", tiny_chameleon.make_processor, tiny_chameleon.make_model),
+    Spec("glm_image", tiny_glm_image.make_processor, tiny_glm_image.make_model),
 ]
