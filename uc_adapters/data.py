@@ -96,6 +96,7 @@ class UniCompressCollator:
         """Returns the batch, and for each of its sequences the index of the row that it was made of."""
         if not rows:
             raise InputError("Got an empty batch; expected at least one row of {'messages': [...], 'images': [...]}.")
+        family = self.writer.family
         images, learned = [], []
         for index, row in enumerate(rows):
             with _naming(row, index):
@@ -115,8 +116,8 @@ class UniCompressCollator:
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
         sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, to_draw)
         for index, of_row in enumerate(learned):
-            blocks = [self.processor.replace_image_token(read, firsts[index] + place) for place in range(counts[index])]
-            written = self.writer.write(of_row, blocks, drawings, self.dropout)
+            texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
+            written = self.writer.write(of_row, texts, drawings, self.dropout)
             places += [(index, place) for sequence in written for place in range(sequence.read)]
             sequences += [(index, sequence) for sequence in written]
         batch, gen_mask = self._padded([sequence for _, sequence in sequences])

@@ -312,7 +312,7 @@ def _draw_compact(
     bar = tqdm(total=total, desc="draw", disable=progress is not True)
     advance = progress if callable(progress) else bar.update
     inputs = prompts
-    for rows, columns in step_grids:
+    for grid, (rows, columns) in zip(drawing, step_grids, strict=True):
         globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
         for index in range(count):
             codes = _noting(sample, won)(family.code_logits(step(inputs)))
@@ -327,6 +327,7 @@ def _draw_compact(
             hidden = step(inputs)
             steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
             won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
+            steps[:, index, math.prod(grid) - index * head.codes_per_step :] = 0  # what fills up the last step is no code
             advance()
             inputs = head.embed_steps(steps[:, index : index + 1])  # (B, 1, k) -> (B, 1, D)
             if family.has_eol and (index + 1) % columns == 0:

@@ -342,7 +342,7 @@ class UniCompressModel(HubModel):
             raise InputError(f"input_ids of shape {shape}; expected (batch, tokens), both at least 1.")
         if to_draw:
             kwargs.pop("generation_mode")
-            if read.values is not None and not self.family.geometry.image_size and kwargs.get("gen_image_sizes") is None:
+            if read.values is not None and self.family.geometry.image_size is None and self.family.compresses_reading:
                 raise InputError(
                     f"pixel_values of shape {tuple(read.values.shape)} with prompts to draw; expected prompts of text alone: "
                     "this base uses image_sizes for the images to draw. Remove pixel_values."

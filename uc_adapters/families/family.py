@@ -150,6 +150,11 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         return processor.image_token, processor.image_start_token, processor.image_end_token
 
     @staticmethod
+    def reading_text(processor: ProcessorMixin, read: Mapping[str, torch.Tensor], index: int) -> str:
+        """Returns the text of an image to read, in place of its image token. `read` are the batch's, from `image_inputs`."""
+        return processor.replace_image_token(read, index)
+
+    @staticmethod
     def drawing_texts(processor: ProcessorMixin, drawn: Mapping[str, torch.Tensor], first: int, count: int) -> list[str]:
         """Returns the texts of the `count` images of one drawing, a preview and the image, or the image alone.
 
@@ -201,7 +206,8 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         """Returns the grid of the codes of an image to draw."""
         return self.geometry.draw_side, self.geometry.draw_side
 
-    def preview_grid(self, grid: Grid) -> Grid | None:
+    @staticmethod
+    def preview_grid(grid: Grid) -> Grid | None:
         """Returns the grid of the preview that the base draws before an image; None if it draws no previews."""
         return None
 

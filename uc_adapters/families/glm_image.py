@@ -103,6 +103,10 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         return processor.image_token, processor.bos_token, end, processor.grid_bos_token, processor.grid_eos_token
 
     @staticmethod
+    def reading_text(processor: ProcessorMixin, read: Mapping[str, torch.Tensor], index: int) -> str:
+        return processor.image_token * math.prod((read["image_sizes"][index] // processor.image_processor.patch_size).tolist())
+
+    @staticmethod
     def drawing_texts(processor: ProcessorMixin, drawn: Mapping[str, torch.Tensor], first: int, count: int) -> list[str]:
         patch = processor.image_processor.patch_size
         grids = (drawn["image_sizes"][first : first + count] // patch).tolist()
@@ -116,7 +120,7 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         begin, end = processor.tokenizer.convert_tokens_to_ids([processor.grid_bos_token, processor.grid_eos_token])
         start = len(prompt) - 1  # the begin of the image; before it there is one grid, or two
         while prompt[start - 1] == end:
-            start -= prompt[start::-1].index(begin)
+            start -= 1 + prompt[start - 1 :: -1].index(begin)
         return [index >= start for index in range(len(prompt))]
 
     # Images ----------------------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
     def preview_inputs(processor: ProcessorMixin, images: list[Image]) -> dict[str, torch.Tensor]:
         patch = processor.image_processor.patch_size
         grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"][:, 1:].tolist()
-        sizes = [(patch * columns, patch * rows) for rows, columns in map(preview_of, grids)]
+        sizes = [(patch * columns, patch * rows) for rows, columns in map(GlmImage.preview_grid, grids)]
         previews = [image.resize(size) for image, size in zip(images, sizes, strict=True)]
         return GlmImage.image_inputs(processor, previews, do_resize=False)
 
@@ -142,8 +146,11 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
     def draw_grid(self, size: Size) -> Grid:
         return self.read_grid(size)
 
-    def preview_grid(self, grid: Grid) -> Grid:
-        return preview_of(grid)
+    @staticmethod
+    def preview_grid(grid: Grid) -> Grid:
+        """Returns the preview's grid as the base's processor computes it."""
+        ratio = grid[0] / grid[1]
+        return int(math.sqrt(ratio) * PREVIEW_SIDE), int(math.sqrt(1 / ratio) * PREVIEW_SIDE)
 
     def code_positions(self, grid: Grid) -> torch.Tensor:
         """Returns the position ids on the axes of time, rows and columns, (3, T + 1).
@@ -286,12 +293,6 @@ class CompactGlmImageProcessor(GlmImageProcessor):
 AutoProcessor.register(CompactGlmImageProcessor, CompactGlmImageProcessor)
 # transformers 5.23 maps this config to no class that has a head
 AutoModelForImageTextToText.register(GlmImageConfig, GlmImageForConditionalGeneration, exist_ok=True)
-
-
-def preview_of(grid: Grid) -> Grid:
-    """Returns the grid of the preview of an image, as the base's processor computes it."""
-    ratio = grid[0] / grid[1]
-    return int(math.sqrt(ratio) * PREVIEW_SIDE), int(math.sqrt(1 / ratio) * PREVIEW_SIDE)
 
 
 def unpacked(processor: ProcessorMixin, prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
