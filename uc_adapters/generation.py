@@ -137,6 +137,11 @@ def draw(
     guided = guidance > 1
 
     places = input_ids == family.image_token_id
+    if guided and not family.guides_edits and bool(places.any()):
+        raise UnsupportedError(
+            f"guidance_scale={guidance} with images in the prompt; expected 1, since a {family.model_type} base edits without "
+            "guidance. Remove it."
+        )
     prompts = read_layer.embed_prompt(input_ids, pixel_values, read.image_sizes, places)  # (B, L, D)
     dense = dense_reading(family, read, places)
     positions = sequence_positions(attention_mask, dense) if dense else None  # (..., B, L)

@@ -249,8 +249,10 @@ class UniCompressModel(HubModel):
                 "gen_pixel_values or teacher_probs with the adapter disabled; expected an enabled adapter, since only it draws "
                 "in compact form and learns from a teacher. Enable it, or remove these arguments."
             )
-        if enabled or self.family.compresses_reading:  # else the base has its own form of images, and checks it
+        if enabled or self.family.compresses_reading:
             self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask)
+        else:
+            self._check_base_inputs(image_sizes, gen_image_sizes)
         if labels is not None and enabled:
             self._check_labels(labels, gen_mask)
         if teacher_states is not None:
@@ -331,6 +333,8 @@ class UniCompressModel(HubModel):
             input_ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
             if self.family.compresses_reading:
                 self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
+            else:
+                self._check_base_inputs(kwargs.get("image_sizes"), kwargs.get("gen_image_sizes"))
             return super().generate(*args, **kwargs)
         if len(args) > 1:
             raise InputError(f"generate got {len(args)} arguments by position; expected input_ids alone. Name the others.")
@@ -427,6 +431,14 @@ class UniCompressModel(HubModel):
             raise InputError(
                 f"A prompt ends in token {begin}, which begins an image, without generation_mode; expected generate(..., "
                 "generation_mode='image'), which draws it in compact form."
+            )
+
+    def _check_base_inputs(self, image_sizes: torch.Tensor | None, gen_image_sizes: torch.Tensor | None) -> None:
+        """Raises InputError for inputs of the adapter's processor, where the base has another form of images."""
+        if image_sizes is not None or gen_image_sizes is not None:
+            raise InputError(
+                "image_sizes or gen_image_sizes with the adapter disabled; expected inputs of the base's own processor. Use the "
+                "processor saved with the base: AutoProcessor.from_pretrained(...)."
             )
 
     def _check_inputs(

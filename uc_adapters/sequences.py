@@ -120,7 +120,8 @@ class SequenceWriter:
             image = next(drawn) if to_draw else None
             text += image.begin if to_draw else ""
             prompt = self._tokens(text)
-            if to_draw and dropout.drops(completion.prompt.encode() + image.content):
+            may_drop = to_draw and (self.family.guides_edits or not completion.images)
+            if may_drop and dropout.drops(completion.prompt.encode() + image.content):
                 made.append(Sequence())
                 made[-1].prompt(self._unconditional(prompt))
             else:

@@ -11,6 +11,8 @@ from shallow import shallow
 from tiny_world import tiny_emu3, tiny_janus
 from transformers import PreTrainedModel, ProcessorMixin
 
+from uc_adapters.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -23,6 +25,14 @@ class Spec:
     @property
     def draws(self) -> bool:
         return self.name in CALLS
+
+    @property
+    def answers(self) -> bool:
+        return FAMILIES[self.name].why_no_answers is None
+
+    @property
+    def compresses_reading(self) -> bool:
+        return FAMILIES[self.name].compresses_reading
 
 
 SPECS = [

@@ -288,7 +288,7 @@ def test_two_sources_are_read_in_order(model, compact, pictures):
 def test_guidance(model, compact, pictures):
     inputs = prompt_inputs(compact)
     assert not torch.equal(draw(model, inputs), draw(model, inputs, guidance_scale=4.0))
-    with pytest.raises(UnsupportedError, match="edits without guidance"):
+    with pytest.raises(UnsupportedError, match=r"guidance_scale=4.0 with images in the prompt.*edits without"):
         draw(model, edit_inputs(compact, pictures[:1]), guidance_scale=4.0)
 
 
@@ -309,6 +309,9 @@ def test_a_batch_draws_previews_but_for_edits(model, compact, pictures):
 
 
 def test_a_dropped_caption_is_the_unconditional_prompt(model, compact, pictures):
+    """But not that of an edit, which has no guidance."""
+    edit = UniCompressCollator(compact, model.active_peft_config, caption_dropout=1.0)([row(pictures[0], pictures[1])])
+    assert not (edit["input_ids"] == compact.tokenizer.pad_token_id).any()
     batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=1.0)([row(pictures[0])])
     prompt = prompt_inputs(compact)["input_ids"]
     blank = model.family.unconditional(prompt, model.generation_config)

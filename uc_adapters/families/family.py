@@ -105,6 +105,8 @@ class Family(ABC):
     """The reason why the base cannot turn the codes that it draws into pixels; None if it can."""
     base_subfolder: ClassVar[str] = ""
     """The subfolder of a Hub repo in which the base is published, if a diffusers pipeline contains it."""
+    guides_edits: ClassVar[bool] = True
+    """Whether guidance works where the prompt to draw has images. If not, captions of such drawings are never dropped."""
     default_guidance: ClassVar[float] = 1.0
     """The guidance scale that the base itself uses if none is set; 1 is no guidance."""
     question_snippet: ClassVar[str] = """\

@@ -21,7 +21,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
 from ..layers import Grid, unit
 from .family import Geometry, Size, exact, weight_of
 from .shared_vocabulary import SharedVocabularyFamily
@@ -54,6 +54,7 @@ class GlmImage(SharedVocabularyFamily):
     }
     target_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
     compresses_reading = False
+    guides_edits = False  # a prompt without its images would announce a preview
     why_no_answers = "its head scores codes alone"
     why_no_pixels = "a diffusion model outside the base makes them, diffusers' GlmImagePipeline"
     base_subfolder = "vision_language_encoder"
@@ -67,7 +68,7 @@ codes = codes.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1)  # the 
 
 from diffusers import GlmImagePipeline  # pip install "uc-adapters[diffusers]"
 
-pipeline = GlmImagePipeline.from_pretrained("zai-org/GLM-Image", vision_language_encoder=None, torch_dtype="auto").to(device)
+pipeline = GlmImagePipeline.from_pretrained("zai-org/GLM-Image", vision_language_encoder=None, dtype="auto").to(device)
 image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).images[0]"""
 
     def __init__(self, base: nn.Module):
@@ -212,14 +213,6 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
                 begin = ids[ends[-1, 0] + 1]
                 wrapper[row, (ids == begin).nonzero()[-2:][0, 0] :] = True
         return wrapper
-
-    def unconditional(self, input_ids: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
-        if bool((input_ids == self.image_token_id).any()):
-            raise UnsupportedError(
-                "guidance_scale above 1 with images in the prompt; expected 1: GLM-Image edits without guidance. Remove it, or "
-                "pass negative_prompt_ids."
-            )
-        return super().unconditional(input_ids, generation_config)
 
     def boi_token_id(self, generation_config: GenerationConfig) -> int:
         return self.base.config.image_start_token_id
