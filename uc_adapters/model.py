@@ -437,8 +437,8 @@ class UniCompressModel(HubModel):
         """Raises InputError for inputs of the adapter's processor, where the base has another form of images."""
         if image_sizes is not None or gen_image_sizes is not None:
             raise InputError(
-                "image_sizes or gen_image_sizes with the adapter disabled; expected inputs of the base's own processor. Use the "
-                "processor saved with the base: AutoProcessor.from_pretrained(...)."
+                "image_sizes or gen_image_sizes with the adapter disabled; expected inputs of the base's own processor. Use "
+                "that saved with the base: AutoProcessor.from_pretrained(...)."
             )
 
     def _check_inputs(

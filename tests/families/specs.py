@@ -21,6 +21,7 @@ class Spec:
     name: str
     make_processor: Callable[[], ProcessorMixin]
     make_model: Callable[[ProcessorMixin], PreTrainedModel]
+    offloads_vision: bool = True  # whether accelerate can offload the bare base's vision tower
 
     @property
     def draws(self) -> bool:
@@ -43,5 +44,6 @@ SPECS = [
         lambda processor: shallow(tiny_emu3.make_model(processor, temporal_downsample_factor=4)),
     ),
     Spec("chameleon", tiny_chameleon.make_processor, tiny_chameleon.make_model),
-    Spec("glm_image", tiny_glm_image.make_processor, tiny_glm_image.make_model),
+    # The base reads the weight of an embedding outside of the module, where accelerate does not load it
+    Spec("glm_image", tiny_glm_image.make_processor, tiny_glm_image.make_model, offloads_vision=False),
 ]

