@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from helpers import IMAGE, Record, attach, chat, logits, small_config
+from helpers import ANN, IMAGE, Record, attach, chat, logits, small_config
 from tiny_glm_image import CODES, make_model, make_processor
 from transformers import AutoProcessor, GlmImageConfig, GlmImageForConditionalGeneration, LogitsProcessorList
 from trl import SFTConfig
@@ -178,7 +178,7 @@ def test_a_drawing_takes_a_quarter_of_the_steps(pristine, model, processor, comp
     assert (codes < CODES).all()
 
 
-def test_the_published_shape_takes_321_steps_of_1281():
+def test_the_published_shape_takes_320_steps_of_1281():
     with torch.device("meta"):
         base = GlmImageForConditionalGeneration(GlmImageConfig())
     family, config = family_of(base), UniCompressConfig()
@@ -186,7 +186,7 @@ def test_the_published_shape_takes_321_steps_of_1281():
     grids = [family.preview_grid((32, 32)), (32, 32)]  # a picture of 1024 x 1024 pixels
     assert grids[0] == (16, 16)
     assert sum(family.dense_placeholders(grid) for grid in grids) + 1 == 1281  # with the end
-    assert sum(config.num_gen_tokens(grid) - 1 for grid in grids) + 1 == 321
+    assert sum(config.num_gen_tokens(grid) - 1 for grid in grids) == 320  # the grids set the length: no step draws the end
     assert family.preview_grid((36, 24)) == (19, 13)  # the processor's own default
     assert config.num_gen_tokens((19, 13)) - 1 == 62  # 61 steps of four codes, and one of three
     model = get_uc_model(base, config, low_cpu_mem_usage=True)
@@ -441,3 +441,18 @@ def test_saved_and_loaded_it_draws_and_edits_the_same(pristine, processor, model
     assert "GlmImagePipeline" in card
     assert "it shortens what the model draws." in card
     assert "max_new_tokens" not in card  # nothing is answered
+
+
+def test_a_base_in_a_pipelines_repo_loads_from_its_subfolder(hub, pristine, processor, tmp_path):
+    """As it is published: the repo of a diffusers pipeline."""
+    pristine.save_pretrained(tmp_path / "base")
+    files = {f"vision_language_encoder/{path.name}": path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.create("org/glm", {"model_index.json": b"{}", **files})
+    base = GlmImageForConditionalGeneration.from_pretrained("org/glm", subfolder="vision_language_encoder")
+    model = attach(base.eval())
+    model.push_to_hub("org/glm-uc4x", processor=processor, token=ANN)
+    loaded = UniCompressModel.from_pretrained("org/glm-uc4x").eval()
+    compact = AutoProcessor.from_pretrained("org/glm-uc4x")
+    assert torch.equal(draw(loaded, prompt_inputs(compact)), draw(model, prompt_inputs(compact)))
+    local = UniCompressModel.from_pretrained("org/glm-uc4x", base_model=str(tmp_path / "base")).eval()
+    assert torch.equal(draw(local, prompt_inputs(compact)), draw(model, prompt_inputs(compact)))
