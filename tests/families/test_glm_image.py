@@ -276,6 +276,12 @@ def test_an_edit_reads_its_source_as_the_base_does(pristine, processor, pictures
     assert torch.equal(found, logits(pristine, edit_inputs(processor, pictures)))
 
 
+@pytest.mark.parametrize("edits", [False, True])
+def test_a_static_cache_draws_the_same(model, compact, pictures, edits):
+    inputs = edit_inputs(compact, pictures[:2]) if edits else prompt_inputs(compact, ["a red 3", "a blue 7 at the top left"])
+    assert torch.equal(draw(model, inputs, cache_implementation="static"), draw(model, inputs))
+
+
 def test_two_sources_are_read_in_order(model, compact, pictures):
     text = chat(compact, IMAGE, IMAGE, "a red 3")
 
@@ -422,7 +428,7 @@ def test_answers_are_refused(model, compact, pictures):
 def test_the_bases_own_inputs_are_refused_while_enabled(model, processor, pictures):
     with pytest.raises(InputError, match=r"pixel_values of shape.*expected \(images, 3, height, width\)"):
         draw(model, edit_inputs(processor, pictures[:1]))
-    with pytest.raises(InputError, match=r"image sizes of shape None for 1 image"):
+    with pytest.raises(InputError, match=r"gen_image_sizes of shape None for 1 prompt.*compact_processor"):
         draw(model, {name: value for name, value in prompt_inputs(processor).items() if not name.startswith("image")})
 
 

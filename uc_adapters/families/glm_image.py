@@ -219,7 +219,12 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
 
     def prompt_grids(self, count: int, image_sizes: torch.Tensor | None) -> list[Grid]:
         """Returns the grid of each image to draw, without its preview. `image_sizes` (count, 2) are in pixels."""
-        self.check_sizes(count, image_sizes)
+        given = None if image_sizes is None else tuple(image_sizes.shape)
+        if given != (count, 2):
+            raise InputError(
+                f"gen_image_sizes of shape {given} for {count} prompt(s); expected ({count}, 2), the size of each image in pixels. "
+                "Pass on all that the adapter's processor returns; model.compact_processor(processor) makes it."
+            )
         return [self.draw_grid((int(height), int(width))) for height, width in image_sizes]
 
     def compact_processor(self, processor: ProcessorMixin, stride: int, num_global_tokens: int) -> ProcessorMixin:
