@@ -222,7 +222,7 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         given = None if image_sizes is None else tuple(image_sizes.shape)
         if given != (count, 2):
             raise InputError(
-                f"gen_image_sizes of shape {given} for {count} prompt(s); expected ({count}, 2), the size of each image in pixels. "
+                f"gen_image_sizes of shape {given} for {count} prompt(s); expected ({count}, 2), the size of each image. "
                 "Pass on all that the adapter's processor returns; model.compact_processor(processor) makes it."
             )
         return [self.draw_grid((int(height), int(width))) for height, width in image_sizes]
