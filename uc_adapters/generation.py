@@ -151,9 +151,6 @@ def draw(
         length = max(prompts.shape[1], blank.shape[1])
         prompts, blank = (F.pad(part, (0, 0, length - part.shape[1], 0)) for part in (prompts, blank))
         attention_mask, blank_mask = (F.pad(part, (length - part.shape[1], 0)) for part in (attention_mask, blank_mask))
-        if positions is not None:
-            blank_positions = (blank_mask.cumsum(1) - 1).clamp(min=0).expand(*positions.shape[:-1], length)
-            positions = torch.cat([F.pad(positions, (length - positions.shape[-1], 0)), blank_positions], -2)
 
     sampling = {"base": base, "config": config, "processors": logits_processor}
     repeats = int(config.num_return_sequences)
@@ -165,8 +162,6 @@ def draw(
         size_positions = None if positions is None else positions[..., rows, :]
         if guided:  # the batch doubles: first the prompts, then the blank or negative prompts
             inputs, mask = torch.cat([inputs, blank[rows]]), torch.cat([mask, blank_mask[rows]])
-            if positions is not None:
-                size_positions = torch.cat([size_positions, positions[..., len(input_ids) + rows, :]], -2)
         size_generators = [generators[row] for row in size_rows] if isinstance(generator, list) else generators
         sampling |= {"prompts": ids, "generators": size_generators}
         guided_sample = CodeSampler(guidance=guidance if guided else None, **sampling)

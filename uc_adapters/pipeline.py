@@ -223,7 +223,7 @@ class UniCompressPipeline(DiffusionPipeline):
     def _check_length(self, inputs: BatchFeature, grid: Grid, name: str) -> None:
         """Raises InputError where a prompt and its image do not fit into the base's context."""
         family, longest = self.model.family, int(inputs["attention_mask"].sum(1).max())
-        drawn = int(self.model.code_head.position_deltas(grid).sum()) + grid[0] * family.has_eol
+        drawn = int(self.model.code_head.position_deltas(grid)[:-1].sum()) + grid[0] * family.has_eol
         context = family.base.config.get_text_config().max_position_embeddings
         if longest + drawn > context:
             raise InputError(
