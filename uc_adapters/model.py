@@ -206,7 +206,7 @@ class UniCompressModel(HubModel):
             pixel_values: Images to read, (N, 3, H, W), in the order of their placeholders.
             attention_mask: (B, L).
             position_ids: (B, L). Default: each token adds one. With "strip", the codes of an image to generate have the
-                position ids of the base's own sequence, see `StripDecompressor.position_deltas`.
+                position ids of the base's own sequence, see `StripDecompressor.step_positions`.
             image_sizes: Height and width in pixels, (N, 2), if the base takes images of any size.
             labels: (B, L), -100 for tokens that are not learned. At the placeholders of an image to generate, any other value
                 marks the codes to learn.
