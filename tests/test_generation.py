@@ -298,7 +298,7 @@ def test_training_scores_what_drawing_saw(base, short_processor, decompressor, n
     with torch.no_grad():
         prompt = base.get_input_embeddings()(inputs["input_ids"])
         embeddings = torch.cat([prompt, head.embed(compact)], 1)
-        deltas = torch.cat([torch.ones(prompt.shape[1], dtype=torch.long), head.position_deltas((8, 8))])
+        deltas = torch.cat([torch.ones(prompt.shape[1], dtype=torch.long), head.position_deltas((8, 8))[:-1]])
         hidden = head.family.language_model(
             inputs_embeds=embeddings,
             attention_mask=torch.ones(embeddings.shape[:2]),

@@ -6,6 +6,7 @@ and expands them afterwards.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from .compression import DrawCompressor
 from .families import Family
-from .layers import Grid, StripDecompressor, nearest_codes
+from .layers import Grid, StripDecompressor, compact_grid, nearest_codes
 
 # logits (B, K) -> codes (B,)
 Sampler = Callable[[torch.Tensor], torch.Tensor]
@@ -123,10 +124,27 @@ class CodeHead(ABC):
         separator = self.separator.expand(len(steps), 1, -1)
         return torch.cat([globals_.to(steps.dtype), separator, steps], 1)
 
+    @abstractmethod
+    def step_grid(self, grid: Grid) -> Grid:
+        """Returns the rows of steps that draw an image, and the steps in a row. If the base has EOL tokens, one follows a row.
+
+        Raises:
+            InputError: The stride does not divide the grid of the dense codes, and it has to.
+        """
+
     def position_deltas(self, grid: Grid) -> torch.Tensor:
-        """Returns by how much the position id grows at each input of `embed`, (N + 1 + T',)."""
-        step_deltas = self.module.decompressor.position_deltas(grid, self.family.has_eol)
-        return torch.tensor([1] * (self.module.num_global_codes + 1) + step_deltas, device=self.family.device)
+        """Returns by how much the position id grows at each input of `embed` and at the token after the image.
+
+        Returns:
+            (N + 1 + T' + 1,), or (axes, N + 1 + T' + 1) if the base's position ids have several axes.
+        """
+        positions = self.module.decompressor.step_positions(self.family.code_positions, grid)  # (..., T' + 1)
+        deltas = positions.diff(prepend=torch.zeros_like(positions[..., :1]))
+        if self.family.has_eol:  # an EOL token after each row of steps adds one itself
+            columns = self.step_grid(grid)[1]
+            deltas[..., columns::columns] -= 1
+        front = deltas.new_ones(*deltas.shape[:-1], self.module.num_global_codes + 1)
+        return torch.cat([front, deltas], -1).to(self.family.device)
 
     @property
     def separator(self) -> torch.Tensor:
@@ -167,6 +185,11 @@ class StripHead(CodeHead):
     def codes_per_step(self) -> int:
         return self.module.stride**2
 
+    def step_grid(self, grid: Grid) -> Grid:
+        if self.family.has_eol:
+            return compact_grid(grid, self.module.stride)
+        return 1, -(-math.prod(grid) // self.codes_per_step)
+
     def step_codes(self, latents: torch.Tensor, dense: torch.Tensor, grid: Grid) -> torch.Tensor:
         return self.module.decompressor.order(dense, grid)
 
@@ -187,8 +210,10 @@ class StripHead(CodeHead):
             step_states = self.module.decompressor.order(teacher_states, codes.grid).flatten(0, 1)  # (B * T', s^2, D)
             divergence = self.divergence(logits, flat, step_states)
             log_probs = (1 - teacher_weight) * log_probs - teacher_weight * divergence
-        scores = torch.stack([log_probs.sum(-1), entropy.sum(-1), accuracy.mean(-1)])  # (3, B * T')
-        return scores.unflatten(1, hidden.shape[:2])
+        scores = torch.stack([log_probs, entropy, accuracy]).unflatten(1, hidden.shape[:2])  # (3, B, T', s^2)
+        drawn = self.module.decompressor.order(torch.ones_like(codes.dense[:1]), codes.grid)  # (1, T', s^2); 0 in what fills up
+        log_probs, entropy, accuracy = (scores * drawn).sum(-1)
+        return torch.stack([log_probs, entropy, accuracy / drawn.sum(-1)])
 
     def divergence(self, logits: torch.Tensor, hidden: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
         """Returns the divergence of each code from a teacher that generates the same codes in the same order, (n, s^2), in
@@ -222,6 +247,9 @@ class ExpansionHead(CodeHead):
     """Draws one pooled code per step, and expands all of them to dense codes after the loop ("phase" and "raster", eq. 7)."""
 
     codes_per_step = 1
+
+    def step_grid(self, grid: Grid) -> Grid:
+        return compact_grid(grid, self.module.stride)
 
     def step_codes(self, latents: torch.Tensor, dense: torch.Tensor, grid: Grid) -> torch.Tensor:
         return nearest_codes(self.module.pool(latents, grid), self.codebook).unsqueeze(-1)

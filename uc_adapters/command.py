@@ -51,8 +51,13 @@ def draw(args: argparse.Namespace) -> None:
         raise InputError("The prompt is empty; expected a text that says what to draw.")
     folder = pull(args.adapter)
     processor = AutoProcessor.from_pretrained(folder)
-    if why_no_drawing := family_of_processor(processor).why_no_drawing:  # before gigabytes of a base are loaded
-        raise UnsupportedError(f"The base of {args.adapter} cannot draw: {why_no_drawing}. Use `uc-adapters ask`.")
+    kind = family_of_processor(processor)  # tells what fails before gigabytes of a base are loaded
+    if kind.why_no_drawing:
+        raise UnsupportedError(f"The base of {args.adapter} cannot draw: {kind.why_no_drawing}. Use `uc-adapters ask`.")
+    if kind.why_no_pixels:
+        raise UnsupportedError(
+            f"The base of {args.adapter} draws codes, and no pixels: {kind.why_no_pixels}. The adapter's card shows how."
+        )
     model = _load_model(folder, args)
     family = model.family
     turn = {"role": "user", "content": [{"type": "text", "text": args.prompt}]}
@@ -80,7 +85,10 @@ def ask(args: argparse.Namespace) -> None:
         raise InputError("The question is empty; expected a text.")
     image = open_picture(args.image)
     folder = pull(args.adapter)
-    model, processor = _load_model(folder, args), AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    if why_no_answers := family_of_processor(processor).why_no_answers:
+        raise UnsupportedError(f"The base of {args.adapter} cannot answer: {why_no_answers}. Draw with UniCompressModel.")
+    model = _load_model(folder, args)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, images=[image], return_tensors="pt").to(model.family.device)

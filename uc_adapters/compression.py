@@ -69,6 +69,16 @@ class CodeReadCompressor(nn.Module):
         return torch.cat(parts, 1)
 
 
+class NoReadCompressor(nn.Module):
+    """The same for bases whose images to read stay as they are: it has no weights."""
+
+    tokenizer_parts = ()
+    extractor = None
+
+    def __init__(self, config: UniCompressConfig, geometry: Geometry):
+        super().__init__()
+
+
 DECOMPRESSOR_CLASSES = {"strip": StripDecompressor, "phase": PhaseDecompressor, "raster": RasterDecompressor}
 
 

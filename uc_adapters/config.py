@@ -132,7 +132,12 @@ class UniCompressConfig(LoraConfig):
         return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.stride))
 
     def num_gen_tokens(self, grid: Grid) -> int:
-        """Placeholders of one image to draw, likewise; all but one of them, the separator, are steps of the language model."""
+        """Placeholders of one image to draw, likewise; all but one of them, the separator, are steps of the language model.
+
+        With "strip" the last step may have fewer codes than s^2.
+        """
+        if self.decompressor == "strip":
+            return 1 - (-math.prod(grid) // self.stride**2)
         return self.num_global_codes + 1 + math.prod(compact_grid(grid, self.stride))
 
     @property

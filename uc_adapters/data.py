@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .caption_dropout import CaptionDropout
 from .completions import Completion, completions
 from .config import UniCompressConfig
 from .errors import InputError
-from .images import unpack_latents
+from .images import in_order, unpack_latents
 from .messages import malformed, normalised
 from .sequences import DrawnImage, Sequence, SequenceWriter
 
@@ -69,7 +70,7 @@ class UniCompressCollator:
                 "processor.tokenizer.eos_token, or pass eos_token_id=model.generation_config.eos_token_id."
             )
         end = own if own in self.ends else self.ends[0]
-        self.writer = SequenceWriter(self.processor, self.ends, end, self.config.num_global_codes)
+        self.writer = SequenceWriter(self.processor, self.ends, end)
 
     @property
     def epoch(self) -> int | None:
@@ -95,6 +96,7 @@ class UniCompressCollator:
         """Returns the batch, and for each of its sequences the index of the row that it was made of."""
         if not rows:
             raise InputError("Got an empty batch; expected at least one row of {'messages': [...], 'images': [...]}.")
+        family = self.writer.family
         images, learned = [], []
         for index, row in enumerate(rows):
             with _naming(row, index):
@@ -103,17 +105,19 @@ class UniCompressCollator:
         counts = [max(completion.images for completion in of_row) for of_row in learned]  # each row's first images are read
         firsts = [sum(counts[:index]) for index in range(len(rows))]
         read = self._pixels([image for of_row, count in zip(images, counts, strict=True) for image in of_row[:count]])
-        to_draw = [
-            (row.get("latents") or row_images)[completion.images]
+        drawn_completions = [
+            ((row.get("latents") or row_images)[completion.images], completion.images == 0)
             for row, row_images, of_row in zip(rows, images, learned, strict=True)
             for completion in of_row
             if completion.words is None
         ]
-        drawn = self._latents(to_draw) if to_draw and isinstance(to_draw[0], dict) else self._pixels(to_draw)
-        sequences, places, drawings = [], [], self._drawn_images(drawn, to_draw)
+        to_draw, alone = zip(*drawn_completions, strict=True) if drawn_completions else ((), ())
+        packed = to_draw and isinstance(to_draw[0], dict)
+        drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
+        sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, to_draw)
         for index, of_row in enumerate(learned):
-            blocks = [self.processor.replace_image_token(read, firsts[index] + place) for place in range(counts[index])]
-            written = self.writer.write(of_row, blocks, drawings, self.dropout)
+            texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
+            written = self.writer.write(of_row, texts, drawings, self.dropout)
             places += [(index, place) for sequence in written for place in range(sequence.read)]
             sequences += [(index, sequence) for sequence in written]
         batch, gen_mask = self._padded([sequence for _, sequence in sequences])
@@ -149,33 +153,62 @@ class UniCompressCollator:
                     "the collator adds it."
                 )
         learned = completions(processor, messages, given)
+        why_no_answers = self.writer.family.why_no_answers
+        if why_no_answers is not None and any(completion.words is not None for completion in learned):
+            raise InputError(
+                f"An assistant turn has a text, and a {self.writer.family.model_type} base cannot answer: {why_no_answers}; "
+                "expected images to draw alone. Remove the text, or leave the row out."
+            )
         if not learned:
             raise InputError(
                 "Nothing to learn; expected an assistant turn with a text or an image. Add one, or leave the row out."
             )
         return learned
 
-    def _drawn_images(self, drawn: dict[str, torch.Tensor], images: list) -> Iterator[DrawnImage]:
-        """Yields the texts of the images to draw. With "strip" they have fewer global tokens than the images to read."""
-        token, config = self.processor.image_token, self.config
+    def _drawn_images(self, drawn: dict[str, torch.Tensor], counts: list[int], images: tuple) -> Iterator[DrawnImage]:
+        """Yields the texts of the drawings. With "strip" they have fewer global tokens than the images to read.
+
+        `counts` has the number of images of each drawing in `drawn`: two if it begins with a preview.
+        """
+        token, config, first = self.processor.image_token, self.config, 0
         read_start, drawn_start = token * (config.num_global_tokens + 1), token * (config.num_global_codes + 1)
-        for index, image in enumerate(images):
-            block = self.processor.replace_image_token(drawn, index).replace(read_start, drawn_start, 1)
-            begin, first, rest = block.partition(token)
-            yield DrawnImage(begin, first + rest, image["values"] if isinstance(image, dict) else image.tobytes())
+        for count, image in zip(counts, images, strict=True):
+            texts = self.writer.family.drawing_texts(self.processor, drawn, first, count)
+            texts, first = [text.replace(read_start, drawn_start, 1) for text in texts], first + count
+            ends = list(accumulate(text.count(token) for text in texts))
+            separators = [end + config.num_global_codes for end in [0, *ends[:-1]]]
+            begin, placeholder, rest = "".join(texts).partition(token)
+            content = image["values"] if isinstance(image, dict) else image.tobytes()
+            yield DrawnImage(begin, placeholder + rest, separators, content)
 
     def _pixels(self, images: list) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, and `image_sizes` if the processor gives them; an empty dict if there are no images."""
-        if not images:
-            return {}
-        prepared = self.processor.image_processor(images, return_tensors="pt")
-        return {name: prepared[name] for name in ("pixel_values", "image_sizes") if name in prepared}
+        return self.writer.family.image_inputs(self.processor, images) if images else {}
 
-    def _latents(self, packed: list[dict]) -> dict[str, torch.Tensor]:
-        """Returns `latents` (M, T, C), and `image_sizes` if images have any size, from packed latents."""
-        latents = [unpack_latents(image, self.config.base_geometry["code_width"]) for image in packed]
-        sizes = {} if self.config.base_geometry["image_size"] else {"image_sizes": torch.tensor([p["size"] for p in packed])}
-        return {"latents": pad_sequence(latents, batch_first=True), **sizes}
+    def _drawn_pixels(self, images: tuple, alone: tuple[bool, ...]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Returns the pixels of the images to draw, each after its preview if it has one, and their number in each drawing.
+
+        `alone` tells which drawings have prompts without images: only these have previews.
+        """
+        drawn = self._pixels(list(images))
+        with_preview = [index for index, is_alone in enumerate(alone) if is_alone]
+        chosen = [images[index] for index in with_preview]
+        previews = self.writer.family.preview_inputs(self.processor, chosen) if chosen else None
+        if previews is None:
+            return drawn, [1] * len(images)
+        preview_of = {index: number for number, index in enumerate(with_preview)}
+        order = []
+        for index in range(len(images)):
+            order += [(0, preview_of[index]), (1, index)] if index in preview_of else [(1, index)]
+        return in_order([previews, drawn], order), [2 if is_alone else 1 for is_alone in alone]
+
+    def _latents(self, packed: tuple[dict, ...], alone: tuple[bool, ...]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Returns the same from packed latents: `latents` (M, T, C), and `image_sizes` if images have any size."""
+        unpacked = [unpack_latents(image, self.config.base_geometry["code_width"]) for image in packed]
+        drawings = [parts if is_alone else parts[-1:] for parts, is_alone in zip(unpacked, alone, strict=True)]
+        sizes, latents = zip(*chain.from_iterable(drawings), strict=True)
+        any_size = {} if self.config.base_geometry["image_size"] else {"image_sizes": torch.tensor(sizes)}
+        return {"latents": pad_sequence(latents, batch_first=True), **any_size}, [len(parts) for parts in drawings]
 
     def _padded(self, sequences: list[Sequence]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Pads the sequences on the right to one length; returns the batch, and the mask of the images to draw, (B, L)."""

@@ -16,7 +16,9 @@ from transformers.generation import GenerationMode
 from .code_head import CodeHead, Sampler
 from .errors import BaseModelError, InputError, UnsupportedError
 from .families import Family
-from .layers import Grid, compact_grid
+from .images import Images
+from .layers import Grid
+from .positions import dense_reading, sequence_positions
 from .sampling import CodeSampler
 from .steps import Steps
 from .tuner_layers import ReadLayer
@@ -54,6 +56,7 @@ def draw(
     attention_mask: torch.Tensor | None = None,
     pixel_values: torch.Tensor | None = None,
     image_sizes: torch.Tensor | None = None,
+    gen_image_sizes: torch.Tensor | None = None,
     negative_prompt_ids: torch.Tensor | None = None,
     negative_prompt_attention_mask: torch.Tensor | None = None,
     generation_config: GenerationConfig | None = None,
@@ -71,10 +74,10 @@ def draw(
         read_layer: The layer that compresses the images to read.
         input_ids: Prompts (B, L). Each ends in the token that begins an image, as the processor prepares prompts to draw.
         attention_mask: (B, L), with padding on either side. Default: no padding.
-        pixel_values: The images in the prompts, which the model reads. Not allowed if the base takes images of any size: its
-            prompts to draw are text alone.
-        image_sizes: The rows and columns of each image to draw, in tokens, (B, 2), as the processor gives them. Needed if the
-            base draws images of any size.
+        pixel_values: The images in the prompts, which the model reads.
+        image_sizes: The rows and columns of each image to draw, in tokens, (B, 2), as the processor gives them, if the base
+            draws images of any size. With `gen_image_sizes`, the sizes in pixels of the images in the prompts, (N, 2).
+        gen_image_sizes: Height and width in pixels of each image to draw, (B, 2), if the processor gives them.
         negative_prompt_ids: Prompts that guidance leads away from, (1, L') or (B, L'). Default: the prompt without its text
             tokens. If they do not end in the token that begins an image, the wrapper tokens at the end of the prompt are added.
         negative_prompt_attention_mask: (1, L') or (B, L').
@@ -92,7 +95,8 @@ def draw(
 
     Returns:
         The tokens of the dense images, (B * num_return_sequences, tokens), in the form that the base's own `generate` returns
-        and its `decode_image_tokens` takes. Images with fewer tokens than the largest are padded on the right.
+        and its `decode_image_tokens` takes. The tokens of a preview come before those of its image. Images with fewer tokens
+        than the largest are padded on the right.
 
     Raises:
         InputError: A prompt is empty or does not end in the token that begins an image, the stride does not divide a size, an
@@ -113,14 +117,16 @@ def draw(
         attention_mask = torch.ones_like(input_ids)
     input_ids, attention_mask = left_pad(input_ids, attention_mask)
     _check_prompts(family, input_ids, attention_mask, config)
-    grids = family.prompt_grids(len(input_ids), image_sizes)
-    for grid in set(grids):
-        compact_grid(grid, head.module.stride)  # raises InputError if the stride does not divide the grid
+    read = Images(pixel_values, None if gen_image_sizes is None else image_sizes)
+    drawings = _drawings(family, input_ids, image_sizes if gen_image_sizes is None else gen_image_sizes)
+    for grid in {grid for drawing in drawings for grid in drawing}:
+        head.step_grid(grid)  # raises InputError if the stride has to divide the grid, and does not
     negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
     generators = _generators(generator, input_ids)
     if isinstance(generator, list) and len(input_ids) > 1 and input_ids.device.type == "cpu":
         options = {"generation_config": generation_config, "logits_processor": logits_processor, "progress": progress, **kwargs}
-        parts = _prompts_alone(family, input_ids, attention_mask, pixel_values, image_sizes, negative)
+        sizes = image_sizes, gen_image_sizes
+        parts = _prompts_alone(family, input_ids, attention_mask, read, sizes, negative)
         drawn = [
             draw(head, read_layer, **part, generator=[single], **options)
             for part, single in zip(parts, generators, strict=True)
@@ -130,7 +136,15 @@ def draw(
     config.guidance_scale = None  # `CodeSampler` applies guidance itself; the config must not add a second processor for it
     guided = guidance > 1
 
-    prompts = read_layer.embed_prompt(input_ids, pixel_values, None, input_ids == family.image_token_id)  # (B, L, D)
+    places = input_ids == family.image_token_id
+    if guided and not family.guides_edits and bool(places.any()):
+        raise UnsupportedError(
+            f"guidance_scale={guidance} with images in the prompt; expected 1, since a {family.model_type} base edits without "
+            "guidance. Remove it."
+        )
+    prompts = read_layer.embed_prompt(input_ids, pixel_values, read.image_sizes, places)  # (B, L, D)
+    dense = dense_reading(family, read, places)
+    positions = sequence_positions(attention_mask, dense) if dense else None  # (..., B, L)
     if guided:
         blank, blank_mask = negative or (family.unconditional(input_ids, config), attention_mask)  # (B, L')
         blank = base.get_input_embeddings()(blank)
@@ -141,21 +155,25 @@ def draw(
     sampling = {"base": base, "config": config, "processors": logits_processor}
     repeats = int(config.num_return_sequences)
     tokens: dict[int, torch.Tensor] = {}
-    for grid in dict.fromkeys(grids):  # images of one size are drawn at once
-        grid_rows = [row for row, row_grid in enumerate(grids) if row_grid == grid]
-        rows = torch.tensor(grid_rows).repeat_interleave(repeats)
+    for drawing in dict.fromkeys(drawings):  # drawings of one size are drawn at once
+        size_rows = [row for row, row_drawing in enumerate(drawings) if row_drawing == drawing]
+        rows = torch.tensor(size_rows).repeat_interleave(repeats)
         inputs, mask, ids = prompts[rows], attention_mask[rows], input_ids[rows]
+        size_positions = None if positions is None else positions[..., rows, :]
         if guided:  # the batch doubles: first the prompts, then the blank or negative prompts
             inputs, mask = torch.cat([inputs, blank[rows]]), torch.cat([mask, blank_mask[rows]])
-        grid_generators = [generators[row] for row in grid_rows] if isinstance(generator, list) else generators
-        sampling |= {"prompts": ids, "generators": grid_generators}
+        size_generators = [generators[row] for row in size_rows] if isinstance(generator, list) else generators
+        sampling |= {"prompts": ids, "generators": size_generators}
         guided_sample = CodeSampler(guidance=guidance if guided else None, **sampling)
-        globals_, steps, won = _draw_compact(head, inputs, mask, grid, guided_sample, config, progress)
-        plain_sample = CodeSampler(guidance=None, **sampling)
-        codes = head.expand(globals_[: len(rows)], steps[: len(rows)], grid, _noting(plain_sample, won))
+        compact, won = _draw_compact(head, inputs, mask, size_positions, drawing, guided_sample, config, progress)
+        expand_sample = _noting(CodeSampler(guidance=None, **sampling), won)
+        dense_tokens = [
+            family.to_tokens(head.expand(globals_[: len(rows)], steps[: len(rows)], grid, expand_sample), grid)
+            for grid, (globals_, steps) in zip(drawing, compact, strict=True)
+        ]
         _check_won(won)
         places = [int(row) * repeats + index % repeats for index, row in enumerate(rows)]
-        tokens.update(zip(places, family.to_tokens(codes, grid), strict=True))
+        tokens.update(zip(places, torch.cat(dense_tokens, 1), strict=True))
     return _padded([tokens[place] for place in range(len(tokens))], config)
 
 
@@ -173,8 +191,8 @@ def _drawing_config(base: PreTrainedModel, generation_config: GenerationConfig |
     if unknown:
         raise InputError(
             f"generate(generation_mode='image') got {', '.join(unknown)}; expected fields of the generation config, input_ids, "
-            "attention_mask, pixel_values, image_sizes, negative_prompt_ids, negative_prompt_attention_mask, logits_processor, "
-            "generator or progress. Remove these arguments: sampling is already restricted to image codes."
+            "attention_mask, pixel_values, image_sizes, gen_image_sizes, negative_prompt_ids, negative_prompt_attention_mask, "
+            "logits_processor, generator or progress. Remove these arguments: sampling is already restricted to image codes."
         )
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
@@ -223,24 +241,43 @@ def _generators(generator: torch.Generator | list[torch.Generator] | None, input
     return generators
 
 
+def _drawings(family: Family, input_ids: torch.Tensor, sizes: torch.Tensor | None) -> list[tuple[Grid, ...]]:
+    """Returns the grids that each prompt draws, in order: that of the preview, if the base draws one, and that of the image."""
+    drawings = []
+    reads = (input_ids == family.image_token_id).any(1).tolist()
+    for grid, reads_images in zip(family.prompt_grids(len(input_ids), sizes), reads, strict=True):
+        preview = None if reads_images else family.preview_grid(grid)
+        drawings.append((grid,) if preview is None else (preview, grid))
+    return drawings
+
+
 def _prompts_alone(
     family: Family,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    pixel_values: torch.Tensor | None,
-    image_sizes: torch.Tensor | None,
+    read: Images,
+    sizes: tuple[torch.Tensor | None, torch.Tensor | None],
     negative: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields the arguments of `draw` for each prompt alone, without the padding of the batch."""
+    image_sizes, gen_image_sizes = sizes
     counts = (input_ids == family.image_token_id).sum(1)  # (B,)
-    if pixel_values is not None:
-        counts = counts // (counts.sum() // len(pixel_values))  # images in each prompt
-    images = None if pixel_values is None else pixel_values.split(counts.tolist())
+    if read.image_sizes is not None:  # of any size: how many images end in each prompt
+        lengths = torch.tensor([family.dense_placeholders(family.read_grid(size)) for size in read.sizes(family)])
+        counts = torch.searchsorted(lengths.cumsum(0), counts.cumsum(0), right=True).diff(prepend=counts.new_zeros(1))
+    elif read.values is not None:
+        counts = counts // (counts.sum() // len(read.values))  # images in each prompt
+    first = 0
     for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
         alone = {"input_ids": ids[mask.bool()][None]}
+        images, first = slice(first, first + int(counts[row])), first + int(counts[row])
         if counts[row]:
-            alone["pixel_values"] = images[row]
-        if image_sizes is not None:
+            alone["pixel_values"] = read.values[images]
+        if gen_image_sizes is not None:
+            alone["gen_image_sizes"] = gen_image_sizes[row : row + 1]
+            if counts[row]:
+                alone["image_sizes"] = image_sizes[images]
+        elif image_sizes is not None:
             alone["image_sizes"] = image_sizes[row : row + 1]
         if negative is not None:
             alone["negative_prompt_ids"] = negative[0][row][negative[1][row].bool()][None]
@@ -251,53 +288,73 @@ def _draw_compact(
     head: CodeHead,
     prompts: torch.Tensor,
     mask: torch.Tensor,
-    grid: Grid,
+    prompt_positions: torch.Tensor | None,
+    drawing: tuple[Grid, ...],
     sample: CodeSampler,
     config: GenerationConfig,
     progress: bool | Callable[[], object],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Runs the language model's loop; returns global codes (B, N), steps (B, T', k), and the scores of all chosen codes."""
-    family, module = head.family, head.module
-    count, (rows, columns) = module.num_global_codes, compact_grid(grid, module.stride)
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
+    """Runs the language model's loop over the grids of a drawing.
+
+    Returns:
+        For each grid the global codes (B, N) and the steps (B, T', k); and the scores of all chosen codes.
+    """
+    family, count = head.family, head.module.num_global_codes
     eol = family.eol.expand(len(prompts), 1, -1) if family.has_eol else None
-    position_deltas = head.position_deltas(grid)  # (N + 1 + T',)
-    if family.has_eol:
-        front, step_deltas = position_deltas[: count + 1], position_deltas[count + 1 :].unflatten(0, (rows, columns))
-        position_deltas = torch.cat([front, F.pad(step_deltas, (0, 1), value=1).flatten()])  # an EOL token after each row
-    step = Steps(family, mask, position_deltas, config)
+    step = Steps(family, mask, _fed_deltas(head, drawing), config, prompt_positions)
     # torch.compile does not support generators, so with generators only the language model is compiled
     draw_step = _draw_step if sample.generators else step.compiled(_draw_step)
     won: list[torch.Tensor] = []
+    compact: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    bar = tqdm(total=count + rows * columns, desc="draw", disable=progress is not True)
+    step_grids = [head.step_grid(grid) for grid in drawing]
+    total = sum(count + rows * columns for rows, columns in step_grids)
+    bar = tqdm(total=total, desc="draw", disable=progress is not True)
     advance = progress if callable(progress) else bar.update
     inputs = prompts
-    globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
-    for index in range(count):
-        codes = _noting(sample, won)(family.code_logits(step(inputs)))
-        globals_[:, index] = codes
-        inputs = family.embed_codes(codes).unsqueeze(1)
-        advance()
-    # The separator and the EOL tokens are known, so each is fed together with the token before it and costs no step
-    inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
-    steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
-    entries = head.entries(globals_)
-    for index in range(rows * columns):
-        if index:
-            inputs = head.embed_steps(steps[:, index - 1 : index])  # (B, 1, k) -> (B, 1, D)
-            if family.has_eol and index % columns == 0:
+    for grid, (rows, columns) in zip(drawing, step_grids, strict=True):
+        globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
+        for index in range(count):
+            codes = _noting(sample, won)(family.code_logits(step(inputs)))
+            globals_[:, index] = codes
+            inputs = family.embed_codes(codes).unsqueeze(1)
+            advance()
+        # The separator and the EOL tokens are known, so each is fed together with the token before it and costs no step
+        inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
+        steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
+        entries = head.entries(globals_)
+        for index in range(rows * columns):
+            hidden = step(inputs)
+            steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
+            won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
+            steps[:, index, math.prod(grid) - index * head.codes_per_step :] = 0  # what fills up the last step is no code
+            advance()
+            inputs = head.embed_steps(steps[:, index : index + 1])  # (B, 1, k) -> (B, 1, D)
+            if family.has_eol and (index + 1) % columns == 0:
                 inputs = torch.cat([inputs, eol], 1)
-        hidden = step(inputs)
-        steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
-        won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
-        advance()
+        compact.append((globals_, steps))
     bar.close()
     if not bool(hidden.isfinite().all()):  # one check after the loop: a NaN in the cache spreads to all later states
         raise BaseModelError(
             f"The language model's hidden states are not finite numbers in {hidden.dtype}; expected finite numbers. Load the "
             "base with dtype=torch.bfloat16 or torch.float32, and check its weights."
         )
-    return globals_, steps, won
+    return compact, won
+
+
+def _fed_deltas(head: CodeHead, drawing: tuple[Grid, ...]) -> torch.Tensor:
+    """Returns by how much the position id grows at each token that the loop feeds, with EOL tokens, (..., tokens)."""
+    parts, after = [], 1
+    for grid in drawing:
+        deltas = head.position_deltas(grid)  # (..., N + 1 + T' + 1)
+        deltas[..., 0] += after - 1  # the image before moves the position on
+        deltas, after = deltas[..., :-1], deltas[..., -1]
+        if head.family.has_eol:
+            count = head.module.num_global_codes + 1
+            front, rows = deltas[:count], deltas[count:].unflatten(0, head.step_grid(grid))
+            deltas = torch.cat([front, F.pad(rows, (0, 1), value=1).flatten()])  # an EOL token after each row
+        parts.append(deltas)
+    return torch.cat(parts, -1)
 
 
 def _draw_step(

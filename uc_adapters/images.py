@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from transformers import ProcessorMixin
 
 from .errors import InputError
@@ -70,19 +71,42 @@ def pack_latents(family: Family, processor: ProcessorMixin, images: list[Image])
 
     Returns:
         For each image, `{"size": [H, W], "values": ...}`: the size in pixels after the processor, and the latents (T, C) as
-        float32 bytes.
+        float32 bytes. If the base draws previews, the preview's size and latents come before those of the image.
     """
-    prepared = processor.image_processor(images, return_tensors="pt")
-    pixel_values = prepared["pixel_values"].to(family.device)
-    packed = {}
-    for rows, pixels, size in family.by_size(pixel_values, prepared.get("image_sizes")):
-        latents = family.latents(pixels).cpu().numpy()  # (n, T, C), float32
-        packed.update({row: {"size": list(size), "values": array.tobytes()} for row, array in zip(rows, latents, strict=True)})
-    return [packed[row] for row in range(len(images))]
+    packed = [{"size": [], "values": b""} for _ in images]
+    for prepared in (family.preview_inputs(processor, images), family.image_inputs(processor, images)):
+        if prepared is None:
+            continue
+        pixel_values = prepared["pixel_values"].to(family.device)
+        for rows, pixels, size in family.by_size(pixel_values, prepared.get("image_sizes")):
+            for row, latents in zip(rows, family.latents(pixels).cpu().numpy(), strict=True):  # (T, C), float32
+                packed[row] = {"size": [*packed[row]["size"], *size], "values": packed[row]["values"] + latents.tobytes()}
+    return packed
 
 
-def unpack_latents(packed: dict, code_width: int) -> torch.Tensor:
-    """Returns the latents (T, C) of one image that `pack_latents` packed."""
-    return torch.frombuffer(bytearray(packed["values"]), dtype=torch.float32).view(
-        -1, code_width
-    )  # `bytearray` copies: torch wants writable memory, and bytes are read-only
+def unpack_latents(packed: dict, code_width: int) -> list[tuple[Size, torch.Tensor]]:
+    """Returns size and latents (T, C) of one image that `pack_latents` packed, after those of its preview if it has one."""
+    # `bytearray` copies: torch wants writable memory, and bytes are read-only
+    latents = torch.frombuffer(bytearray(packed["values"]), dtype=torch.float32).view(-1, code_width)
+    sizes = list(zip(packed["size"][::2], packed["size"][1::2], strict=True))
+    areas = [height * width for height, width in sizes]
+    counts = [len(latents) * area // sum(areas) for area in areas]  # every code has as many pixels
+    return list(zip(sizes, latents.split(counts), strict=True))
+
+
+def in_order(parts: list[dict[str, torch.Tensor]], order: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Joins prepared images of several sizes, padded to one size.
+
+    Args:
+        parts: The images of each part, `pixel_values` (n, 3, H, W), and `image_sizes` (n, 2) if images have any size.
+        order: Of each image, the index of its part and its index in this part.
+    """
+    height, width = (max(part["pixel_values"].shape[side] for part in parts) for side in (2, 3))
+    padded = [
+        F.pad(part["pixel_values"], (0, width - part["pixel_values"].shape[3], 0, height - part["pixel_values"].shape[2]))
+        for part in parts
+    ]
+    joined = {"pixel_values": torch.stack([padded[part][index] for part, index in order])}
+    if "image_sizes" in parts[0]:
+        joined["image_sizes"] = torch.stack([torch.as_tensor(parts[part]["image_sizes"][index]) for part, index in order])
+    return joined

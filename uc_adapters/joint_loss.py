@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from .code_head import CodeHead, CompactCodes
 from .errors import InputError, UnsupportedError
 from .images import Images
+from .positions import dense_reading, sequence_positions
 from .tuner_layers import ReadLayer
 
 # The kinds of labelled positions in `JointOutput.kinds`; 0 marks a position without a label
@@ -82,13 +83,14 @@ def joint_loss(
         inputs, position_deltas = {}, {}
         for rows, codes in batches:
             inputs.update(zip(rows, head.embed(codes), strict=True))  # (N + 1 + T', D) each
-            position_deltas.update(dict.fromkeys(rows, head.position_deltas(codes.grid)))  # (N + 1 + T',) each
+            position_deltas.update(dict.fromkeys(rows, head.position_deltas(codes.grid)))  # (..., N + 1 + T' + 1) each
         inputs, position_deltas = ([by_row[row] for row in range(len(by_row))] for by_row in (inputs, position_deltas))
         embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), torch.cat(inputs).to(embeddings.dtype))
-        if position_ids is None:
-            position_ids = torch.ones_like(input_ids).masked_scatter(gen_mask, torch.cat(position_deltas)).cumsum(1) - 1
         if attention_mask is None:  # without it, transformers would take jumps in the position ids for packed sequences
             attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            images = [(gen_mask, position_deltas), *dense_reading(family, read, read_mask)]
+            position_ids = sequence_positions(attention_mask, images)
     hidden = family.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state[:, :-1]  # (B, L - 1, D): position t predicts t + 1

@@ -77,7 +77,8 @@ class UniCompressModel(HubModel):
 
     @property
     def num_image_tokens(self) -> int | None:
-        """The number of placeholders of one image to read: N_g + 1 + T / s^2, or the base's T while the adapter is disabled.
+        """The number of placeholders of one image to read: N_g + 1 + T / s^2, or the base's T while the adapter is disabled,
+        or if it leaves the images to read as they are.
 
         It is None if the base takes images of any size. Then use `active_peft_config.num_image_tokens((H, W))` for an image of
         H x W dense tokens.
@@ -87,7 +88,7 @@ class UniCompressModel(HubModel):
 
     def _placeholders(self, grid: Grid) -> int:
         """Returns the number of placeholders of one image to read, for the enabled or disabled adapter."""
-        if self.read_layer.active_module() is None:
+        if self.read_layer.active_module() is None or not self.family.compresses_reading:
             return self.family.dense_placeholders(grid)
         return self.active_peft_config.num_image_tokens(grid)
 
@@ -205,7 +206,7 @@ class UniCompressModel(HubModel):
             pixel_values: Images to read, (N, 3, H, W), in the order of their placeholders.
             attention_mask: (B, L).
             position_ids: (B, L). Default: each token adds one. With "strip", the codes of an image to generate have the
-                position ids of the base's own sequence, see `StripDecompressor.position_deltas`.
+                position ids of the base's own sequence, see `StripDecompressor.step_positions`.
             image_sizes: Height and width in pixels, (N, 2), if the base takes images of any size.
             labels: (B, L), -100 for tokens that are not learned. At the placeholders of an image to generate, any other value
                 marks the codes to learn.
@@ -248,7 +249,10 @@ class UniCompressModel(HubModel):
                 "gen_pixel_values or teacher_probs with the adapter disabled; expected an enabled adapter, since only it draws "
                 "in compact form and learns from a teacher. Enable it, or remove these arguments."
             )
-        self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask)
+        if enabled or self.family.compresses_reading:
+            self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask)
+        else:
+            self._check_base_inputs(image_sizes, gen_image_sizes)
         if labels is not None and enabled:
             self._check_labels(labels, gen_mask)
         if teacher_states is not None:
@@ -319,10 +323,18 @@ class UniCompressModel(HubModel):
         to_draw = mode == "image"
         if to_draw:
             self._check_draws()
+        elif self.family.why_no_answers is not None and self.read_layer.active_module() is not None:
+            raise UnsupportedError(
+                f"A {self.family.model_type} base cannot answer: {self.family.why_no_answers}. Draw with "
+                "generate(..., generation_mode='image')."
+            )
         read = Images(kwargs.get("pixel_values"), kwargs.get("image_sizes"))
         if self.read_layer.active_module() is None:
             input_ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-            self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
+            if self.family.compresses_reading:
+                self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
+            else:
+                self._check_base_inputs(kwargs.get("image_sizes"), kwargs.get("gen_image_sizes"))
             return super().generate(*args, **kwargs)
         if len(args) > 1:
             raise InputError(f"generate got {len(args)} arguments by position; expected input_ids alone. Name the others.")
@@ -334,11 +346,13 @@ class UniCompressModel(HubModel):
             raise InputError(f"input_ids of shape {shape}; expected (batch, tokens), both at least 1.")
         if to_draw:
             kwargs.pop("generation_mode")
-            if read.values is not None and not self.family.geometry.image_size:
+            if read.values is not None and self.family.geometry.image_size is None and self.family.compresses_reading:
                 raise InputError(
                     f"pixel_values of shape {tuple(read.values.shape)} with prompts to draw; expected prompts of text alone: "
                     "this base uses image_sizes for the images to draw. Remove pixel_values."
                 )
+            if read.values is None and self.family.geometry.image_size is None:
+                read = Images()  # `image_sizes` are those of the images to draw
             self._check_inputs(input_ids, read, Images())
             return draw(self.code_head, self.read_layer, input_ids, **kwargs)
         self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
@@ -417,6 +431,14 @@ class UniCompressModel(HubModel):
             raise InputError(
                 f"A prompt ends in token {begin}, which begins an image, without generation_mode; expected generate(..., "
                 "generation_mode='image'), which draws it in compact form."
+            )
+
+    def _check_base_inputs(self, image_sizes: torch.Tensor | None, gen_image_sizes: torch.Tensor | None) -> None:
+        """Raises InputError for inputs of the adapter's processor, where the base has another form of images."""
+        if image_sizes is not None or gen_image_sizes is not None:
+            raise InputError(
+                "image_sizes or gen_image_sizes with the adapter disabled; expected inputs of the base's own processor. Use "
+                "that saved with the base: AutoProcessor.from_pretrained(...)."
             )
 
     def _check_inputs(

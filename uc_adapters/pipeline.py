@@ -40,7 +40,7 @@ class UniCompressPipeline(DiffusionPipeline):
         model: The adapter on its base. Default: it is loaded from where the processor came from.
 
     Raises:
-        UnsupportedError: The base cannot draw.
+        UnsupportedError: The base cannot draw, or draws codes without pixels.
     """
 
     _optional_components = ["model"]
@@ -49,6 +49,11 @@ class UniCompressPipeline(DiffusionPipeline):
     def __init__(self, processor: ProcessorMixin, model: UniCompressModel | None = None):
         super().__init__()
         family = family_of_processor(processor)
+        if family.why_no_pixels is not None:
+            raise UnsupportedError(
+                f"A {family.model_type} base draws codes, and no pixels: {family.why_no_pixels}. Draw with UniCompressModel, "
+                "and pass the codes on as the adapter's card shows."
+            )
         if family.why_no_drawing is not None:
             raise UnsupportedError(
                 f"A {family.model_type} base cannot draw: {family.why_no_drawing}. Load the adapter with UniCompressModel to "
@@ -218,7 +223,7 @@ class UniCompressPipeline(DiffusionPipeline):
     def _check_length(self, inputs: BatchFeature, grid: Grid, name: str) -> None:
         """Raises InputError where a prompt and its image do not fit into the base's context."""
         family, longest = self.model.family, int(inputs["attention_mask"].sum(1).max())
-        drawn = int(self.model.code_head.position_deltas(grid).sum()) + grid[0] * family.has_eol
+        drawn = int(self.model.code_head.position_deltas(grid)[:-1].sum()) + grid[0] * family.has_eol
         context = family.base.config.get_text_config().max_position_embeddings
         if longest + drawn > context:
             raise InputError(

@@ -50,10 +50,12 @@ class Sequence:
         self._append(ids, ids, [False] * len(ids))
         self.end = end
 
-    def draw(self, ids: list[int], places: list[bool], separator: int, end: int) -> None:
-        """Appends an image to draw. The placeholder with index `separator` is the separator, which is never predicted."""
+    def draw(self, ids: list[int], places: list[bool], separators: list[int], end: int) -> None:
+        """Appends a drawing. The placeholders with the indices `separators` are separators, which are never predicted."""
         labels = [token if place else -100 for token, place in zip(ids, places, strict=True)]
-        labels[[index for index, place in enumerate(places) if place][separator]] = -100
+        placeholders = [index for index, place in enumerate(places) if place]
+        for separator in separators:
+            labels[placeholders[separator]] = -100
         self._append(ids, labels, places)
         self.draws, self.end = True, end
 
@@ -71,16 +73,18 @@ class Sequence:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """The text and content of an image to draw.
+    """The text and content of an image to draw, with its preview if there is one.
 
     Attributes:
         begin: The wrapper text with which the prompt ends.
         rest: The rest of the image's text: its placeholders and closing wrapper text.
+        separators: The indices of the separators among its placeholders.
         content: Bytes that differ between images, for caption dropout.
     """
 
     begin: str
     rest: str
+    separators: list[int]
     content: bytes
 
 
@@ -91,12 +95,11 @@ class SequenceWriter:
         processor: The adapter's processor.
         ends: The tokens that end generation.
         end: The one of `ends` to write if the chat template writes none.
-        separator: The index of the separator among the placeholders of an image to draw.
     """
 
-    def __init__(self, processor: ProcessorMixin, ends: list[int], end: int, separator: int):
+    def __init__(self, processor: ProcessorMixin, ends: list[int], end: int):
         self.processor, self.tokenizer, self.family = processor, processor.tokenizer, family_of_processor(processor)
-        self.ends, self.end, self.separator = ends, end, separator
+        self.ends, self.end = ends, end
         self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def write(
@@ -117,7 +120,8 @@ class SequenceWriter:
             image = next(drawn) if to_draw else None
             text += image.begin if to_draw else ""
             prompt = self._tokens(text)
-            if to_draw and dropout.drops(completion.prompt.encode() + image.content):
+            may_drop = to_draw and (self.family.guides_edits or not completion.images)
+            if may_drop and dropout.drops(completion.prompt.encode() + image.content):
                 made.append(Sequence())
                 made[-1].prompt(self._unconditional(prompt))
             else:
@@ -127,7 +131,7 @@ class SequenceWriter:
                 made[-1].read = completion.images
             if to_draw:
                 ids = self._behind(text, prompt, image.rest)
-                made[-1].draw(ids, [token == self.image_id for token in ids], self.separator, self.end)
+                made[-1].draw(ids, [token == self.image_id for token in ids], image.separators, self.end)
             else:
                 made[-1].answer(*self._answer(text, prompt, completion.words))
         for sequence in made:
@@ -149,10 +153,8 @@ class SequenceWriter:
 
     def _unconditional(self, prompt: list[int]) -> list[int]:
         """Replaces the text tokens of a drawing prompt with padding, as `Family.unconditional` does for guidance."""
-        start = self.tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
-        last = len(prompt) - 1 - prompt[::-1].index(start)
-        kept = (self.tokenizer.bos_token_id, start)
-        return [token if token in kept or index > last else self.tokenizer.pad_token_id for index, token in enumerate(prompt)]
+        places, pad = self.family.wrapper_places(self.processor, prompt), self.tokenizer.pad_token_id
+        return [token if place else pad for token, place in zip(prompt, places, strict=True)]
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]

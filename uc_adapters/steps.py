@@ -24,7 +24,8 @@ class Steps:
     Args:
         family: The family of the base.
         mask: The attention mask of the prompts, (B, L), with padding on the left. Padding has no position id of its own.
-        position_deltas: By how much the position id grows at each token after the prompts, (tokens,).
+        position_deltas: By how much the position id grows at each token after the prompts, (tokens,) or (axes, tokens).
+        prompt_positions: The position ids of the prompts, (B, L) or (axes, B, L). Default: each token adds one.
         config: A generation config, read as by transformers' own `generate`. `cache_implementation="static"` allocates all keys
             and values at the start. On a GPU it also compiles the steps, into CUDA graphs unless `compile_config` says
             otherwise; `disable_compile` prevents that. Default "dynamic": the cache grows, and nothing is compiled.
@@ -33,7 +34,14 @@ class Steps:
         UnsupportedError: `cache_implementation` is neither of the two.
     """
 
-    def __init__(self, family: Family, mask: torch.Tensor, position_deltas: torch.Tensor, config: GenerationConfig):
+    def __init__(
+        self,
+        family: Family,
+        mask: torch.Tensor,
+        position_deltas: torch.Tensor,
+        config: GenerationConfig,
+        prompt_positions: torch.Tensor | None = None,
+    ):
         chosen = config.cache_implementation or "dynamic"
         if chosen not in CACHES:
             raise UnsupportedError(f"cache_implementation={chosen!r} does not work for images; expected {' or '.join(CACHES)}.")
@@ -41,16 +49,18 @@ class Steps:
         self.text_config = family.base.config.get_text_config()
         self.padded = not bool(mask.all())
         self.static = chosen == "static"
-        length = mask.shape[1] + len(position_deltas)
+        length = mask.shape[1] + position_deltas.shape[-1]
         if self.static:
             length = -(-length // ROUND) * ROUND
             self.cache: Cache = StaticCache(self.text_config, max_cache_len=length)
         else:
             self.cache = DynamicCache(config=self.text_config)
         self.mask = F.pad(mask, (0, length - mask.shape[1]), value=1)  # (B, length)
-        prompts = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-        positions = torch.cat([prompts, prompts[:, -1:] + position_deltas.cumsum(0)], 1)  # (B, L + tokens)
-        self.positions = F.pad(positions, (0, length - positions.shape[1]))  # (B, length): one layout, compiled once
+        if prompt_positions is None:
+            prompt_positions = (mask.cumsum(1) - 1).clamp(min=0).expand(*position_deltas.shape[:-1], *mask.shape)
+        drawn = prompt_positions[..., -1:] + position_deltas.cumsum(-1).unsqueeze(-2)  # (..., B, tokens)
+        positions = torch.cat([prompt_positions, drawn], -1)  # (..., B, L + tokens)
+        self.positions = F.pad(positions, (0, length - positions.shape[-1]))  # (..., B, length): one layout, compiled once
         compiles = family.base._valid_auto_compile_criteria({CACHE_NAME: self.cache}, config)
         # Shapes are fixed unless the user says otherwise: a step has one token, or two with a known one
         self.compile_kwargs = (config.compile_config or CompileConfig(dynamic=False)).to_dict() if compiles else None
@@ -63,14 +73,14 @@ class Steps:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Feeds inputs (B, n, D); returns the last hidden state (B, D)."""
         first, self.seen = self.seen, self.seen + inputs.shape[1]
-        positions = self.positions[:, first : self.seen]
+        positions = self.positions[..., first : self.seen]
         if first == 0:
             hidden = _last_hidden(self.family, inputs, self.mask[:, : self.seen], positions, self.cache)
             return hidden.clone(memory_format=torch.contiguous_format)  # the strides of a slice depend on the prompt's length
-        hidden = self._language_model(self.family, inputs, self._mask_of(inputs, positions), positions, self.cache)
+        hidden = self._language_model(self.family, inputs, self._mask_of(inputs), positions, self.cache)
         return hidden.clone() if self.compile_kwargs is not None else hidden  # the next step overwrites a CUDA graph's output
 
-    def _mask_of(self, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+    def _mask_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """Returns the attention mask of a step; None if the model needs none."""
         if not self.static and not self.padded:
             return None
@@ -80,7 +90,6 @@ class Steps:
             inputs,
             self.mask if self.static else self.mask[:, : self.seen],
             self.cache,
-            positions,
             allow_is_causal_skip=False,
         )
 

@@ -16,10 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compression import CodeReadCompressor, DrawCompressor, ReadCompressor
+from .compression import CodeReadCompressor, DrawCompressor, NoReadCompressor, ReadCompressor
 from .errors import UnsupportedError
 from .families import Family
+from .images import Images
 from .layers import Grid
+from .positions import dense_reading, sequence_positions
 
 CONTAINER = "lora_uc"  # begins with "lora_": transformers' load_adapter inserts adapter names after one prefix per method
 
@@ -218,6 +220,46 @@ class CodeReadLayer(ReadLayer):
             raise UnsupportedError(ONE_ANSWER.format(f"{placeholders // compact} answers a prompt"))
 
 
+class DenseReadLayer(ReadLayer):
+    """The layer of a base that reads images as its own codes. A hook of the model puts the codes into the token ids."""
+
+    module_class = NoReadCompressor
+
+    def __init__(self, base_layer: nn.Module, family: Family):
+        super().__init__(base_layer, family)
+        self.hook = family.base.model.register_forward_pre_hook(self._read_codes, with_kwargs=True)
+
+    def unload_and_optionally_merge_module(self, *args, **kwargs) -> nn.Module:
+        self.hook.remove()
+        return super().unload_and_optionally_merge_module(*args, **kwargs)
+
+    def image_codes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[torch.Tensor]:
+        """Returns the base's own codes of each of the images (N, 3, H, W), as a list of N (T,)."""
+        codes: dict[int, torch.Tensor] = {}
+        for rows, pixels, _ in self.family.by_size(pixel_values, image_sizes):
+            codes.update(zip(rows, self.family.dense_codes(pixels), strict=True))
+        return [codes[row] for row in range(len(pixel_values))]
+
+    def image_embeddings(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[torch.Tensor]:
+        return [self.family.embed_codes(codes) for codes in self.image_codes(pixel_values, image_sizes)]
+
+    def _read_codes(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Reads the images that the adapter's processor prepared. The base's own inputs stay as they are."""
+        pixel_values, image_sizes = kwargs.get("pixel_values"), kwargs.get("image_sizes")
+        if self.active_module() is None or pixel_values is None or image_sizes is None:
+            return None
+        family, ids, mask = self.family, kwargs["input_ids"], kwargs.get("attention_mask")
+        places = ids == family.image_token_id
+        mask = torch.ones_like(ids) if mask is None else mask
+        others = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
+        others["input_ids"] = ids.masked_scatter(
+            places, family.code_token_ids[torch.cat(self.image_codes(pixel_values, image_sizes))]
+        )
+        if kwargs.get("position_ids") is None:
+            others["position_ids"] = sequence_positions(mask, dense_reading(family, Images(pixel_values, image_sizes), places))
+        return args, others
+
+
 ONE_ANSWER = (
     "{} through a plain PeftModel or transformers' own generate; expected one answer a prompt and no beams, since they would "
     "repeat this base's images wrongly. Load the adapter with UniCompressModel.from_pretrained(base, adapter), which supports "
@@ -246,5 +288,5 @@ def layer_classes(family: Family | type[Family]) -> dict[str, type[UniCompressLa
     if not family.shared_vocabulary:
         layers = {"read": FeatureReadLayer, "draw": DrawLayer}
     else:
-        layers = {"read": CodeReadLayer, "draw": CodeDrawLayer}
+        layers = {"read": CodeReadLayer if family.compresses_reading else DenseReadLayer, "draw": CodeDrawLayer}
     return {role: layer for role, layer in layers.items() if role in family.module_names}

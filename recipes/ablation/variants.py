@@ -19,6 +19,7 @@ from uc_adapters import UniCompressModel, get_uc_model
 from uc_adapters.compression import make_decompressor
 from uc_adapters.layers import (
     Grid,
+    Positions,
     RasterDecompressor,
     StripDecompressor,
     compact_grid,
@@ -123,8 +124,8 @@ class CellDecompressor(StripDecompressor):
     def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return windows_to_raster(x, self.stride, grid)
 
-    def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
-        return [1] * math.prod(compact_grid(grid, self.stride))  # positions count compact tokens
+    def step_positions(self, positions: Positions, grid: Grid) -> torch.Tensor:
+        return positions(compact_grid(grid, self.stride)) + 1  # positions count compact tokens
 
     def memory(self, state: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
         return torch.cat([state, self.global_in(globals_)], 1)
@@ -133,10 +134,10 @@ class CellDecompressor(StripDecompressor):
 class CellAtDensePlaces(CellDecompressor):
     """Each window uses the mean of its codes' positions in the base's own sequence as its position id."""
 
-    def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
-        positions = torch.arange(math.prod(grid)).view(1, -1)  # (1, T), in raster order
-        of_windows = self.order(positions, grid)[0].float().mean(-1).round().long()  # (T',)
-        return of_windows.diff(prepend=of_windows.new_zeros(1)).tolist()
+    def step_positions(self, positions: Positions, grid: Grid) -> torch.Tensor:
+        of_codes = torch.arange(math.prod(grid)).view(1, -1)  # (1, T), in raster order
+        of_windows = self.order(of_codes, grid)[0].float().mean(-1).round().long()  # (T',)
+        return torch.cat([of_windows, of_windows[-1:] + 1])
 
 
 class StripOfLast(StripDecompressor):
@@ -150,7 +151,7 @@ class StripOfLast(StripDecompressor):
 class StripOfLastAtCompactPlaces(StripOfLast):
     """Positions count compact tokens, as in "cell"."""
 
-    position_deltas = CellDecompressor.position_deltas
+    step_positions = CellDecompressor.step_positions
 
 
 class OneShotDecompressor(RasterDecompressor):

@@ -63,7 +63,7 @@ def train_stage_1(
             "--fsdp in stage 1, which trains some millions of weights and is not sharded. Run it before, with --stage 1 and "
             "torchrun, without --fsdp."
         )
-    if args.sample_steps and "decompressor" in stage.trained:
+    if shows_pictures(args, model) and "decompressor" in stage.trained:
         shown = [row["images"][0] for row in islice(rows, SHOWN)]
         trainer.add_callback(
             SamplePictures(
@@ -78,6 +78,11 @@ def train_stage_1(
     if model.code_head is None or not model.code_head.module.num_global_codes:
         return None
     return stage.least_perplexity(list(islice(rows, 512)), trainer.data_collator)
+
+
+def shows_pictures(args: FinetuneArguments, model: UniCompressModel) -> bool:
+    """Whether sample pictures are written. Some bases draw codes, and cannot make pixels of them."""
+    return bool(args.sample_steps) and model.family.why_no_pixels is None
 
 
 def check_global_codes(perplexity: float | None) -> None:
@@ -138,7 +143,7 @@ def train_stage_2(
             "--distill with FSDP: the teacher is the base itself, and its sharded weights cannot run twice. Leave one out."
         )
     model.print_trainable_parameters()
-    drawn = list(islice((row for row in islice(rows, 64) if is_drawn(row)), SHOWN)) if args.sample_steps else []
+    drawn = list(islice((row for row in islice(rows, 64) if is_drawn(row)), SHOWN)) if shows_pictures(args, model) else []
     if drawn and not trainer.is_fsdp_enabled:  # with sharded weights a single process cannot draw
         captions, shown = [caption_of(row) for row in drawn], [row["images"][0] for row in drawn]
         trainer.add_callback(

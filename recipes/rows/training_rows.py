@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
 from rows.conversations import FORMS, ROW, UNFINISHED_FORMS, AnyDataset, DatasetError, conversations, decoded, fingerprint_of
 from rows.unknown_words import unknown_words
@@ -23,6 +22,7 @@ from transformers import ProcessorMixin
 from uc_adapters import UniCompressCollator, UniCompressModel, __version__
 from uc_adapters.errors import InputError
 from uc_adapters.images import Images
+from uc_adapters.positions import sequence_positions
 
 SHOWN = 10  # bad rows that are named; further ones are only counted
 MEND = "correct them, or pass --skip_bad_rows true"
@@ -41,16 +41,14 @@ def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
     Raises:
         DatasetError: There is an image to draw, and the base only reads.
     """
-    family, positions = model.family, batch["attention_mask"].sum(1)  # (B,)
+    family, mask = model.family, batch["attention_mask"]
     drawn = Images(batch.get("gen_pixel_values"), batch.get("gen_image_sizes"))
     if drawn.values is None:
-        return int(positions.max())
+        return int(mask.sum(1).max())
     if family.why_no_drawing is not None:
         raise DatasetError(f"it has an image to draw, and the base cannot draw: {family.why_no_drawing}")
-    deltas_of_images = [model.code_head.position_deltas(family.draw_grid(size)) for size in drawn.sizes(family)]
-    draws = batch["gen_mask"].any(1)  # a sequence draws one image at most
-    positions[draws] += torch.stack([(deltas - 1).sum() for deltas in deltas_of_images]).to(positions.device)
-    return int(positions.max())
+    deltas = [model.code_head.position_deltas(family.draw_grid(size)).to(mask.device) for size in drawn.sizes(family)]
+    return int(sequence_positions(mask, [(batch["gen_mask"], deltas)]).max()) + 1
 
 
 @dataclass(frozen=True)

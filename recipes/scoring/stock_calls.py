@@ -9,6 +9,7 @@ import torch
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from uc_adapters import UniCompressModel
+from uc_adapters.errors import UnsupportedError
 from uc_adapters.families import family_of
 from uc_adapters.layers import Grid
 
@@ -76,7 +77,29 @@ class Emu3Calls:
         return model.decode_image_tokens(image_tokens=tokens, height=grid[0], width=grid[1])
 
 
-CALLS = {"janus": JanusCalls(), "emu3": Emu3Calls()}
+class GlmImageCalls:
+    """The calls of GLM-Image: `generate` draws whatever it is asked, a preview before the image. It has no pixels."""
+
+    def prompts(self, processor: ProcessorMixin, texts: list[str], **kwargs) -> BatchFeature:
+        return processor(text=texts, padding=True, return_tensors="pt", **kwargs)
+
+    def draw(self, model: PreTrainedModel, inputs: BatchFeature, **sampling) -> torch.Tensor:
+        if isinstance(model, UniCompressModel):
+            return model.generate(**inputs, generation_mode="image", **sampling)
+        drawn = inputs["image_grid_thw"][: inputs["images_per_sample"][0]].prod(1).sum()
+        sequences = model.generate(**inputs, max_new_tokens=int(drawn), **sampling)
+        return sequences[:, inputs["input_ids"].shape[1] :]
+
+    def grid(self, model: PreTrainedModel, inputs: BatchFeature) -> Grid:
+        if "gen_image_sizes" in inputs:
+            return family_of(base_of(model)).prompt_grids(len(inputs["input_ids"]), inputs["gen_image_sizes"])[0]
+        return tuple(inputs["image_grid_thw"][0, 1:].tolist())
+
+    def pixels(self, model: PreTrainedModel, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        raise UnsupportedError(f"GLM-Image draws codes, and no pixels: {family_of(base_of(model)).why_no_pixels}.")
+
+
+CALLS = {"janus": JanusCalls(), "emu3": Emu3Calls(), "glm_image": GlmImageCalls()}
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -84,12 +107,12 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, UniCompressModel) else model
 
 
-def calls_of(model: PreTrainedModel) -> JanusCalls | Emu3Calls:
+def calls_of(model: PreTrainedModel) -> JanusCalls | Emu3Calls | GlmImageCalls:
     """The calls for a bare base, or for one with an adapter."""
     return CALLS[model.config.model_type]
 
 
-def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCalls | Emu3Calls) -> dict:
+def drawing_inputs(processor: ProcessorMixin, prompts: list[str], calls: JanusCalls | Emu3Calls | GlmImageCalls) -> dict:
     """The inputs of a batch of prompts to draw, prepared as in the base's documentation."""
     texts = [
         processor.apply_chat_template(

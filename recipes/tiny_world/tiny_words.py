@@ -45,16 +45,26 @@ def chat_template(image_token: str, begin: str = "{{ bos_token }}") -> str:
     )
 
 
-def word_tokenizer(image_tokens: dict[str, str], words: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token per word and digit. `image_tokens` are the family's special tokens, by attribute name."""
-    vocabulary = dict.fromkeys([*SPECIAL_TOKENS.values(), *image_tokens.values(), *ROLES, *words])
+def word_tokenizer(
+    image_tokens: dict[str, str], words: list[str], first: list[str] | None = None, **special_tokens: str
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token per word and digit.
+
+    Args:
+        image_tokens: The family's special tokens, by attribute name.
+        words: The words.
+        first: Tokens that have the first ids. Default: none.
+        **special_tokens: In place of SPECIAL_TOKENS, by attribute name.
+    """
+    special_tokens = SPECIAL_TOKENS | special_tokens
+    vocabulary = dict.fromkeys([*(first or []), *special_tokens.values(), *image_tokens.values(), *ROLES, *words])
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.normalizer = _LOWERCASE
     backend.pre_tokenizer = _SPLIT
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        **SPECIAL_TOKENS,
+        **special_tokens,
         extra_special_tokens=image_tokens,
         padding_side="left",
         model_max_length=1024,

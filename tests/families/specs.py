@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import tiny_chameleon
+import tiny_glm_image
 from scoring.stock_calls import CALLS
 from shallow import shallow
 from tiny_world import tiny_emu3, tiny_janus
 from transformers import PreTrainedModel, ProcessorMixin
+
+from uc_adapters.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,19 @@ class Spec:
     name: str
     make_processor: Callable[[], ProcessorMixin]
     make_model: Callable[[ProcessorMixin], PreTrainedModel]
+    offloads_vision: bool = True  # whether accelerate can offload the bare base's vision tower
 
     @property
     def draws(self) -> bool:
         return self.name in CALLS
+
+    @property
+    def answers(self) -> bool:
+        return FAMILIES[self.name].why_no_answers is None
+
+    @property
+    def compresses_reading(self) -> bool:
+        return FAMILIES[self.name].compresses_reading
 
 
 SPECS = [
@@ -32,4 +44,6 @@ SPECS = [
         lambda processor: shallow(tiny_emu3.make_model(processor, temporal_downsample_factor=4)),
     ),
     Spec("chameleon", tiny_chameleon.make_processor, tiny_chameleon.make_model),
+    # The base reads the weight of an embedding outside of the module, where accelerate does not load it
+    Spec("glm_image", tiny_glm_image.make_processor, tiny_glm_image.make_model, offloads_vision=False),
 ]

@@ -36,7 +36,7 @@ def dataset(spec, tmp_path):
         path = tmp_path / f"{index}.png"
         Image.new("RGB", size, (60 * index, 90, 200)).save(path)
         image, words = [{"type": "image", "text": None}], [{"type": "text", "text": "a red 3"}]
-        turns = [(image + words, words), (words, image)][: 1 + spec.draws]
+        turns = [(image + words, words)] * spec.answers + [(words, image)] * spec.draws
         for asked, told in turns:
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
             rows.append({"messages": messages, "images": [str(path)]})

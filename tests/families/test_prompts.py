@@ -9,7 +9,7 @@ from helpers import attach
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from specs import SPECS
+from specs import SPECS, Spec
 from templates import TEMPLATES, template
 from tokenizers.processors import TemplateProcessing
 from transformers import ProcessorMixin
@@ -30,7 +30,7 @@ class Bench:
     model: torch.nn.Module
     processor: ProcessorMixin
     dense: ProcessorMixin
-    draws: bool
+    spec: Spec
 
     def collator(self, processor, **options) -> UniCompressCollator:
         return UniCompressCollator(processor, self.model.active_peft_config, **{"caption_dropout": 0.0, **options})
@@ -41,7 +41,7 @@ def bench(request):
     spec = request.param
     processor = spec.make_processor()
     model = attach(spec.make_model(processor))
-    return Bench(spec.name, model, model.compact_processor(processor), processor, spec.draws)
+    return Bench(spec.name, model, model.compact_processor(processor), processor, spec)
 
 
 def variant(bench: Bench, name: str, begins: bool = False, dense: bool = False) -> ProcessorMixin:
@@ -99,6 +99,10 @@ def prompt_ids(bench: Bench, processor, prompt: str, images: list, drawn: Image.
         return tokens(processor(text=[prompt], **read))
     if bench.name == "janus":
         return tokens(processor(text=[prompt], generation_mode="image", **read))
+    if bench.name == "glm_image":
+        [(_, rows, columns)] = bench.dense.image_processor([drawn], return_tensors="pt")["image_grid_thw"].tolist()
+        target = {"target_h": 32 * rows, "target_w": 32 * columns, "return_tensors": "pt"}
+        return tokens(processor(text=[prompt], **target, **read))
     height, width = map(int, processor.image_processor([drawn], return_tensors="pt")["image_sizes"][0])
     to_draw = {"return_for_image_generation": True, "ratio": f"{width // 8}:{height // 8}", "image_area": height * width}
     if not images:
@@ -155,10 +159,12 @@ def check(bench: Bench, processor, messages: list[dict], collator: UniCompressCo
         told = labels[found[0]][first:]
         if words is None:
             places = [place for place, here in enumerate(drawn[found[0]][first:]) if here]
-            assert [told[place] for place in places].count(-100) == 1  # the separator
+            separators = [told[place] for place in places].count(-100)
+            reads = bench.model.family.image_token_id in prompt
+            assert separators == (1 if reads or bench.model.family.preview_grid((8, 8)) is None else 2)
             told = [label for label in told[places[-1] + 1 :] if label != -100]
             assert told[:1] == [eos]
-            learned += len(places) - 1 + 1
+            learned += len(places) - separators + 1
         else:
             answer = told[: told.index(eos) + 1]
             words = words.replace(processor.tokenizer.eos_token, "")
@@ -169,8 +175,13 @@ def check(bench: Bench, processor, messages: list[dict], collator: UniCompressCo
 
 def rows_of(bench: Bench) -> dict[str, list[dict]]:
     """The kinds of rows that a family can learn."""
-    drawn = {kind for kind, turns in ROWS.items() for turn in turns if turn["role"] == "assistant" and IMAGE in turn["content"]}
-    return {kind: turns for kind, turns in ROWS.items() if bench.draws or kind not in drawn}
+    parts = {
+        kind: [part for turn in turns if turn["role"] == "assistant" for part in turn["content"]]
+        for kind, turns in ROWS.items()
+    }
+    drawn = set() if bench.spec.draws else {kind for kind in ROWS if IMAGE in parts[kind]}
+    told = set() if bench.spec.answers else {kind for kind in ROWS if any(part != IMAGE for part in parts[kind])}
+    return {kind: turns for kind, turns in ROWS.items() if kind not in drawn | told}
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -185,10 +196,11 @@ def test_every_kind_of_row_is_learned_behind_its_own_prompt_and_ends(bench, name
 
 
 @st.composite
-def conversations(draw, draws: bool):
+def conversations(draw, spec: Spec):
     """Any conversation: some turns of the user, each with an answer, a drawing, or both."""
     words, image = st.sampled_from(WORDS).map(say), st.just(IMAGE)
-    answers = st.lists(st.one_of(words, image) if draws else words, min_size=1, max_size=3)
+    kinds = [words] * spec.answers + [image] * spec.draws
+    answers = st.lists(st.one_of(kinds), min_size=1, max_size=3)
     messages = draw(st.sampled_from([[], [{"role": "system", "content": [say("2")]}]]))
     for _ in range(draw(st.integers(1, 3))):
         asked = draw(st.lists(st.one_of(words, image), min_size=1, max_size=3))
@@ -221,7 +233,7 @@ def images(bench: Bench) -> int:
 @given(data=st.data())
 def test_any_conversation_is_learned_as_it_is_inferred(bench, data):
     processor = variant(bench, data.draw(st.sampled_from(sorted(TEMPLATES))), data.draw(st.booleans()))
-    check(bench, processor, data.draw(conversations(bench.draws)), bench.collator(processor))
+    check(bench, processor, data.draw(conversations(bench.spec)), bench.collator(processor))
 
 
 def test_the_model_learns_from_a_batch_of_all_of_them(bench):
@@ -233,10 +245,10 @@ def test_the_model_learns_from_a_batch_of_all_of_them(bench):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_dropped_caption_is_the_prompt_of_the_unconditional_model(bench, name):
-    if not bench.draws:
+    if not bench.spec.draws:
         pytest.skip(f"{bench.name} does not draw")
     processor, config = variant(bench, name), bench.model.get_base_model().generation_config
-    for kind in ("caption drawn", "edit"):
+    for kind in ("caption drawn", "edit") if bench.model.family.guides_edits else ("caption drawn",):
         messages = ROWS[kind]
         images = pictures(messages)
         batch = bench.collator(processor, caption_dropout=1.0)([{"messages": messages, "images": images}])
@@ -247,8 +259,10 @@ def test_a_dropped_caption_is_the_prompt_of_the_unconditional_model(bench, name)
 
 
 def test_answers_before_a_drawing_are_learned_where_its_caption_is_dropped(bench):
-    if not bench.draws:
+    if not bench.spec.draws:
         pytest.skip(f"{bench.name} does not draw")
+    if not bench.spec.answers:
+        pytest.skip(f"{bench.name} does not answer")
     processor, messages = variant(bench, "janus"), ROWS["answer, then drawing"]
     row = {"messages": messages, "images": pictures(messages)}
     kept, dropped = (bench.collator(processor, caption_dropout=share)([row]) for share in (0.0, 1.0))
@@ -256,6 +270,8 @@ def test_answers_before_a_drawing_are_learned_where_its_caption_is_dropped(bench
 
 
 def test_the_base_may_end_an_answer_in_several_ways(bench):
+    if not bench.spec.answers:
+        pytest.skip(f"{bench.name} does not answer")
     processor, row = variant(bench, "chatml"), {"messages": ROWS["words alone"]}
     other = processor.tokenizer.convert_tokens_to_ids("blue")
     eos = processor.tokenizer.eos_token_id

@@ -207,24 +207,29 @@ def test_a_strip_stands_where_its_last_code_stands_in_the_bases_own_sequence(str
     for row in range(grid[0]):
         base += range(row * grid[1], (row + 1) * grid[1])
         base += [("end", row)] * has_eol
-    steps = iter(StripDecompressor(stride, layers=1, **SHAPE).position_deltas(grid, has_eol))
-    place = 0  # of the separator: where the first code stands
-    for row in range(rows):  # of strips: as many codes as s rows of the raster hold
-        for column in range(columns):
-            place += next(steps)
-            assert base[place] == (row * columns + column + 1) * stride**2 - 1
-        if has_eol:  # one word, behind every s rows
-            place += 1
-            assert base[place] == ("end", (row + 1) * stride - 1)
-    assert next(steps, None) is None
-    assert place + 1 == len(base)  # what follows the image stands where it stands in the base's
+    code_places = torch.tensor([place for place, code in enumerate(base) if isinstance(code, int)] + [len(base)])
+    *steps, after = StripDecompressor(stride, layers=1, **SHAPE).step_positions(lambda _: code_places, grid).tolist()
+    assert [base[place] for place in steps] == [(step + 1) * stride**2 - 1 for step in range(rows * columns)]
+    assert after == len(base)  # what follows the image stands where it stands in the base's
+
+
+@given(stride=st.integers(2, 3), rows=st.integers(1, 7), columns=st.integers(1, 7))
+def test_the_last_strip_holds_what_is_left_of_a_grid(stride, rows, columns):
+    module, count = StripDecompressor(stride, layers=1, **SHAPE), rows * columns
+    raster = torch.arange(count).view(1, -1)
+    strips = module.order(raster, (rows, columns))
+    assert strips.shape == (1, -(-count // stride**2), stride**2)
+    assert torch.equal(module.unorder(strips, (rows, columns)), raster)
+    *steps, after = module.step_positions(lambda _: torch.arange(count + 1), (rows, columns)).tolist()
+    assert (len(steps), steps[-1], after) == (strips.shape[1], count - 1, count)
 
 
 @each_expansion
-@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3), has_eol=st.booleans())
-def test_compact_codes_stand_one_after_the_other(module, stride, rows, columns, has_eol):
+@given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
+def test_compact_codes_stand_one_after_the_other(module, stride, rows, columns):
     module = module(stride, 2 * stride, layers=1, **SHAPE)
-    assert module.position_deltas((rows * stride, columns * stride), has_eol) == [1] * (rows * columns)
+    positions = module.step_positions(lambda grid: torch.arange(grid[0] * grid[1] + 1), (rows * stride, columns * stride))
+    assert positions.tolist() == list(range(1, rows * columns + 2))
 
 
 def test_features_start_from_the_hidden_state():

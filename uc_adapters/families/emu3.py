@@ -76,21 +76,7 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         return self.read_grid(size)
 
     def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
-        """Raises InputError unless pixels are (N, 3, H, W), and each image's size is a multiple of 8 and lies within H x W."""
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != 3 or shape[0] == 0:
-            raise InputError(
-                f"pixel_values of shape {shape}; expected (images, 3, height, width) with at least one image. Let the "
-                "processor prepare RGB images: processor(text=..., images=...)."
-            )
-        self.check_sizes(shape[0], image_sizes)
-        for height, width in self.sizes(pixel_values, image_sizes):
-            factor, within = self._factor, 0 < height <= shape[2] and 0 < width <= shape[3]
-            if not within or height % factor or width % factor:
-                raise InputError(
-                    f"An image of {height} x {width} pixels in pixel_values of shape {shape}; expected multiples of {factor} "
-                    "that lie within this shape. Let the processor prepare images: processor(text=..., images=...)."
-                )
+        self.check_any_size(pixel_values, image_sizes, self._factor)
 
     @exact
     @torch.no_grad()

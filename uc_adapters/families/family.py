@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -15,6 +15,9 @@ from transformers import BatchFeature, GenerationConfig, ProcessorMixin
 
 from ..errors import InputError
 from ..layers import Grid, nearest_codes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Height and width of an image in pixels
 Size = tuple[int, int]
@@ -67,7 +70,7 @@ class Family(ABC):
     language model   `language_model`, `text_logits`
 
     A family that only reads has no "draw" in `module_names`, gives the reason in `why_no_drawing`, and does not implement
-    `code_logits` and the other methods under "Drawing" below.
+    `code_logits` and the other methods under "Drawing" below. A family that only draws gives the reason in `why_no_answers`.
 
     Shapes: B images of one size, T = H * W dense tokens, K codes of C dimensions, D width of the language model.
     """
@@ -92,8 +95,18 @@ class Family(ABC):
     takes dense features, and the layers only store weights: see `uc_adapters.tuner_layers`."""
     has_eol: ClassVar[bool] = False
     """Whether an EOL token follows each row of an image."""
+    compresses_reading: ClassVar[bool] = True
+    """Whether an adapter shortens the images to read. If not, they are read as the base's own codes."""
     why_no_drawing: ClassVar[str | None] = None
     """The reason why the base cannot draw; None if it can."""
+    why_no_answers: ClassVar[str | None] = None
+    """The reason why the base cannot answer in text; None if it can."""
+    why_no_pixels: ClassVar[str | None] = None
+    """The reason why the base cannot turn the codes that it draws into pixels; None if it can."""
+    base_subfolder: ClassVar[str] = ""
+    """The subfolder of a Hub repo in which the base is published, if a diffusers pipeline contains it."""
+    guides_edits: ClassVar[bool] = True
+    """Whether guidance works where the prompt to draw has images. If not, captions of such drawings are never dropped."""
     default_guidance: ClassVar[float] = 1.0
     """The guidance scale that the base itself uses if none is set; 1 is no guidance."""
     question_snippet: ClassVar[str] = """\
@@ -133,7 +146,54 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         """
         return processor.prepare_inputs_layout(text=[text])[1][0]
 
+    @staticmethod
+    def image_words(processor: ProcessorMixin) -> tuple[str, ...]:
+        """Returns the tokens that the processor writes for images. A text must not contain them."""
+        return processor.image_token, processor.image_start_token, processor.image_end_token
+
+    @staticmethod
+    def reading_text(processor: ProcessorMixin, read: Mapping[str, torch.Tensor], index: int) -> str:
+        """Returns the text of an image to read, in place of its image token. `read` are the batch's, from `image_inputs`."""
+        return processor.replace_image_token(read, index)
+
+    @staticmethod
+    def drawing_texts(processor: ProcessorMixin, drawn: Mapping[str, torch.Tensor], first: int, count: int) -> list[str]:
+        """Returns the texts of the `count` images of one drawing, a preview and the image, or the image alone.
+
+        The first text begins with the wrapper tokens that end a drawing prompt. An image has as many placeholders as an image
+        to read.
+
+        Args:
+            processor: The processor of the base or of an adapter.
+            drawn: The images of the batch, from `image_inputs`.
+            first: The index of the drawing's first image.
+            count: The number of its images.
+        """
+        return [processor.replace_image_token(drawn, index) for index in range(first, first + count)]
+
+    @staticmethod
+    def wrapper_places(processor: ProcessorMixin, prompt: list[int]) -> list[bool]:
+        """Returns, for each token of a drawing prompt, whether it is not text. See `wrapper_mask`."""
+        start = processor.tokenizer.convert_tokens_to_ids(processor.image_start_token)
+        last = len(prompt) - 1 - prompt[::-1].index(start)
+        kept = (processor.tokenizer.bos_token_id, start)
+        return [token in kept or index > last for index, token in enumerate(prompt)]
+
     # Images ----------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def image_inputs(processor: ProcessorMixin, images: list[Image]) -> dict[str, torch.Tensor]:
+        """Returns `pixel_values` (N, 3, H, W) of RGB images, and `image_sizes` (N, 2) in pixels if images have any size."""
+        prepared = processor.image_processor(images, return_tensors="pt")
+        return {name: prepared[name] for name in ("pixel_values", "image_sizes") if name in prepared}
+
+    @staticmethod
+    def preview_inputs(processor: ProcessorMixin, images: list[Image]) -> dict[str, torch.Tensor] | None:
+        """Returns the same for the previews of images to draw; None if the base draws no previews.
+
+        A preview is an image of its own. The base draws it before the image, unless the prompt has images to read.
+        """
+        return None
 
     def sizes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[Size]:
         """Returns the size of each image in (N, 3, H, W). `image_sizes` (N, 2) are in pixels, if images have any size."""
@@ -147,6 +207,20 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
     def draw_grid(self, size: Size) -> Grid:
         """Returns the grid of the codes of an image to draw."""
         return self.geometry.draw_side, self.geometry.draw_side
+
+    @staticmethod
+    def preview_grid(grid: Grid) -> Grid | None:
+        """Returns the grid of the preview that the base draws before an image; None if it draws no previews."""
+        return None
+
+    def code_positions(self, grid: Grid) -> torch.Tensor:
+        """Returns the position ids of an image's codes in the base's own sequence, counted from that of the first code.
+
+        Returns:
+            (T + 1,), or (axes, T + 1) if position ids have several axes. The last one is that of the token after the image.
+        """
+        codes = torch.arange(grid[0] * grid[1] + 1)
+        return codes + codes // grid[1] if self.has_eol else codes
 
     def dense_placeholders(self, grid: Grid) -> int:
         """Returns the number of placeholders of an image in the base's own prompts, including EOL tokens."""
@@ -179,6 +253,23 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
                 f"pixel_values of shape {tuple(pixel_values.shape)}; expected (images, 3, {size}, {size}) with at least "
                 "one image. Let the base's processor resize RGB images: processor(text=..., images=...)."
             )
+
+    def check_any_size(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None, factor: int) -> None:
+        """Raises InputError unless pixels are (N, 3, H, W), and each size is a multiple of `factor` that lies within H x W."""
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[0] == 0:
+            raise InputError(
+                f"pixel_values of shape {shape}; expected (images, 3, height, width) with at least one image. Let the "
+                "processor prepare RGB images: processor(text=..., images=...)."
+            )
+        self.check_sizes(shape[0], image_sizes)
+        for height, width in self.sizes(pixel_values, image_sizes):
+            within = 0 < height <= shape[2] and 0 < width <= shape[3]
+            if not within or height % factor or width % factor:
+                raise InputError(
+                    f"An image of {height} x {width} pixels in pixel_values of shape {shape}; expected multiples of {factor} "
+                    "that lie within this shape. Let the processor prepare images: processor(text=..., images=...)."
+                )
 
     # Reading and codes -----------------------------------------------------------------------------------------------
 

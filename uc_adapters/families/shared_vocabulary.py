@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from functools import cached_property
 
 import torch
@@ -21,15 +20,23 @@ class SharedVocabularyFamily(Family):
     def code_token_ids(self) -> torch.Tensor:
         """The token id of each code, (K,), on the device of the embeddings."""
         if self._code_token_ids is None or self._code_token_ids.device != self.device:
-            self._code_token_ids = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long().to(self.device)
+            self._code_token_ids = self.token_ids_of_codes.long().to(self.device)
         return self._code_token_ids
+
+    @property
+    def token_ids_of_codes(self) -> torch.Tensor:
+        """The same, as the base's config gives them."""
+        return self.base.model.vocabulary_mapping.img2bpe_mapping_tensor
 
     def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.embed_codes(self.dense_codes(pixel_values))
 
-    @abstractmethod
     def encoded_codes(self, encoded) -> list[torch.Tensor]:
-        """Returns the codes of each of N images, (H, W) each, from the output of the base's `get_image_features`."""
+        """Returns the codes of each of N images, (H, W) each, from the output of the base's `get_image_features`.
+
+        Only a family that compresses what it reads needs it.
+        """
+        raise NotImplementedError
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -47,6 +54,6 @@ class SharedVocabularyFamily(Family):
     @cached_property
     def _run(self) -> slice | None:
         """The slice of the vocabulary that holds the codes' tokens, if they are consecutive and in order; else None."""
-        token_ids = self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.tolist()
+        token_ids = self.token_ids_of_codes.tolist()
         run = slice(token_ids[0], token_ids[0] + len(token_ids))
         return run if token_ids == list(range(run.start, run.stop)) else None

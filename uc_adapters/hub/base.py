@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoModelForImageTextToText
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ..errors import BaseModelError
+from ..families import FAMILIES
 from ..files.faults import reason
 from ..identity import at, remember_commit
 
@@ -44,6 +46,8 @@ def load_base(
             revision = HfApi().resolve_revision(source, revision=revision, **access)
             commit = revision.resolved
         options["adapter_kwargs"] = access  # else transformers asks online whether the base is an adapter
+        if subfolder := _subfolder(source, revision, stored, access):
+            options["subfolder"] = subfolder
         model = AutoModelForImageTextToText.from_pretrained(source, revision=revision, **access, **options)
     except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
         raise BaseModelError(
@@ -54,3 +58,19 @@ def load_base(
     if commit is not None:
         remember_commit(model, commit)
     return model
+
+
+def _subfolder(source: str, revision: object, stored: UniCompressConfig, access: dict[str, object]) -> str:
+    """Returns the subfolder of the base in its folder or repo: its family's, if it is there, or else none."""
+    family = FAMILIES.get((stored.base_geometry or {}).get("model_type"))
+    if family is None or not family.base_subfolder:
+        return ""
+    found = cached_file(
+        source,
+        CONFIG_NAME,
+        subfolder=family.base_subfolder,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        **access,
+    )
+    return "" if found is None else family.base_subfolder

@@ -19,6 +19,7 @@ from ..config import UniCompressConfig
 from ..errors import AdapterFileError, InputError
 from ..families import FAMILIES
 from ..files.folder import CARD_NAME, read_config
+from ..layers import Grid
 from ..version import INSTALL, __version__
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -109,15 +110,24 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
     family = FAMILIES[geometry["model_type"]]
     image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
 
-    def row(what: str, side: int, more: int, has_eol: bool) -> tuple[str, int, int]:
-        rows, columns = family.example_grid or (side, side)
+    def row(what: str, grid: Grid, more: int, has_eol: bool) -> tuple[str, int, int]:
+        rows, columns = grid
         compact = rows * columns // stride**2
         return what, rows * (columns + family.has_eol), more + compact + has_eol * (rows // stride)
 
     # the separator and the row ends count when reading; when drawing they are known, and take no step
-    table = [row(f"tokens to read {image}", geometry["read_side"], count + 1, family.has_eol)]
+    table = []
+    if family.compresses_reading:
+        grid = family.example_grid or (geometry["read_side"],) * 2
+        table.append(row(f"tokens to read {image}", grid, count + 1, family.has_eol))
     if family.why_no_drawing is None:
-        table.append(row("steps of the language model to draw one", geometry["draw_side"], drawn, False))
+        grid = family.example_grid or (geometry["draw_side"],) * 2
+        what = f"steps of the language model to draw {'one' if table else image}"
+        preview = family.preview_grid(grid)
+        if preview is not None:
+            table.append(row(f"{what}: its preview", preview, drawn, False))
+            what = "and the image itself"
+        table.append(row(what, grid, drawn, False))
     return table
 
 

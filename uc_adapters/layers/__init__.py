@@ -7,7 +7,7 @@ width of the decompressor.
 
 from .expansion import ExpansionDecompressor, PhaseDecompressor, RasterDecompressor
 from .extractor import GlobalExtractor
-from .grid import AveragePool, Grid, average_pool, compact_grid, raster_to_windows, windows_to_raster
+from .grid import AveragePool, Grid, Positions, average_pool, compact_grid, raster_to_windows, windows_to_raster
 from .quantiser import nearest_codes, straight_through, unit
 from .strip import StripDecompressor
 
@@ -17,6 +17,7 @@ __all__ = [
     "GlobalExtractor",
     "Grid",
     "PhaseDecompressor",
+    "Positions",
     "RasterDecompressor",
     "StripDecompressor",
     "average_pool",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .block_decoder import BlockDecoder, PickCodes
-from .grid import Grid, compact_grid, raster_to_windows, windows_to_raster
+from .grid import Grid, Positions, compact_grid, raster_to_windows, windows_to_raster
 from .positions import interpolate
 
 
@@ -39,9 +39,12 @@ class ExpansionDecompressor(nn.Module, ABC):
         self.global_in = nn.Linear(code_width, width)
         self.decoder = BlockDecoder(side**2, code_width, width, out_width, layers)
 
-    def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
-        """Returns by how much the position id grows at each of the T' compact codes: by one."""
-        return [1] * math.prod(compact_grid(grid, self.stride))
+    def step_positions(self, positions: Positions, grid: Grid) -> torch.Tensor:
+        """Returns the position ids of the T' compact codes and of the token after them, those of an image of so many codes.
+
+        The separator has the position id before them.
+        """
+        return positions(compact_grid(grid, self.stride)) + 1
 
     @abstractmethod
     def block(self, grid: Grid) -> int:

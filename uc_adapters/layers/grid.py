@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,6 +11,8 @@ from ..errors import InputError
 
 # Rows and columns of an image in tokens
 Grid = tuple[int, int]
+# A grid of H x W tokens -> their position ids, and that of the token after the image, (..., H * W + 1)
+Positions = Callable[[Grid], torch.Tensor]
 
 
 def compact_grid(grid: Grid, stride: int) -> Grid:

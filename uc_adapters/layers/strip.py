@@ -7,10 +7,11 @@ is the base's own order.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .block_decoder import BlockDecoder, PickCodes
-from .grid import Grid
+from .grid import Grid, Positions
 
 
 class StripDecompressor(nn.Module):
@@ -41,25 +42,26 @@ class StripDecompressor(nn.Module):
         nn.init.zeros_(self.places_in.weight)
 
     def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Groups a raster (B, T, ...) by the step that draws it, (B, T', s^2, ...)."""
-        return x.unflatten(1, (-1, self.stride**2))
+        """Groups a raster (B, T, ...) by the step that draws it, (B, T', s^2, ...). Zeros fill up the last step."""
+        missing = -x.shape[1] % self.stride**2
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)).unflatten(1, (-1, self.stride**2))
 
     def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Inverts `order`: turns steps (B, T', s^2, ...) into a raster (B, T, ...)."""
-        return x.flatten(1, 2)
+        return x.flatten(1, 2)[:, : grid[0] * grid[1]]
 
-    def position_deltas(self, grid: Grid, has_eol: bool) -> list[int]:
-        """Returns by how much the position id grows at each of the T' steps.
+    def step_positions(self, positions: Positions, grid: Grid) -> torch.Tensor:
+        """Returns the position ids of the T' steps and of the token after the image, (..., T' + 1).
 
-        A strip has the position id of its last code in the base's own sequence. The separator has that of the first code. With
-        `has_eol`, the base's sequence has an EOL token after each row, and the compact one after every s rows.
+        A step has the position id of its last code in the base's own sequence. The separator has that of the first code.
+
+        Args:
+            positions: Gives the position ids of the codes of a grid and of the token after them, from the first code on.
+            grid: The grid of the dense codes.
         """
-        rows, columns = grid
-        length = self.stride**2
-        last = [length * (index + 1) - 1 for index in range(rows * columns // length)]  # the last code of each strip
-        skipped = [has_eol * (code // columns - code // (self.stride * columns)) for code in last]  # EOL tokens left out so far
-        positions = [code + left_out for code, left_out in zip(last, skipped, strict=True)]
-        return [position - before for position, before in zip(positions, [0, *positions], strict=False)]
+        dense, count, length = positions(grid), grid[0] * grid[1], self.stride**2
+        last = [min(first + length, count) - 1 for first in range(0, count, length)]
+        return dense[..., [*last, count]]
 
     def forward(self, entries: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
         """Returns teacher-forced features (B, s^2, D) from entries (B, s^2, C), hidden (B, D) and globals_ (B, N, C)."""

@@ -25,6 +25,7 @@ from ..families import Family
 from ..images import Images
 from ..layers import Grid, nearest_codes
 from ..model import UniCompressModel
+from ..positions import dense_deltas, dense_reading, sequence_positions
 from .joint import JointTrainer, NamingCollator
 
 
@@ -134,19 +135,24 @@ def _dense_hidden(
     """Returns the dense base's last hidden states, (B, L, D), with the codes of the images to draw as its inputs."""
     family, ids, mask = model.family, batch["input_ids"], batch["attention_mask"]
     read = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
-    if family.shared_vocabulary:
+    if family.shared_vocabulary and family.compresses_reading:
         image_tokens = [  # as the base draws them, with EOL tokens, but without the tokens that end an image
             family.to_tokens(image_codes[None], grid)[0, : family.dense_placeholders(grid)]
             for image_codes, grid in zip(codes, grids, strict=True)
         ]
         ids = ids.masked_scatter(gen_mask, torch.cat(image_tokens)) if codes else ids
         return family.base.model(input_ids=ids, attention_mask=mask, use_cache=False, **read).last_hidden_state
-    to_read = (ids == family.image_token_id) & ~gen_mask
-    embeddings = model.read_layer.embed_prompt(ids, read.get("pixel_values"), None, to_read)  # (B, L, D)
+    to_read, images = (ids == family.image_token_id) & ~gen_mask, Images(**read)
+    embeddings = model.read_layer.embed_prompt(ids, images.pixel_values, images.image_sizes, to_read)  # (B, L, D)
+    places = dense_reading(family, images, to_read)
     if codes:
         drawn = family.embed_codes(torch.cat(codes)[None])[0]  # (M * T, D)
         embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), drawn.to(embeddings.dtype))
-    return family.language_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+        places = [*places, (gen_mask, [dense_deltas(family, grid) for grid in grids])]
+    positions = sequence_positions(mask, places) if places else None
+    return family.language_model(
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
 
 
 def dense_codes(family: Family, images: Images) -> list[torch.Tensor]:

@@ -26,6 +26,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from ..code_head import CodeHead
 from ..errors import InputError
+from ..families import family_of_processor
 from ..images import unpack_latents
 from ..layers import Grid, average_pool, nearest_codes, straight_through, windows_to_raster
 from ..layers.attention import Attention
@@ -225,11 +226,10 @@ class ImageCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         images = [image for row in rows for image in row["images"]]
-        prepared = self.processor.image_processor(images, return_tensors="pt")
-        batch = {name: prepared[name] for name in ("pixel_values", "image_sizes") if name in prepared}
+        batch = family_of_processor(self.processor).image_inputs(self.processor, images)
         latents = [packed for row in rows for packed in row.get("latents") or [None]]
         if all(latents):  # images that are only read have no latents
-            batch["latents"] = [unpack_latents(packed, self.code_width) for packed in latents]
+            batch["latents"] = [unpack_latents(packed, self.code_width)[-1][1] for packed in latents]
         return batch | {"origins": [row["origin"] for row in rows if "origin" in row]}
 
 
