@@ -15,7 +15,7 @@ from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel
 from uc_adapters.errors import InputError, UnsupportedError
 from uc_adapters.families import family_of
 from uc_adapters.images import pack_latents
-from uc_adapters.training import DistillationTrainer, JointTrainer, ReconstructionStage, ReconstructionTrainer
+from uc_adapters.training import DistillationTrainer, JointTrainer, ReconstructionStage, ReconstructionTrainer, teacher_targets
 
 SIZES = {"square": (256, 256), "with a last step that is not full": (256, 192)}  # previews of 16 x 16 and 18 x 13 codes
 
@@ -377,7 +377,7 @@ def test_the_teacher_is_the_bare_base_on_its_own_sequence(pristine, model, proce
     rows = [row(pictures[0]), row(pictures[1], pictures[2])]
     trainer = DistillationTrainer(**trainer_options(model, compact, rows, tmp_path), teacher_processor=processor)
     batch = trainer.data_collator(rows)
-    states = trainer.taught(batch["teacher"], 1.0)["teacher_states"]
+    states = teacher_targets(trainer.model, batch["teacher"], 1.0)["teacher_states"]
     assert states.shape == (3, 256, 64)  # preview, image, edit
     family = model.family
     inputs = [prompt_inputs(processor), edit_inputs(processor, pictures[2:], size=(256, 512))]

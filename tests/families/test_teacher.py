@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from uc_adapters import UniCompressCollator
 from uc_adapters.images import Images
-from uc_adapters.training.distillation import DistillationTrainer, dense_codes
+from uc_adapters.training.distillation import DistillationTrainer, dense_codes, teacher_targets
 
 IMAGE = {"type": "image"}
 
@@ -82,7 +82,7 @@ def by_hand(pristine, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def test_the_teacher_says_what_the_bare_base_says_of_each_row(distiller, pristine, rows):
-    told = distiller.taught(distiller.data_collator(rows)["teacher"], 1.0)
+    told = teacher_targets(distiller.model, distiller.data_collator(rows)["teacher"], 1.0)
     assert told["teacher_states"].shape == (2, 48, 192)  # images of 4 x 8 and 8 x 6 codes
     states, probs = [], []
     for row in rows:
