@@ -203,9 +203,11 @@ def check_finite(fields: dict) -> None:
 
 def _check_numbers(fields: dict) -> None:
     check_finite(fields)
-    guidance, count = fields.get("guidance_scale"), fields.get("num_return_sequences")
+    guidance, temperature, count = (fields.get(name) for name in ("guidance_scale", "temperature", "num_return_sequences"))
     if guidance is not None and not (isinstance(guidance, Real) and guidance >= 0):
         raise InputError(f"guidance_scale={guidance!r}; expected a number, 0 or more. Use 1 or less to draw without guidance.")
+    if temperature is not None and not (isinstance(temperature, Real) and temperature > 0):
+        raise InputError(f"temperature={temperature!r}; expected a number above 0. do_sample=False takes the likeliest codes.")
     if count is not None and not (isinstance(count, Integral) and count >= 1):
         raise InputError(f"num_return_sequences={count!r}; expected a whole number, 1 or more.")
 
