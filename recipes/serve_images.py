@@ -15,6 +15,7 @@ import io
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -162,7 +163,8 @@ def main(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"--adapter {args.adapter}: {error}") from None
     name = Path(args.adapter).name if Path(args.adapter).is_dir() else args.adapter  # clients need no path of this machine
-    uvicorn.Server(uvicorn.Config(build(pipe, name))).run([listener])
+    with suppress(KeyboardInterrupt):  # the drawing under way is finished first
+        uvicorn.Server(uvicorn.Config(build(pipe, name))).run([listener])
 
 
 if __name__ == "__main__":

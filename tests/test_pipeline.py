@@ -238,7 +238,7 @@ def test_where_the_package_is_missing_the_repo_says_so(tmp_path):
         ({"prompt": "  "}, "none of them empty"),
         ({"prompt": ["a red 3", 3]}, "expected a text"),
         ({"prompt": "red " * 1000}, r"A prompt of \d+ tokens is too long for the base: expected at most \d+"),
-        ({"negative_prompt": "red " * 1000}, r"A negative_prompt of \d+ tokens is too long"),
+        ({"negative_prompt": "red " * 1000}, r"A negative prompt of \d+ tokens is too long"),
         ({"negative_prompt": ["a", "b"]}, r"2 negative prompts for 1 prompt\(s\)"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0; expected a whole number"),
         ({"num_images_per_prompt": 3, "generator": seeds(1, 2)}, r"a list of 2 for 3 image\(s\)"),

@@ -95,10 +95,10 @@ def draw(
         and its `decode_image_tokens` takes. Images with fewer tokens than the largest are padded on the right.
 
     Raises:
-        InputError: A prompt is empty or does not end in the token that begins an image, the stride does not divide a size, an
-            argument is unknown, a number is not finite or out of range, a negative prompt has image placeholders, the
-            generators are not one for each prompt, or no code could be sampled: scores are not finite, or processors forbid all
-            codes.
+        InputError: A prompt is empty, is too long for the base, or does not end in the token that begins an image; the stride
+            does not divide a size; an argument is unknown; a number is not finite or out of range; a negative prompt has image
+            placeholders; the generators are not one for each prompt; or no code could be sampled: scores are not finite, or
+            processors forbid all codes.
         UnsupportedError: The arguments ask for beam search, structured outputs, a logits processor that needs text, or a cache
             other than "dynamic" and "static"; or the model is in training mode with gradient checkpointing.
         BaseModelError: The language model's hidden states are not finite.
@@ -117,6 +117,9 @@ def draw(
     for grid in set(grids):
         compact_grid(grid, head.module.stride)  # raises InputError if the stride does not divide the grid
     negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
+    _check_lengths(head, attention_mask, grids, "prompt")
+    if negative is not None:
+        _check_lengths(head, negative[1], grids, "negative prompt")
     generators = _generators(generator, input_ids)
     if isinstance(generator, list) and len(input_ids) > 1 and input_ids.device.type == "cpu":
         options = {"generation_config": generation_config, "logits_processor": logits_processor, "progress": progress, **kwargs}
@@ -157,6 +160,19 @@ def draw(
         places = [int(row) * repeats + index % repeats for index, row in enumerate(rows)]
         tokens.update(zip(places, family.to_tokens(codes, grid), strict=True))
     return _padded([tokens[place] for place in range(len(tokens))], config)
+
+
+def _check_lengths(head: CodeHead, attention_mask: torch.Tensor, grids: list[Grid], name: str) -> None:
+    """Raises InputError where a prompt and its image do not fit into the base's context."""
+    family = head.family
+    context = family.base.config.get_text_config().max_position_embeddings
+    drawn = {grid: int(head.position_deltas(grid).sum()) + grid[0] * family.has_eol for grid in set(grids)}
+    for length, grid in zip(attention_mask.sum(1).tolist(), grids, strict=True):
+        if length + drawn[grid] > context:
+            raise InputError(
+                f"A {name} of {length} tokens is too long for the base: expected at most {context - drawn[grid]}, since its "
+                f"context is {context} tokens and the image takes {drawn[grid]} of them. Shorten the {name}."
+            )
 
 
 def _padded(tokens: list[torch.Tensor], config: GenerationConfig) -> torch.Tensor:

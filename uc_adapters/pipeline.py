@@ -18,7 +18,6 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from .errors import AdapterFileError, InputError, UnsupportedError
 from .families import family_of_processor
 from .files.pull import PULL_OPTIONS, pull
-from .layers import Grid
 from .model import UniCompressModel
 from .pictures import to_pil
 
@@ -187,7 +186,6 @@ class UniCompressPipeline(DiffusionPipeline):
             raise InputError("The adapter is disabled; expected an enabled one. The base draws by its own generate.")
         inputs = self._inputs(prompts, num_images_per_prompt, height, width)
         grid = family.prompt_grids(total, inputs.get("image_sizes"))[0]  # all images are of one size
-        self._check_length(inputs, grid, "prompt")
         chosen = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         arguments = {"do_sample": True, "generator": _on(family.device, generator), **(generation_kwargs or {})}
         arguments |= {name: value for name, value in chosen.items() if value is not None}
@@ -197,7 +195,6 @@ class UniCompressPipeline(DiffusionPipeline):
                 raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompt(s); expected one, or as many.")
             negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
             blank = self._inputs(negatives, num_images_per_prompt, height, width)
-            self._check_length(blank, grid, "negative_prompt")
             arguments["negative_prompt_ids"] = blank["input_ids"]
             arguments["negative_prompt_attention_mask"] = blank["attention_mask"]
 
@@ -224,17 +221,6 @@ class UniCompressPipeline(DiffusionPipeline):
         written = [self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
         family = self.model.family
         return family.prompt_inputs(self.processor, written, height, width).to(family.device)
-
-    def _check_length(self, inputs: BatchFeature, grid: Grid, name: str) -> None:
-        """Raises InputError where a prompt and its image do not fit into the base's context."""
-        family, longest = self.model.family, int(inputs["attention_mask"].sum(1).max())
-        drawn = int(self.model.code_head.position_deltas(grid).sum()) + grid[0] * family.has_eol
-        context = family.base.config.get_text_config().max_position_embeddings
-        if longest + drawn > context:
-            raise InputError(
-                f"A {name} of {longest} tokens is too long for the base: expected at most {context - drawn}, since its context "
-                f"is {context} tokens and the image takes {drawn} of them. Shorten the {name}."
-            )
 
 
 def _load_processor(folder: Path) -> ProcessorMixin:
