@@ -22,13 +22,24 @@ import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from rows.unknown_words import unknown_words
-from scoring.contenders import Contender, answer, check_sampling, contenders, draw, drawn_steps, read_tokens
+from scoring.contenders import (
+    Contender,
+    answer,
+    check_sampling,
+    contenders,
+    draw,
+    drawn_steps,
+    load_processor,
+    read_tokens,
+)
 from scoring.scene_scores import SPLIT
 from tiny_world.digits import QUESTION_KINDS, judge, random_scene, right_quarters
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 from trl import TrlParser
 
 from uc_adapters.errors import InputError
+from uc_adapters.families import family_of_processor
 from uc_adapters.pictures import open_picture
 
 mpl.use("Agg")
@@ -191,6 +202,34 @@ def load_image(path: str) -> Image.Image:
         raise SystemExit(f"--image {error}") from None
 
 
+def check_texts(args: QuickstartArguments) -> None:
+    """Looks at prompt and question with the base's processor alone: its weights may be gigabytes.
+
+    Warns of words that the base does not know.
+
+    Raises:
+        SystemExit: The processor cannot be loaded, the base cannot draw the prompt, or a text is too long.
+    """
+    texts = {name: text for name in ("prompt", "question") if (text := getattr(args, name)) is not None}
+    if not texts:
+        return
+    try:
+        processor = load_processor(args.base)
+        context = AutoConfig.from_pretrained(args.base).get_text_config().max_position_embeddings
+        reason = family_of_processor(processor).why_no_drawing
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--base {args.base}: {str(error).splitlines()[0]}") from None
+    if args.prompt is not None and reason is not None:
+        raise SystemExit(f"--prompt: {args.base} cannot draw: {reason}. Use --image and --question.")
+    room = context - read_tokens(processor)  # an image to draw takes about as many
+    for name, text in texts.items():
+        if (count := len(processor.tokenizer(text)["input_ids"])) > room:
+            raise SystemExit(f"--{name} has {count} tokens; expected at most {room}, which the base has room for. Shorten it.")
+    if unknown := unknown_words(processor.tokenizer, list(texts.values())):
+        words = ", ".join(unknown)
+        print(f"warning: the model does not know {words}; it reads each as the same unknown word.", file=sys.stderr)
+
+
 def load(args: QuickstartArguments) -> list[Contender]:
     """Loads base and adapter; exits with one line if that fails."""
     try:
@@ -204,13 +243,9 @@ def main(args: QuickstartArguments) -> None:
     image = None if args.image is None else load_image(args.image)
     # Janus warns at every answer that max_new_tokens overrides max_length, which is only at its default (20)
     transformers.logging.set_verbosity_error()
+    check_texts(args)
     torch.manual_seed(args.seed)
     pair = load(args)
-    texts = [text for text in (args.prompt, args.question) if text is not None]
-    if unknown := unknown_words(pair[0].processor.tokenizer, texts):
-        print(
-            f"warning: the model does not know {', '.join(unknown)}; it reads each as the same unknown word.", file=sys.stderr
-        )
     readings, drawings, asked = [], [], []
     if image is not None:
         readings = [Reading(image, args.question)]

@@ -426,10 +426,12 @@ class LoopbackHub:
             raise RefusalError(400, f"Not a branch: {revision}")
         if asked and not pull and not head.startswith(asked):
             raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
-        added = {}
+        added, deleted = {}, []
         for line in lines:
             kind, value = line["key"], line["value"]
-            if kind == "file":
+            if kind == "deletedFile":
+                deleted.append(value["path"])
+            elif kind == "file":
                 added[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
                 if value["oid"] not in self.objects and self.xet_dir:
@@ -440,7 +442,7 @@ class LoopbackHub:
         number = 1 + sum(branch.startswith("refs/pr/") for branch in repo.branches)
         branch = f"refs/pr/{number}" if pull else revision
         message = "\n\n".join(filter(None, [header["summary"], header.get("description")]))
-        sha = repo.commit(added, message, branch, self._sha(repo, asked) if pull and asked else head)
+        sha = repo.commit(added, message, branch, self._sha(repo, asked) if pull and asked else head, deleted)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{repo_id}/commit/{sha}"}
         return as_json(answer | ({"pullRequestUrl": f"{self.url}/{repo_id}/discussions/{number}"} if pull else {}))
 

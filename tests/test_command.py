@@ -70,6 +70,11 @@ def test_an_adapter_of_the_hub(hub, base, base_folder, processor, tmp_path, caps
         (["draw", ADAPTER, PROMPT, "--output", "drawing.words"], "--output drawing.words ends in '.words'"),
         (["draw", ADAPTER, PROMPT, "--output", "nowhere/d.png"], "the folder nowhere does not exist"),
         (["draw", ADAPTER, PROMPT, "--count", "0"], "--count 0; expected 1 or more"),
+        (["draw", ADAPTER, PROMPT, "--seed", "-1"], "--seed -1; expected a whole number from 0"),
+        (["draw", ADAPTER, PROMPT, "--negative_prompt", " "], "--negative_prompt is empty"),
+        (["draw", ADAPTER, PROMPT, "--device", "toaster"], "--device toaster: "),
+        (["draw", ADAPTER, "red " * 1000, *ON_BASE], "A prompt of 1006 tokens is too long for the base: expected at most 960"),
+        (["draw", BASE, PROMPT], "adapter_config.json is missing"),
         (["draw", ADAPTER, PROMPT, "--base_model", "nowhere"], "base nowhere"),
         (["draw", ADAPTER, PROMPT, *ON_BASE, "--guidance_scale", "nan"], "guidance_scale=nan"),
         (["draw", ADAPTER, PROMPT, *ON_BASE, "--temperature", "0"], "temperature"),
@@ -80,6 +85,10 @@ def test_an_adapter_of_the_hub(hub, base, base_folder, processor, tmp_path, caps
         (["ask", ADAPTER, "none.png", "What?"], "none.png cannot be read: No such file"),
         (["ask", ADAPTER, __file__, "What?"], "is no picture that can be read"),
         (["ask", ADAPTER, f"{ADAPTER}/quickstart.png", ""], "question is empty"),
+        (
+            ["ask", ADAPTER, f"{ADAPTER}/quickstart.png", "what " * 2000, *ON_BASE],
+            "expected fewer than 1024, the base's context",
+        ),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(arguments, told, tmp_path, monkeypatch, capsys, hub):
@@ -87,6 +96,12 @@ def test_errors_are_one_line_and_write_nothing(arguments, told, tmp_path, monkey
     assert main(arguments) == 1
     assert told in one_line(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys):
+    (tmp_path / "d-2.png").mkdir()
+    assert main(["draw", ADAPTER, PROMPT, "--output", str(tmp_path / "d.png"), "--count", "2"]) == 1
+    assert "d-2.png is a folder; expected a file to write" in one_line(capsys)
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The diffusers pipeline: used directly, and found by plain diffusers in what was saved or pushed."""
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -102,8 +103,8 @@ def test_guidance_and_negative_prompts(pipe):
     def draw(**kwargs):
         return pipe(CAPTIONS[:2], generator=torch.Generator().manual_seed(0), output_type="np", **kwargs).images
 
-    default = draw()
-    assert np.array_equal(draw(guidance_scale=5.0), default)  # Janus' own
+    default, own = draw(), pipe.model.family.base.generation_config.guidance_scale
+    assert np.array_equal(draw(guidance_scale=own), default)
     assert not np.array_equal(draw(guidance_scale=1.0), default)
     assert not np.array_equal(draw(negative_prompt="a cyan 9"), default)
     assert np.array_equal(draw(negative_prompt="a cyan 9"), draw(negative_prompt=["a cyan 9"] * 2))
@@ -237,14 +238,15 @@ def test_where_the_package_is_missing_the_repo_says_so(tmp_path):
         ({"prompt": "  "}, "none of them empty"),
         ({"prompt": ["a red 3", 3]}, "expected a text"),
         ({"prompt": "red " * 1000}, r"A prompt of \d+ tokens is too long for the base: expected at most \d+"),
-        ({"negative_prompt": "red " * 1000}, r"A negative_prompt of \d+ tokens is too long"),
+        ({"negative_prompt": "red " * 1000}, r"A negative prompt of \d+ tokens is too long"),
         ({"negative_prompt": ["a", "b"]}, r"2 negative prompts for 1 prompt\(s\)"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0; expected a whole number"),
         ({"num_images_per_prompt": 3, "generator": seeds(1, 2)}, r"a list of 2 for 3 image\(s\)"),
         ({"generator": "3"}, "expected a torch.Generator"),
         ({"output_type": "latent"}, "output_type='latent'; expected one of 'pil'"),
         ({"height": 128}, "height=128, width=None; expected 64 for both"),
-        ({"num_inference_steps": 20}, "got num_inference_steps"),
+        ({"generation_kwargs": {"num_inference_steps": 20}}, "got num_inference_steps"),
+        ({"temperature": 0.0}, "temperature"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0"),
     ],
 )
@@ -268,7 +270,25 @@ def test_a_disabled_adapter(pipe):
 
 def test_beams_cannot_draw(pipe):
     with pytest.raises(UnsupportedError, match="num_beams=2"):
-        pipe("a red 3", num_beams=2)
+        pipe("a red 3", generation_kwargs={"num_beams": 2})
+
+
+def test_fields_of_the_generation_config(pipe):
+    def draw(**arguments):
+        return pipe(CAPTIONS[0], generator=torch.Generator().manual_seed(0), output_type="np", **arguments).images
+
+    assert np.array_equal(draw(temperature=0.5, top_k=9), draw(generation_kwargs={"temperature": 0.5, "top_k": 9}))
+    assert np.array_equal(draw(top_k=1), draw(generation_kwargs={"do_sample": False}))
+    assert not np.array_equal(draw(top_p=0.1), draw())
+
+
+def test_a_server_reads_the_arguments_from_the_signature(pipe):
+    """SGLang and vLLM-Omni leave out what a pipeline does not name, such as denoising steps; hf-serve passes None for no n."""
+    arguments = inspect.signature(pipe.__call__).parameters
+    assert not [name for name, argument in arguments.items() if argument.kind is argument.VAR_KEYWORD]
+    assert "num_inference_steps" not in arguments
+    everything_left_out = {name: None for name in arguments if name not in ("prompt", "output_type", "return_dict")}
+    assert len(pipe(CAPTIONS[0], **everything_left_out).images) == 1
 
 
 @pytest.mark.usefixtures("hub")

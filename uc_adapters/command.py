@@ -49,7 +49,11 @@ def draw(args: argparse.Namespace) -> None:
     files = _output_files(Path(args.output), args.count)
     if not args.prompt.strip():
         raise InputError("The prompt is empty; expected a text that says what to draw.")
-    folder = pull(args.adapter)
+    if args.negative_prompt is not None and not args.negative_prompt.strip():
+        raise InputError("--negative_prompt is empty; expected a text. Leave it out to lead away from nothing.")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}; expected a whole number from 0 to 2**63 - 1.")
+    folder = _adapter_folder(args)
     processor = AutoProcessor.from_pretrained(folder)
     kind = family_of_processor(processor)  # tells what fails before gigabytes of a base are loaded
     if kind.why_no_drawing:
@@ -84,7 +88,7 @@ def ask(args: argparse.Namespace) -> None:
     if not args.question.strip():
         raise InputError("The question is empty; expected a text.")
     image = open_picture(args.image)
-    folder = pull(args.adapter)
+    folder = _adapter_folder(args)
     processor = AutoProcessor.from_pretrained(folder)
     if why_no_answers := family_of_processor(processor).why_no_answers:
         raise UnsupportedError(f"The base of {args.adapter} cannot answer: {why_no_answers}. Draw with UniCompressModel.")
@@ -92,6 +96,9 @@ def ask(args: argparse.Namespace) -> None:
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, images=[image], return_tensors="pt").to(model.family.device)
+    count, context = inputs["input_ids"].shape[1], model.family.base.config.get_text_config().max_position_embeddings
+    if count >= context:
+        raise InputError(f"Picture and question have {count} tokens; expected fewer than {context}, the base's context.")
     answer = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 
@@ -154,6 +161,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _adapter_folder(args: argparse.Namespace) -> Path:
+    """The adapter's folder, pulled if it is on the Hub. What can be known before weights are loaded is checked.
+
+    Raises:
+        HubError, AdapterFileError: There is no adapter.
+        InputError: The device is not there.
+    """
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise InputError(
+            f"--device {args.device}: {str(error).splitlines()[0]} Expected cpu, or a device of this machine."
+        ) from None
+    folder = pull(args.adapter)
+    read_config(folder)
+    return folder
+
+
 def _load_model(folder: Path, args: argparse.Namespace) -> UniCompressModel:
     """Loads the adapter in a folder on its base."""
     return UniCompressModel.from_pretrained(folder, base_model=args.base_model, dtype=args.dtype, device_map=args.device).eval()
@@ -163,7 +188,7 @@ def _output_files(output: Path, count: int) -> list[Path]:
     """The files to write: OUTPUT, or OUTPUT-1, OUTPUT-2, ... for several.
 
     Raises:
-        InputError: There would be none, PIL cannot write their format, or their folder does not exist.
+        InputError: There would be none, PIL cannot write their format, their folder does not exist, or they are folders.
     """
     if count < 1:
         raise InputError(f"--count {count}; expected 1 or more.")
@@ -172,4 +197,7 @@ def _output_files(output: Path, count: int) -> list[Path]:
         raise InputError(f"--output {output} ends in {output.suffix!r}; expected a picture's ending, such as .png or .jpg.")
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder {output.parent} does not exist. Make it first.")
-    return [output] if count == 1 else [output.with_stem(f"{output.stem}-{place}") for place in range(1, count + 1)]
+    files = [output] if count == 1 else [output.with_stem(f"{output.stem}-{place}") for place in range(1, count + 1)]
+    if folder := next((file for file in files if file.is_dir()), None):
+        raise InputError(f"--output: {folder} is a folder; expected a file to write. Choose another name.")
+    return files

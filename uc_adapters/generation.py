@@ -99,10 +99,10 @@ def draw(
         than the largest are padded on the right.
 
     Raises:
-        InputError: A prompt is empty or does not end in the token that begins an image, the stride does not divide a size, an
-            argument is unknown, a number is not finite or out of range, a negative prompt has image placeholders, the
-            generators are not one for each prompt, or no code could be sampled: scores are not finite, or processors forbid all
-            codes.
+        InputError: A prompt is empty, is too long for the base, or does not end in the token that begins an image; the stride
+            does not divide a size; an argument is unknown; a number is not finite or out of range; a negative prompt has image
+            placeholders; the generators are not one for each prompt; or no code could be sampled: scores are not finite, or
+            processors forbid all codes.
         UnsupportedError: The arguments ask for beam search, structured outputs, a logits processor that needs text, or a cache
             other than "dynamic" and "static"; or the model is in training mode with gradient checkpointing.
         BaseModelError: The language model's hidden states are not finite.
@@ -122,6 +122,9 @@ def draw(
     for grid in {grid for drawing in drawings for grid in drawing}:
         head.step_grid(grid)  # raises InputError if the stride has to divide the grid, and does not
     negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
+    _check_lengths(head, attention_mask, drawings, "prompt")
+    if negative is not None:
+        _check_lengths(head, negative[1], drawings, "negative prompt")
     generators = _generators(generator, input_ids)
     if isinstance(generator, list) and len(input_ids) > 1 and input_ids.device.type == "cpu":
         options = {"generation_config": generation_config, "logits_processor": logits_processor, "progress": progress, **kwargs}
@@ -177,6 +180,18 @@ def draw(
     return _padded([tokens[place] for place in range(len(tokens))], config)
 
 
+def _check_lengths(head: CodeHead, attention_mask: torch.Tensor, drawings: list[tuple[Grid, ...]], name: str) -> None:
+    """Raises InputError where a prompt and its image do not fit into the base's context."""
+    context = head.family.base.config.get_text_config().max_position_embeddings
+    taken = {drawing: int(_fed_deltas(head, drawing).sum(-1).max()) for drawing in set(drawings)}
+    for length, drawing in zip(attention_mask.sum(1).tolist(), drawings, strict=True):
+        if length + taken[drawing] > context:
+            raise InputError(
+                f"A {name} of {length} tokens is too long for the base: expected at most {context - taken[drawing]}, since its "
+                f"context is {context} tokens and the image takes {taken[drawing]} of them. Shorten the {name}."
+            )
+
+
 def _padded(tokens: list[torch.Tensor], config: GenerationConfig) -> torch.Tensor:
     """Pads the tokens of each image on the right and stacks them, (B, tokens)."""
     return pad_sequence(tokens, batch_first=True, padding_value=config.pad_token_id or 0)
@@ -221,9 +236,11 @@ def check_finite(fields: dict) -> None:
 
 def _check_numbers(fields: dict) -> None:
     check_finite(fields)
-    guidance, count = fields.get("guidance_scale"), fields.get("num_return_sequences")
+    guidance, temperature, count = (fields.get(name) for name in ("guidance_scale", "temperature", "num_return_sequences"))
     if guidance is not None and not (isinstance(guidance, Real) and guidance >= 0):
         raise InputError(f"guidance_scale={guidance!r}; expected a number, 0 or more. Use 1 or less to draw without guidance.")
+    if temperature is not None and not (isinstance(temperature, Real) and temperature > 0):
+        raise InputError(f"temperature={temperature!r}; expected a number above 0. do_sample=False takes the likeliest codes.")
     if count is not None and not (isinstance(count, Integral) and count >= 1):
         raise InputError(f"num_return_sequences={count!r}; expected a whole number, 1 or more.")
 

@@ -18,7 +18,6 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from .errors import AdapterFileError, InputError, UnsupportedError
 from .families import family_of_processor
 from .files.pull import PULL_OPTIONS, pull
-from .layers import Grid
 from .model import UniCompressModel
 from .pictures import to_pil
 
@@ -131,16 +130,20 @@ class UniCompressPipeline(DiffusionPipeline):
         width: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], Any] | None = None,
-        **kwargs,
     ) -> ImagePipelineOutput | tuple:
         """Draws every prompt.
 
-        The grid of an image fixes the number of steps, so there is no `num_inference_steps`.
+        The grid of an image fixes the number of steps, so there is no `num_inference_steps`. Servers read this signature: they
+        leave out arguments that are not in it, and pass None for what a request does not say.
 
         Args:
             prompt: One text, or a list of B texts.
@@ -152,22 +155,26 @@ class UniCompressPipeline(DiffusionPipeline):
             num_images_per_prompt: N. Default 1.
             generator: The source of randomness, or a list with another one for each of the B * N images, which are then those
                 that each seed draws alone. One of another device gives the seed of one on the model's. Default: torch's own.
+            temperature: Of the sampling. Default: the base's own.
+            top_k: Sample from the k likeliest codes. Default: the base's own.
+            top_p: Sample from the likeliest codes that together have this probability. Default: the base's own.
+            generation_kwargs: Further fields of the generation config, such as `cache_implementation`. `do_sample` is True by
+                default.
             output_type: "pil" (default); "np" for an array (B * N, H, W, 3) from 0 to 1; "pt" for a tensor (B * N, 3, H, W).
             return_dict: False returns a tuple in place of an `ImagePipelineOutput`. Default True.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, {})` behind each step. There are no timesteps,
                 so `timestep` is the step, too. To end a drawing, raise an exception: half an image has no pixels.
-            **kwargs: Fields of the generation config: `temperature`, `top_k`, `top_p`, `cache_implementation`, ...
-                `do_sample` is True by default.
 
         Returns:
             The images, those of one prompt behind each other, as `.images`.
 
         Raises:
             InputError: No prompt, an empty one, or one that is too long for the base; a size that the base cannot draw; a
-                wrong number of negative prompts or generators; an unknown `output_type` or argument; a disabled adapter.
+                wrong number of negative prompts or generators; an unknown `output_type` or field; a disabled adapter.
             UnsupportedError: A field of the generation config that cannot draw, such as `num_beams`.
         """
         prompts = _texts(prompt, "prompt")
+        num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt={num_images_per_prompt!r}; expected a whole number, 1 or more.")
         if output_type not in OUTPUT_TYPES:
@@ -184,15 +191,15 @@ class UniCompressPipeline(DiffusionPipeline):
             raise InputError("The adapter is disabled; expected an enabled one. The base draws by its own generate.")
         inputs = self._inputs(prompts, num_images_per_prompt, height, width)
         grid = family.prompt_grids(total, inputs.get("image_sizes"))[0]  # all images are of one size
-        self._check_length(inputs, grid, "prompt")
-        arguments = {"do_sample": True, "guidance_scale": guidance_scale, "generator": _on(family.device, generator), **kwargs}
+        chosen = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        arguments = {"do_sample": True, "generator": _on(family.device, generator), **(generation_kwargs or {})}
+        arguments |= {name: value for name, value in chosen.items() if value is not None}
         if negative_prompt is not None:
             negatives = _texts(negative_prompt, "negative_prompt")
             if len(negatives) not in (1, len(prompts)):
                 raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompt(s); expected one, or as many.")
             negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
             blank = self._inputs(negatives, num_images_per_prompt, height, width)
-            self._check_length(blank, grid, "negative_prompt")
             arguments["negative_prompt_ids"] = blank["input_ids"]
             arguments["negative_prompt_attention_mask"] = blank["attention_mask"]
 
@@ -219,17 +226,6 @@ class UniCompressPipeline(DiffusionPipeline):
         written = [self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
         family = self.model.family
         return family.prompt_inputs(self.processor, written, height, width).to(family.device)
-
-    def _check_length(self, inputs: BatchFeature, grid: Grid, name: str) -> None:
-        """Raises InputError where a prompt and its image do not fit into the base's context."""
-        family, longest = self.model.family, int(inputs["attention_mask"].sum(1).max())
-        drawn = int(self.model.code_head.position_deltas(grid)[:-1].sum()) + grid[0] * family.has_eol
-        context = family.base.config.get_text_config().max_position_embeddings
-        if longest + drawn > context:
-            raise InputError(
-                f"A {name} of {longest} tokens is too long for the base: expected at most {context - drawn}, since its context "
-                f"is {context} tokens and the image takes {drawn} of them. Shorten the {name}."
-            )
 
 
 def _load_processor(folder: Path) -> ProcessorMixin:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from demo.page import Page  # noqa: E402
+from demo.port import listening  # noqa: E402
 from scoring.contenders import check_sampling  # noqa: E402
 
 PROMPTS = [
@@ -100,7 +100,7 @@ def serve(blocks: gr.Blocks, port: int, wait: bool = True) -> None:
     Raises:
         SystemExit: The port is taken.
     """
-    check_port(port)
+    listening(port).close()
     blocks.launch(
         server_port=port,
         prevent_thread_lock=not wait,
@@ -112,15 +112,6 @@ def serve(blocks: gr.Blocks, port: int, wait: bool = True) -> None:
         theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS,
     )
-
-
-def check_port(port: int) -> None:
-    """Raises SystemExit if the port cannot be used."""
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) else error
-        raise SystemExit(f"--port {port}: {reason}; expected a free port. Choose another, such as --port 7861.") from None
 
 
 def arguments() -> argparse.Namespace:
@@ -137,7 +128,7 @@ def arguments() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     check_sampling(args.temperature, args.guidance_scale, seed=0)
-    check_port(args.port)  # before anything is loaded
+    listening(args.port).close()  # before anything is loaded
     transformers.logging.set_verbosity_error()  # Janus warns at every answer of a max_length that nobody set
     try:
         page = Page(args.base, args.device, temperature=args.temperature, guidance_scale=args.guidance_scale)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import quickstart
 import torch
 from evaluate_dataset import EvaluateDatasetArguments
 from evaluate_dataset import main as score_dataset
@@ -67,3 +68,13 @@ def test_an_adapter_that_cannot_draw_is_not_asked_to_by_a_dataset_or_prompts(cha
     with pytest.raises(SystemExit, match="cannot draw"):
         score_dataset(EvaluateDatasetArguments(**models, prompts=prompts, output_dir=str(tmp_path / "drawn")))
     assert not (tmp_path / "drawn").exists()
+
+
+def test_the_quickstart_does_not_load_a_base_that_cannot_draw(tmp_path):
+    """There are no weights in this folder."""
+    processor = make_processor()
+    processor.save_pretrained(tmp_path)
+    make_model(processor).config.save_pretrained(tmp_path)
+    given = {"base": str(tmp_path), "device": "cpu", "output": str(tmp_path / "picture.png")}
+    with pytest.raises(SystemExit, match="cannot draw: transformers' Chameleon has no decoder"):
+        quickstart.main(quickstart.QuickstartArguments(prompt="a red 3", **given))

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from helpers import ANN, attach
 from hub_helpers import BASE, CARD, CONFIG, run_python
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rows.unknown_words import unknown_words
 
 from uc_adapters import CardFacts
 from uc_adapters.errors import AdapterFileError, InputError
-from uc_adapters.hub.card import EXAMPLE, render_card, update_card
+from uc_adapters.hub.card import EXAMPLE, render_card, render_results, update_card
 from uc_adapters.hub.push import push_folder
 from uc_adapters.version import INSTALL
 
@@ -104,6 +104,36 @@ def test_results_become_a_model_index(config, tmp_path, as_file):
     assert {(result.task_type, result.dataset_name) for result in data.eval_results} == {
         ("any-to-any", "digit scenes, n = 500")
     }
+
+
+def test_evaluate_datasets_scores_are_metrics(config):
+    """Its scores are in two parts, and shares have intervals."""
+    share = {name: {"value": value, "low": 0.1, "high": 0.9} for name, value in (("base", 0.5), ("adapter", 0.25))}
+    evaluation = {
+        "dataset": "org/questions",
+        "drawing": {"n": 40, "fid": {"base": 9, "adapter": 8}},
+        "reading": {"n": 40, "exact_match": share},
+        "geneval": {},
+    }
+    data = ModelCard(render_card(config, NAME, CardFacts(evaluation=evaluation))).data
+    assert {(result.metric_type, result.metric_value) for result in data.eval_results} == {("fid", 8), ("exact_match", 0.25)}
+
+
+def test_results_on_a_hub_dataset_are_also_in_the_hubs_own_file(config):
+    evaluation = {**EVALUATION, "dataset": "org/benchmark"}
+    text = render_results(render_card(config, NAME, CardFacts(evaluation=evaluation)))
+    entries = parse_eval_result_entries(yaml.safe_load(text))
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
+        ("org/benchmark", "reading", 0.98765),
+        ("org/benchmark", "seconds_per_image", 0.1),
+    ]
+    assert entries[0].notes == "the base in the same run: 0.9891"
+
+
+@pytest.mark.parametrize("dataset", ["digit scenes, n = 500", "/home/ann/pictures", "pictures", None])
+def test_results_on_data_that_is_not_on_the_hub_are_in_no_file(config, dataset):
+    facts = CardFacts() if dataset is None else CardFacts(evaluation={**EVALUATION, "dataset": dataset})
+    assert render_results(render_card(config, NAME, facts)) is None
 
 
 @pytest.mark.parametrize(
@@ -220,7 +250,7 @@ def test_the_name_follows_the_repo(config):
     text = render_card(config, "org/wolves", NOTHING, [render_card(config, "/home/ann/foxes", FACTS)])
     assert "foxes" not in text
     assert "/home/ann" not in text
-    assert text.count('"org/wolves"') == 2
+    assert text.count('"org/wolves"') == 3
 
 
 @pytest.mark.parametrize("metadata", ["a: [", "- a\n- b", "just words", "a: b: c", "\tx: 1"])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from helpers import ANN, SHORT, attach, logits
 from hub_helpers import (
     ADAPTER,
@@ -23,7 +24,7 @@ from transformers import AutoProcessor
 
 from uc_adapters import UniCompressModel
 from uc_adapters.errors import AdapterFileError, BaseModelError, HubError
-from uc_adapters.hub.card import CardFacts
+from uc_adapters.hub.card import RESULTS_NAME, CardFacts
 from uc_adapters.hub.push import push_folder
 
 NEW = "org/new"
@@ -75,6 +76,15 @@ def test_licence_and_pictures_go_with_it(shelf, folder):
     more = {"LICENSE": b"Apache", "drawing.png": b"\x89PNG", "scene.jpg": b"\xff\xd8"}
     push_folder(write_files(folder, more), NEW, token=ANN)
     assert more.items() <= shelf.repos[NEW].files().items()
+
+
+def test_results_on_a_hub_dataset_have_a_file_of_their_own_until_there_are_none(shelf, folder):
+    scores = {"reading": {"base": 0.9, "adapter": 0.8}}
+    push_folder(folder, NEW, token=ANN, card=CardFacts(evaluation={"dataset": "org/benchmark", **scores}))
+    entry = {"dataset": {"id": "org/benchmark", "task_id": "reading"}, "value": 0.8, "notes": "the base in the same run: 0.9"}
+    assert yaml.safe_load(shelf.repos[NEW].files()[RESULTS_NAME]) == [entry]
+    push_folder(folder, NEW, token=ANN, card=CardFacts(evaluation={"dataset": "my pictures", **scores}))
+    assert RESULTS_NAME not in shelf.repos[NEW].files()
 
 
 def test_what_shall_be_private_is_not_sent_to_a_public_repo(shelf, folder):

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path, PureWindowsPath
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
@@ -24,6 +24,7 @@ from ..version import INSTALL, __version__
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 EXAMPLE = "A fox in the snow."
+RESULTS_NAME = ".eval_results/uc-adapters.yaml"
 RECORD = "unicompress"  # the metadata field that holds the facts in the generated block
 _BEGIN = "<!-- uc-adapters: generated from here; what stands outside is yours and is kept -->"
 _END = "<!-- uc-adapters: generated until here -->"
@@ -39,8 +40,9 @@ class CardFacts:
         datasets: Hub ids of the training data.
         training: Settings of the training, by name. They are dropped when the weights change. Of a path on this machine, the
             card gives only the name.
-        evaluation: The JSON that `recipes/evaluate_scenes.py` writes, as a file or a mapping: every top-level entry of the form
-            {"base": number, "adapter": number} is a metric, and "dataset" names the data. Dropped when the weights change.
+        evaluation: The JSON that `recipes/evaluate_scenes.py` or `evaluate_dataset.py` writes, as a file or a mapping: every
+            entry of the form {"base": number, "adapter": number} at its top, in "reading" or in "drawing" is a metric, and
+            "dataset" names the data. Dropped when the weights change.
         prompt: The prompt in the snippet, such as a caption of the training data. Default: a fox, or words that a tokenizer of
             whole words knows.
     """
@@ -129,6 +131,30 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
             what = "and the image itself"
         table.append(row(what, grid, drawn, False))
     return table
+
+
+def render_results(card: str) -> str | None:
+    """Returns the text of `RESULTS_NAME` for a card: its metrics as the Hub reads them for a benchmark's leaderboard.
+
+    The Hub shows a metric whose dataset is registered there as a benchmark, with a task of the metric's name.
+
+    Args:
+        card: What `render_card` returned.
+
+    Returns:
+        YAML; None if there are no metrics, or their data is no dataset of the Hub.
+    """
+    record = ModelCard(card).data.to_dict()[RECORD]
+    dataset = record["dataset"]
+    if not dataset or "/" not in dataset or hub_id(dataset) is None:
+        return None
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset, task_id=_task_id(metric), value=adapter, notes=f"the base in the same run: {base:.4g}"
+        )
+        for metric, (base, adapter) in record["metrics"].items()
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
 
 
 def update_card(folder: Path, facts: CardFacts, source: str | None = None) -> None:
@@ -256,7 +282,7 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
             task_type=task,
             dataset_type="custom",
             dataset_name=record["dataset"],
-            metric_type=metric.replace(" ", "_"),  # an id
+            metric_type=_task_id(metric),
             metric_name=metric,
             metric_value=adapter,
         )
@@ -271,15 +297,19 @@ def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> Mod
     return ModelCardData(**fields, model_name=Path(record["source"]).name, eval_results=results)
 
 
+def _task_id(metric: str) -> str:
+    return metric.replace(" ", "_")
+
+
 def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[str, list[float]]]:
     """Returns the name of the data, and the base's and the adapter's value of every metric."""
     content = evaluation if isinstance(evaluation, Mapping) else _read_json(Path(evaluation))
+    parts = [part for name in ("reading", "drawing") if isinstance(part := content.get(name), Mapping)]
     metrics = {
-        str(name).replace("_", " "): [pair["base"], pair["adapter"]]
-        for name, pair in content.items()
-        if isinstance(pair, Mapping)
-        and pair.keys() >= {"base", "adapter"}  # `evaluate_scenes.py --also` adds the scores of further adapters
-        and all(isinstance(value, (int, float)) for value in pair.values())
+        str(name).replace("_", " "): values
+        for entries in (content, *parts)
+        for name, pair in entries.items()
+        if isinstance(pair, Mapping) and (values := _values(pair)) is not None
     }
     if not metrics:
         raise InputError(
@@ -287,6 +317,14 @@ def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[st
             "name: {'base': number, 'adapter': number}, as recipes/evaluate_scenes.py --json writes."
         )
     return str(content.get("dataset", "a dataset without a name")), metrics
+
+
+def _values(pair: Mapping) -> list[float] | None:
+    """Returns the base's and the adapter's value of a metric, or None if it is none. A value may have an interval."""
+    if not pair.keys() >= {"base", "adapter"}:  # `evaluate_scenes.py --also` adds the scores of further adapters
+        return None
+    values = [value.get("value") if isinstance(value, Mapping) else value for value in (pair["base"], pair["adapter"])]
+    return values if all(isinstance(value, (int, float)) for value in values) else None
 
 
 def _read_json(path: Path) -> Mapping:

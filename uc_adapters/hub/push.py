@@ -7,7 +7,7 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -15,7 +15,7 @@ from ..config import UniCompressConfig
 from ..errors import AdapterFileError, BaseModelError, HubError, InputError
 from ..files.faults import answered, reason
 from ..files.folder import CARD_NAME, PROCESSOR_NAMES, dump_config, find_weights, read_config
-from .card import CardFacts, example_prompt, hub_id, render_card
+from .card import RESULTS_NAME, CardFacts, example_prompt, hub_id, render_card, render_results
 from .pipeline_files import pipeline_files
 
 PUSHED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *PROCESSOR_NAMES, CARD_NAME, "LICENSE", "*.png", "*.jpg")
@@ -37,7 +37,8 @@ def push_folder(
     """Pushes the folder that `save_pretrained` wrote to the Hub, in one commit. Makes the repo if there is none.
 
     It pushes the adapter, its processor, the card, LICENSE and pictures, but no checkpoints or optimizer states. The card is
-    written anew for the repo, and keeps what a person wrote into the card on the Hub.
+    written anew for the repo, and keeps what a person wrote into the card on the Hub. Metrics of a dataset of the Hub are also
+    written to `.eval_results/uc-adapters.yaml`.
 
     Args:
         folder: A folder with `adapter_config.json`, `adapter_model.safetensors` and the processor's files.
@@ -79,10 +80,16 @@ def push_folder(
         contents: dict[str, Path | bytes] = {path.name: path for pattern in PUSHED for path in sorted(folder.glob(pattern))}
         written = pipeline_files(config["base_geometry"]["model_type"])
         written |= {CARD_NAME: text, CONFIG_NAME: dump_config(config)}
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        if results := render_results(text):
+            written[RESULTS_NAME] = results
+        elif any(file.rfilename == RESULTS_NAME for file in info.siblings):  # of other weights
+            operations.append(CommitOperationDelete(RESULTS_NAME))
         contents |= {name: content.encode() for name, content in written.items()}
+        operations += [CommitOperationAdd(name, content) for name, content in contents.items()]
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            operations,
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
