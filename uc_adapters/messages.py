@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from .families import family_of_processor
+
 IMAGE_MARKER = "<image>"  # marks the position of an image in a text, as LLaVA and most datasets do
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -40,7 +42,7 @@ def malformed(messages: list[dict], processor: ProcessorMixin) -> str | None:
         messages: Turns, as `normalised` returns them.
         processor: The processor of the base or the adapter. The tokens that it writes for images must not occur in a text.
     """
-    image_tokens = (processor.image_token, processor.image_start_token, processor.image_end_token, IMAGE_MARKER)
+    image_tokens = (*family_of_processor(processor).image_tokens(processor), IMAGE_MARKER)
     if not messages:
         return "no messages; expected turns of {'role': ..., 'content': ...}"
     for number, turn in enumerate(messages, 1):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import tiny_chameleon
+import transformers
 from scoring.stock_calls import CALLS
 from shallow import shallow
 from tiny_world import tiny_emu3, tiny_janus
@@ -33,3 +34,13 @@ SPECS = [
     ),
     Spec("chameleon", tiny_chameleon.make_processor, tiny_chameleon.make_model),
 ]
+if hasattr(transformers, "Apertus1p5Config"):  # transformers 5.24 and later
+    from tiny_world import tiny_apertus1p5
+
+    SPECS.append(
+        Spec(
+            "apertus1p5",
+            partial(tiny_apertus1p5.make_processor, 32 * 32, 64 * 64),
+            lambda processor: shallow(tiny_apertus1p5.make_model(processor)),
+        )
+    )

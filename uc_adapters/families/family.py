@@ -91,7 +91,8 @@ class Family(ABC):
     """Whether codes are tokens of the text vocabulary, embedded and predicted as text tokens are. Then there is no module that
     takes dense features, and the layers only store weights: see `uc_adapters.tuner_layers`."""
     has_eol: ClassVar[bool] = False
-    """Whether an EOL token follows each row of an image."""
+    """Whether an EOL token with a placeholder of its own follows each row of an image. EOL tokens that the processor writes as
+    text, as it writes an image's size, do not count."""
     why_no_drawing: ClassVar[str | None] = None
     """The reason why the base cannot draw; None if it can."""
     default_guidance: ClassVar[float] = 1.0
@@ -132,6 +133,11 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
             to_draw: Whether an image is drawn after the prompt. The tokens that begin this image are left out.
         """
         return processor.prepare_inputs_layout(text=[text])[1][0]
+
+    @staticmethod
+    def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
+        """Returns the tokens that a processor of the family writes for an image. No text of a training row may hold one."""
+        return processor.image_token, processor.image_start_token, processor.image_end_token
 
     # Images ----------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from ..errors import BaseModelError
+from ..families import check_present
 from ..files.faults import reason
 from ..identity import at, remember_commit
 
@@ -31,8 +32,10 @@ def load_base(
         access: `token`, `cache_dir` and `local_files_only`.
 
     Raises:
-        BaseModelError: No base is named, or it cannot be loaded: not found, gated, offline, ...
+        BaseModelError: No base is named, or it cannot be loaded: not found, gated, offline, of a type that the installed
+            transformers does not have yet, ...
     """
+    check_present((stored.base_geometry or {}).get("model_type"))
     source = str(base or stored.base_model_name_or_path or "")
     revision = None if base else stored.revision
     if not source:
