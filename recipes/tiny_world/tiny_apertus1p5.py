@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-WIDTH = 192
+WIDTH = 128
 CODES, FACTOR = 512, 8  # the published model has 131,072 codes of 16 x 16 pixels
 AUDIO_CODES = 16
 IMAGE_TOKENS = {
@@ -60,16 +60,16 @@ def make_image_processor(min_pixels: int, max_pixels: int):
 
 
 def make_model(processor: Apertus1p5Processor) -> Apertus1p5ForConditionalGeneration:
-    """A tiny Apertus1p5ForConditionalGeneration (about 2 M parameters) with random weights."""
+    """A tiny Apertus1p5ForConditionalGeneration (about 0.8 M parameters) with random weights."""
     tokenizer = processor.tokenizer
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = len(tokenizer)
     config = Apertus1p5Config(
         text_config=Apertus1p5TextConfig(
             hidden_size=WIDTH,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=text + CODES + AUDIO_CODES,
             output_vocab_size=text,
