@@ -1,12 +1,14 @@
 """A family of a newer transformers than the installed one: what needs it says so, and everything else works."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 from peft.utils import CONFIG_NAME
 
 from uc_adapters import UniCompressModel
+from uc_adapters.command import main
 from uc_adapters.errors import BaseModelError
 from uc_adapters.families import ABSENT, FAMILIES, family_of
 
@@ -30,7 +32,7 @@ def test_a_base_of_an_absent_family_is_refused_with_what_it_needs(absent):
         family_of(SimpleNamespace(config=SimpleNamespace(model_type="apertus1p5")))
 
 
-def test_an_adapter_of_an_absent_family_is_refused_before_its_base_is_looked_for(absent, shared, tmp_path):
+def test_an_adapter_of_an_absent_family_is_refused_before_its_base_is_looked_for(absent, shared, tmp_path, capsys):
     shared().save_pretrained(tmp_path)
     file = tmp_path / CONFIG_NAME
     fields = json.loads(file.read_text())
@@ -39,3 +41,5 @@ def test_an_adapter_of_an_absent_family_is_refused_before_its_base_is_looked_for
     )
     with pytest.raises(BaseModelError, match=TOLD):
         UniCompressModel.from_pretrained(tmp_path, base_model="org/nowhere")
+    assert main(["info", str(tmp_path)]) == 1
+    assert re.search(TOLD, capsys.readouterr().err)
