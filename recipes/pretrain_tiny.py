@@ -2,6 +2,7 @@
 
     python recipes/pretrain_tiny.py --output_dir model_cards/tiny-janus
     python recipes/pretrain_tiny.py --family emu3 --output_dir work/tiny-emu3
+    python recipes/pretrain_tiny.py --family apertus1p5 --output_dir work/tiny-apertus1p5   # transformers 5.24 or later
     python recipes/pretrain_tiny.py --dataset pictures --output_dir work/pictures-base
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the checkpoint's card says how long it took.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import MiniBatchKMeans
 from tiny_world import tiny_emu3, tiny_janus
@@ -34,13 +36,18 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import TrlParser
 
 FAMILIES = {"janus": (tiny_janus, JanusPretraining), "emu3": (tiny_emu3, Emu3Pretraining)}
+if hasattr(transformers, "Apertus1p5Config"):  # transformers 5.24 and later
+    from tiny_world import tiny_apertus1p5
+    from tiny_world.apertus1p5_pretraining import Apertus1p5Pretraining
+
+    FAMILIES["apertus1p5"] = tiny_apertus1p5, Apertus1p5Pretraining
 
 
 @dataclass
 class PretrainArguments:
     """What to pretrain, on what, and for how long."""
 
-    family: str = field(default="janus", metadata={"help": "janus or emu3."})
+    family: str = field(default="janus", metadata={"help": "janus, emu3, or apertus1p5 with transformers 5.24."})
     output_dir: str = field(default="work/tiny", metadata={"help": "The model folder to write."})
     work_dir: str = field(default="work/pretrain_tiny", metadata={"help": "Where finished stages are kept."})
     resume: bool = field(default=False, metadata={"help": "Reuse the stages found in work_dir."})
@@ -55,7 +62,7 @@ class PretrainArguments:
     vision_steps: int = field(default=1800, metadata={"help": "Steps in which the vision tower learns to name what it sees."})
     joint_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps of joint reading and drawing. None: 1,100 for digit scenes, 2,000 for a dataset."},
+        metadata={"help": "Steps of reading, and drawing. None: 1,100 for digit scenes, 2,000 for a dataset."},
     )
 
 
@@ -77,7 +84,7 @@ def train_vq(tiny: JanusPretraining | Emu3Pretraining, steps: int, batch_size: i
     codebook = vqmodel.quantize.embedding.weight  # (K, 8)
     size = codebook.shape[0]
     warmup = steps // 6
-    trained = [p for name, p in vqmodel.named_parameters() if not name.startswith("quantize")]
+    trained = tiny.vq_parameters()
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
     schedule = cosine_schedule(optimizer, steps)
     counts, sums = torch.ones(size), torch.empty(0)
@@ -157,7 +164,7 @@ def train_vision(tiny: JanusPretraining, steps: int, batch_size: int = 48) -> di
 
 
 def train_joint(tiny: JanusPretraining | Emu3Pretraining, steps: int, read_rows: int = 24, draw_rows: int = 32) -> dict:
-    """Trains reading and drawing together; returns the losses of every tenth step."""
+    """Trains reading and, if the base draws, drawing together; returns the losses of every tenth step."""
     head = tiny.pool.head(tiny.model.config.text_config.hidden_size)
     trained = [*tiny.joint_parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.02)
@@ -165,23 +172,30 @@ def train_joint(tiny: JanusPretraining | Emu3Pretraining, steps: int, read_rows:
     progress = tqdm(range(steps), desc="joint")
     log = []
     for step in progress:
-        answers = tiny.reading_loss(tiny.pool.draw(read_rows), head)
-        codes, binding = tiny.drawing_losses(tiny.pool.draw(draw_rows), head)
-        (answers + codes + binding).backward()
+        losses = {"read": tiny.reading_loss(tiny.pool.draw(read_rows), head)}
+        if tiny.draws:
+            losses["draw"], losses["bind"] = tiny.drawing_losses(tiny.pool.draw(draw_rows), head)
+        sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 10 == 0:
-            losses = {"read": answers.item(), "draw": codes.item(), "bind": binding.item()}
+            losses = {name: loss.item() for name, loss in losses.items()}
             log.append({"step": step, **losses})
             progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
     return {"log": log}
 
 
 def save_repo(model: PreTrainedModel, processor: ProcessorMixin, output_dir: str) -> None:
-    """Saves the weights in bfloat16, to stay small. The config says float32, so that the model loads and runs in it."""
-    model.to(torch.bfloat16)
+    """Saves the weights in bfloat16, to stay small, but for modules that the model's class always keeps in float32.
+
+    The config says float32, so that the model loads and runs in it.
+    """
+    precise = model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        if not any(part in precise for part in name.split(".")):
+            parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(output_dir)
     config_file = Path(output_dir, "config.json")
     config_file.write_text(config_file.read_text().replace('"bfloat16"', '"float32"'))

@@ -42,7 +42,7 @@ def malformed(messages: list[dict], processor: ProcessorMixin) -> str | None:
         messages: Turns, as `normalised` returns them.
         processor: The processor of the base or the adapter. The tokens that it writes for images must not occur in a text.
     """
-    image_tokens = (*family_of_processor(processor).image_words(processor), IMAGE_MARKER)
+    image_tokens = (*family_of_processor(processor).image_tokens(processor), IMAGE_MARKER)
     if not messages:
         return "no messages; expected turns of {'role': ..., 'content': ...}"
     for number, turn in enumerate(messages, 1):

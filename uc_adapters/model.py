@@ -446,10 +446,10 @@ class UniCompressModel(HubModel):
     ) -> None:
         """Raises InputError unless the images to read and to draw fit the placeholders."""
         family = self.family
-        read.check(family)
-        drawn.check(family)
         if drawn.values is not None:
             self._check_draws()
+        read.check(family)
+        drawn.check(family)
         if input_ids is None:
             return
         read_counts = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]

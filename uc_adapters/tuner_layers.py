@@ -205,9 +205,10 @@ class CodeReadLayer(ReadLayer):
         if self.active_module() is None or isinstance(images, CompactFeatures):
             return None
         if images is not None:
-            grids = self.family.encoded_codes(images)  # N times (H, W)
+            input_ids, stride = kwargs.get("input_ids"), self.active_module().stride
+            grids = self.family.encoded_codes(images, input_ids, stride)  # N times (H, W)
             compact = [self._compress(codes.flatten()[None], tuple(codes.shape))[0] for codes in grids]
-            self._check_repeats(kwargs.get("input_ids"), compact)
+            self._check_repeats(input_ids, compact)
             return args, kwargs | {"mm_encoder_outputs": {"image": self._pack(compact)}}
         return None if kwargs.get("pixel_values") is None else (args, self._encode(kwargs))
 

@@ -42,7 +42,8 @@ def make_rows(
         check_scene_size(model.family.geometry.image_size)
         rows_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         count = training.max_steps * rows_per_step if training.max_steps > 0 else SCENES
-        return scenes_dataset(SCENES, training.seed), scenes_dataset(count, training.seed + 1), None
+        scenes = partial(scenes_dataset, draws=model.family.why_no_drawing is None)
+        return scenes(SCENES, training.seed), scenes(count, training.seed + 1), None
     context = model.get_base_model().config.get_text_config().max_position_embeddings
     check = RowCheck(collator, context, partial(places_of, model), teacher_collator(collator, dense) if args.distill else None)
 

@@ -15,7 +15,7 @@ SIDE = 8  # codes per row
 class Emu3Pretraining:
     """The interface of a tiny Emu3 to `pretrain_tiny.py`."""
 
-    has_vision_tower = False
+    has_vision_tower, draws = False, True
 
     def __init__(self, model: Emu3ForConditionalGeneration, processor: Emu3Processor, pool: ImagePool):
         self.model, self.processor, self.pool = model, processor, pool
@@ -23,6 +23,10 @@ class Emu3Pretraining:
         self.words = model.vocabulary_mapping.img2bpe_mapping_tensor.long()  # code -> token id
         # The processor's block of one image: BOI, size, wrapper token, (8 codes, EOL) x 8, EOF, EOI
         self.block = processor.replace_image_token({"image_sizes": [[8 * SIDE, 8 * SIDE]]}, 0)
+
+    def vq_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the tokenizer's stage trains. The codebook is not trained by gradients."""
+        return [p for name, p in self.vqmodel.named_parameters() if not name.startswith("quantize")]
 
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, 64, 64) -> latents on the unit sphere, (B, T, 8)."""
@@ -42,7 +46,7 @@ class Emu3Pretraining:
             entries = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)  # (K, 8)
             lift = torch.linalg.qr(torch.randn(embeddings.shape[1], entries.shape[1])).Q  # (D, 8)
             embeddings[self.words] = entries @ lift.T * embeddings.norm(dim=-1).mean()
-        return [p for name, p in self.model.named_parameters() if ".vqmodel." not in name]
+        return [*self.model.get_decoder().parameters(), *self.model.lm_head.parameters()]
 
     def reading_loss(self, rows: np.ndarray, head: NamingHead) -> torch.Tensor:
         """Cross-entropy of answers plus the loss of naming what was read, without which the model stays blind for long."""

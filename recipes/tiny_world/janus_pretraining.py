@@ -13,11 +13,15 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 class JanusPretraining:
     """The interface of a tiny Janus to `pretrain_tiny.py`."""
 
-    has_vision_tower = True
+    has_vision_tower, draws = True, True
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, pool: ImagePool):
         self.model, self.processor, self.pool = model, processor, pool
         self.vqmodel = model.model.vqmodel
+
+    def vq_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the tokenizer's stage trains. The codebook is not trained by gradients."""
+        return [p for name, p in self.vqmodel.named_parameters() if not name.startswith("quantize")]
 
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, 64, 64) -> latents on the unit sphere, (B, T, 8)."""

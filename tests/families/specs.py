@@ -6,6 +6,7 @@ from functools import partial
 
 import tiny_chameleon
 import tiny_glm_image
+import transformers
 from scoring.stock_calls import CALLS
 from shallow import shallow
 from tiny_world import tiny_emu3, tiny_janus
@@ -47,3 +48,13 @@ SPECS = [
     # The base reads the weight of an embedding outside of the module, where accelerate does not load it
     Spec("glm_image", tiny_glm_image.make_processor, tiny_glm_image.make_model, offloads_vision=False),
 ]
+if hasattr(transformers, "Apertus1p5Config"):  # transformers 5.24 and later
+    from tiny_world import tiny_apertus1p5
+
+    SPECS.append(
+        Spec(
+            "apertus1p5",
+            partial(tiny_apertus1p5.make_processor, 32 * 32, 64 * 64),
+            lambda processor: shallow(tiny_apertus1p5.make_model(processor)),
+        )
+    )

@@ -58,3 +58,15 @@ def test_every_family_trains(base_folder, dataset, tmp_path, distill):
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out/stage1", tmp_path / "out"))
     assert all(weight.isfinite().all() for weight in second.values())
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_a_dataset_a_base_that_only_reads_trains_on_scenes_to_read(spec, base_folder, tmp_path):
+    """Half of the digit scenes are drawn by default."""
+    if spec.draws:
+        pytest.skip(f"{spec.name} draws")
+    training = {**TRAINING, "max_steps": 2, "chat_template_path": str(base_folder / "template.jinja")}
+    finetune.main(
+        finetune.FinetuneArguments(base=str(base_folder), **{**ARGUMENTS, "stage_1_steps": 2, "num_global_tokens": 0}),
+        finetune.TrainingConfig(output_dir=str(tmp_path / "out"), **training),
+    )
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()

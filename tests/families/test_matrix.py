@@ -311,7 +311,8 @@ def test_merged_it_reads_and_draws_the_same(spec, pristine, model, processor, co
 def test_with_an_offloaded_tokenizer_it_reads_and_draws_the_same(spec, fresh, model, compact, pictures, tmp_path):
     model.save_pretrained(tmp_path)
     base = fresh()
-    cpu_offload(base.model.vqmodel, execution_device=torch.device("cpu"))
+    tokenizer = base.get_submodule(model.family.module_names["tokenizer"])
+    cpu_offload(tokenizer, execution_device=torch.device("cpu"))
     offloaded = UniCompressModel.from_pretrained(base, tmp_path).eval()
     inputs = question_inputs(compact, QUESTIONS, pictures)
     assert torch.equal(logits(offloaded, inputs), logits(model, inputs))
@@ -563,7 +564,7 @@ def test_a_base_that_carries_an_adapter_or_is_a_part_is_refused(model, fresh):
 def test_the_adapter_of_another_base_is_refused(spec, model, fresh, processor, tmp_path):
     model.save_pretrained(tmp_path)
     other = spec.make_model(processor)
-    quantise = other.model.vqmodel.quantize.embedding
+    quantise = other.get_submodule(FAMILIES[spec.name].module_names["tokenizer"]).quantize.embedding
     with torch.no_grad():
         quantise.weight.copy_(quantise.weight.flip(0))
     with pytest.raises(BaseModelError, match="another codebook"):

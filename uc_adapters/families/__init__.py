@@ -5,21 +5,29 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 
+import transformers
 from torch import nn
 from transformers import ProcessorMixin
 
 from ..errors import BaseModelError, InputError
 from .family import Family, Geometry, Size
 
-_CLASSES = [
-    member
-    for file in pkgutil.iter_modules(__path__)
-    for member in vars(import_module(f"{__name__}.{file.name}")).values()
-    if isinstance(member, type) and issubclass(member, Family) and "model_type" in vars(member)
-]
+_CLASSES: list[type[Family]] = []
+# The files, named as model types, that import what the installed transformers does not have yet, each with its error
+ABSENT: dict[str, str] = {}
+
+for _file in pkgutil.iter_modules(__path__):
+    try:
+        _members = vars(import_module(f"{__name__}.{_file.name}")).values()
+    except ImportError as error:
+        if error.name != "transformers":
+            raise
+        ABSENT[_file.name] = str(error)
+        continue
+    _CLASSES += [x for x in _members if isinstance(x, type) and issubclass(x, Family) and "model_type" in vars(x)]
 FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in _CLASSES}
 
-__all__ = ["FAMILIES", "Family", "Geometry", "Size", "family_of", "family_of_processor"]
+__all__ = ["FAMILIES", "Family", "Geometry", "Size", "check_present", "family_of", "family_of_processor"]
 
 
 def family_of(base: nn.Module) -> Family:
@@ -27,9 +35,10 @@ def family_of(base: nn.Module) -> Family:
 
     Raises:
         BaseModelError: There is no family for the base (the message names the supported ones), or a module that the family
-            needs is missing.
+            needs is missing, in the base or in the installed transformers.
     """
     model_type = getattr(getattr(base, "config", None), "model_type", None)
+    check_present(model_type)
     if model_type not in FAMILIES:
         raise BaseModelError(
             f"No family for a base of type {model_type!r} ({type(base).__name__}); supported: "
@@ -44,6 +53,15 @@ def family_of(base: nn.Module) -> Family:
             f"Load it with {family.model_class}.from_pretrained."
         )
     return family(base)
+
+
+def check_present(model_type: str | None) -> None:
+    """Raises BaseModelError if there is a family for bases of this type, and the installed transformers is too old for it."""
+    if model_type in ABSENT:
+        raise BaseModelError(
+            f"A base of type {model_type!r} needs a newer transformers than {transformers.__version__}: {ABSENT[model_type]}. "
+            "Upgrade it: pip install -U transformers."
+        )
 
 
 def family_of_processor(processor: ProcessorMixin) -> type[Family]:

@@ -58,7 +58,7 @@ class Chameleon(SharedVocabularyFamily):
         latents = vqmodel.quant_conv(vqmodel.encoder(pixel_values.to(vqmodel.dtype)))  # (B, C, H, W)
         return latents.flatten(2).transpose(1, 2).float()
 
-    def encoded_codes(self, encoded) -> list[torch.Tensor]:
+    def encoded_codes(self, encoded, input_ids: torch.Tensor | None, stride: int) -> list[torch.Tensor]:
         side = self.geometry.read_side
         return list(encoded.image_tokens.view(-1, side, side))
 

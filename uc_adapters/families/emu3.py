@@ -11,13 +11,11 @@ from transformers import AutoProcessor, BatchFeature, Emu3Processor, GenerationC
 
 from ..errors import BaseModelError, InputError
 from ..layers import Grid
-from .family import Geometry, Size, exact, weight_of
-from .shared_vocabulary import SharedVocabularyFamily
-
-POSITIONS_SIDE = 32  # side of the grid on which positions are learned; they are interpolated to other grids
+from .family import Geometry, exact, weight_of
+from .shared_vocabulary import POSITIONS_SIDE, AnySizeFamily
 
 
-class Emu3(SharedVocabularyFamily):
+class Emu3(AnySizeFamily):
     """The family of `Emu3ForConditionalGeneration`."""
 
     model_type = "emu3"
@@ -66,18 +64,6 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
             code_width=config.vq_config.embed_dim,
         )
 
-    def sizes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[Size]:
-        return [(int(height), int(width)) for height, width in image_sizes]
-
-    def read_grid(self, size: Size) -> Grid:
-        return size[0] // self._factor, size[1] // self._factor
-
-    def draw_grid(self, size: Size) -> Grid:
-        return self.read_grid(size)
-
-    def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
-        self.check_any_size(pixel_values, image_sizes, self._factor)
-
     @exact
     @torch.no_grad()
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -87,7 +73,7 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
         hidden = vqmodel.encoder(film).permute(0, 2, 1, 3, 4)  # (B, 1, C, h, w) -> (B, C, 1, h, w)
         return vqmodel.quant_conv(hidden).flatten(2).transpose(1, 2).float()  # (B, T, C)
 
-    def encoded_codes(self, encoded) -> list[torch.Tensor]:
+    def encoded_codes(self, encoded, input_ids: torch.Tensor | None, stride: int) -> list[torch.Tensor]:
         return list(encoded.image_tokens)
 
     def language_model(self, **inputs):

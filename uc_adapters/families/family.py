@@ -94,7 +94,8 @@ class Family(ABC):
     """Whether codes are tokens of the text vocabulary, embedded and predicted as text tokens are. Then there is no module that
     takes dense features, and the layers only store weights: see `uc_adapters.tuner_layers`."""
     has_eol: ClassVar[bool] = False
-    """Whether an EOL token follows each row of an image."""
+    """Whether an EOL token with a placeholder of its own follows each row of an image. EOL tokens that the processor writes as
+    text, as it writes an image's size, do not count."""
     compresses_reading: ClassVar[bool] = True
     """Whether an adapter shortens the images to read. If not, they are read as the base's own codes."""
     why_no_drawing: ClassVar[str | None] = None
@@ -147,8 +148,8 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         return processor.prepare_inputs_layout(text=[text])[1][0]
 
     @staticmethod
-    def image_words(processor: ProcessorMixin) -> tuple[str, ...]:
-        """Returns the tokens that the processor writes for images. A text must not contain them."""
+    def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
+        """Returns the tokens that a processor of the family writes for an image. No text of a training row may hold one."""
         return processor.image_token, processor.image_start_token, processor.image_end_token
 
     @staticmethod
@@ -253,23 +254,6 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
                 f"pixel_values of shape {tuple(pixel_values.shape)}; expected (images, 3, {size}, {size}) with at least "
                 "one image. Let the base's processor resize RGB images: processor(text=..., images=...)."
             )
-
-    def check_any_size(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None, factor: int) -> None:
-        """Raises InputError unless pixels are (N, 3, H, W), and each size is a multiple of `factor` that lies within H x W."""
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != 3 or shape[0] == 0:
-            raise InputError(
-                f"pixel_values of shape {shape}; expected (images, 3, height, width) with at least one image. Let the "
-                "processor prepare RGB images: processor(text=..., images=...)."
-            )
-        self.check_sizes(shape[0], image_sizes)
-        for height, width in self.sizes(pixel_values, image_sizes):
-            within = 0 < height <= shape[2] and 0 < width <= shape[3]
-            if not within or height % factor or width % factor:
-                raise InputError(
-                    f"An image of {height} x {width} pixels in pixel_values of shape {shape}; expected multiples of {factor} "
-                    "that lie within this shape. Let the processor prepare images: processor(text=..., images=...)."
-                )
 
     # Reading and codes -----------------------------------------------------------------------------------------------
 

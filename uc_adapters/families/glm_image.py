@@ -23,18 +23,17 @@ from transformers import (
 
 from ..errors import InputError
 from ..layers import Grid, unit
-from .family import Geometry, Size, exact, weight_of
-from .shared_vocabulary import SharedVocabularyFamily
+from .family import Geometry, exact, weight_of
+from .shared_vocabulary import POSITIONS_SIDE, AnySizeFamily
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-POSITIONS_SIDE = 32  # side of the grid on which positions are learned; they are interpolated to other grids
 PREVIEW_SIDE = 16  # side of the preview of a square image
 PIXELS = 32  # side of a code in the finished picture; the vision encoder sees the picture at half of its size
 
 
-class GlmImage(SharedVocabularyFamily):
+class GlmImage(AnySizeFamily):
     """The family of `GlmImageForConditionalGeneration`.
 
     Images to read, for editing, stay as they are. All their codes are read in one pass, so that fewer of them save little time
@@ -75,7 +74,7 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         self.base = base
         config = base.config
         self.image_token_id = config.image_token_id
-        self._patch = config.vision_config.patch_size
+        self._factor = config.vision_config.patch_size
         self.geometry = Geometry(
             model_type=self.model_type,
             hidden_size=config.text_config.hidden_size,
@@ -99,7 +98,7 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         return text
 
     @staticmethod
-    def image_words(processor: ProcessorMixin) -> tuple[str, ...]:
+    def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
         end = processor.tokenizer.eos_token
         return processor.image_token, processor.bos_token, end, processor.grid_bos_token, processor.grid_eos_token
 
@@ -138,15 +137,6 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         previews = [image.resize(size) for image, size in zip(images, sizes, strict=True)]
         return GlmImage.image_inputs(processor, previews, do_resize=False)
 
-    def sizes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[Size]:
-        return [(int(height), int(width)) for height, width in image_sizes]
-
-    def read_grid(self, size: Size) -> Grid:
-        return size[0] // self._patch, size[1] // self._patch
-
-    def draw_grid(self, size: Size) -> Grid:
-        return self.read_grid(size)
-
     @staticmethod
     def preview_grid(grid: Grid) -> Grid:
         """Returns the preview's grid as the base's processor computes it."""
@@ -162,12 +152,8 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         codes = torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1)  # (3, T)
         return F.pad(codes, (0, 1), value=max(grid))
 
-    def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
-        self.check_any_size(pixel_values, image_sizes, self._patch)
-
     # Codes -----------------------------------------------------------------------------------------------------------
 
-    @property
     def token_ids_of_codes(self) -> torch.Tensor:
         return torch.arange(self.geometry.num_codes)
 
@@ -178,7 +164,7 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
     @exact
     @torch.no_grad()
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        model, (height, width), patch = self.base.model, pixel_values.shape[2:], self._patch
+        model, (height, width), patch = self.base.model, pixel_values.shape[2:], self._factor
         grid = height // patch, width // patch
         patches = pixel_values.unflatten(3, (grid[1], patch)).unflatten(2, (grid[0], patch))  # (B, 3, h, p, w, p)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)  # (B * h * w, 3 * p * p)

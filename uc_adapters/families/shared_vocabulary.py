@@ -7,7 +7,11 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from .family import Family, weight_of
+from ..errors import InputError
+from ..layers import Grid
+from .family import Family, Size, weight_of
+
+POSITIONS_SIDE = 32  # side of the grid on which positions are learned; they are interpolated to other grids
 
 
 class SharedVocabularyFamily(Family):
@@ -20,27 +24,30 @@ class SharedVocabularyFamily(Family):
     def code_token_ids(self) -> torch.Tensor:
         """The token id of each code, (K,), on the device of the embeddings."""
         if self._code_token_ids is None or self._code_token_ids.device != self.device:
-            self._code_token_ids = self.token_ids_of_codes.long().to(self.device)
+            self._code_token_ids = self.token_ids_of_codes().to(self.device)
         return self._code_token_ids
 
-    @property
     def token_ids_of_codes(self) -> torch.Tensor:
-        """The same, as the base's config gives them."""
-        return self.base.model.vocabulary_mapping.img2bpe_mapping_tensor
+        """Returns the token id of each code, (K,), on any device."""
+        return self.base.model.vocabulary_mapping.img2bpe_mapping_tensor.long()
 
     def read_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.embed_codes(self.dense_codes(pixel_values))
 
-    def encoded_codes(self, encoded) -> list[torch.Tensor]:
-        """Returns the codes of each of N images, (H, W) each, from the output of the base's `get_image_features`.
+    def encoded_codes(self, encoded, input_ids: torch.Tensor | None, stride: int) -> list[torch.Tensor]:
+        """Returns the codes of each of N images, (H, W) each, that transformers' `generate` has encoded densely.
 
-        Only a family that compresses what it reads needs it.
+        Args:
+            encoded: The output of the base's `get_image_features`.
+            input_ids: The prompts (B, L), from which the sizes can be read if the output does not have them.
+            stride: The adapter's stride.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # needed only if `compresses_reading`
 
     @property
     def codebook(self) -> torch.Tensor:
-        return weight_of(self.base.model.vqmodel.quantize.embedding).detach().float()
+        tokenizer = self.base.get_submodule(self.module_names["tokenizer"])
+        return weight_of(tokenizer.quantize.embedding).detach().float()
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         return self.base.get_input_embeddings()(self.code_token_ids[codes])
@@ -54,6 +61,38 @@ class SharedVocabularyFamily(Family):
     @cached_property
     def _run(self) -> slice | None:
         """The slice of the vocabulary that holds the codes' tokens, if they are consecutive and in order; else None."""
-        token_ids = self.token_ids_of_codes.tolist()
+        token_ids = self.token_ids_of_codes().tolist()
         run = slice(token_ids[0], token_ids[0] + len(token_ids))
         return run if token_ids == list(range(run.start, run.stop)) else None
+
+
+class AnySizeFamily(SharedVocabularyFamily):
+    """The common part of those whose images have any size. They set `_factor`, the side of a code in pixels."""
+
+    _factor: int
+
+    def sizes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[Size]:
+        return [(int(height), int(width)) for height, width in image_sizes]
+
+    def read_grid(self, size: Size) -> Grid:
+        return size[0] // self._factor, size[1] // self._factor
+
+    def draw_grid(self, size: Size) -> Grid:
+        return self.read_grid(size)
+
+    def check_pixels(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> None:
+        """Raises InputError unless pixels are (N, 3, H, W), and each image is made of whole codes and lies within H x W."""
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[0] == 0:
+            raise InputError(
+                f"pixel_values of shape {shape}; expected (images, 3, height, width) with at least one image. Let the "
+                "processor prepare RGB images: processor(text=..., images=...)."
+            )
+        self.check_sizes(shape[0], image_sizes)
+        for height, width in self.sizes(pixel_values, image_sizes):
+            factor, within = self._factor, 0 < height <= shape[2] and 0 < width <= shape[3]
+            if not within or height % factor or width % factor:
+                raise InputError(
+                    f"An image of {height} x {width} pixels in pixel_values of shape {shape}; expected multiples of {factor} "
+                    "that lie within this shape. Let the processor prepare images: processor(text=..., images=...)."
+                )

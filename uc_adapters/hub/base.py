@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..errors import BaseModelError
-from ..families import FAMILIES
+from ..families import FAMILIES, check_present
 from ..files.faults import reason
 from ..identity import at, remember_commit
 
@@ -33,8 +33,10 @@ def load_base(
         access: `token`, `cache_dir` and `local_files_only`.
 
     Raises:
-        BaseModelError: No base is named, or it cannot be loaded: not found, gated, offline, ...
+        BaseModelError: No base is named, or it cannot be loaded: not found, gated, offline, of a type that the installed
+            transformers does not have yet, ...
     """
+    check_present((stored.base_geometry or {}).get("model_type"))
     source = str(base or stored.base_model_name_or_path or "")
     revision = None if base else stored.revision
     if not source:

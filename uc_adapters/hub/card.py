@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config import UniCompressConfig
 from ..errors import AdapterFileError, InputError
-from ..families import FAMILIES
+from ..families import FAMILIES, check_present
 from ..files.folder import CARD_NAME, read_config
 from ..layers import Grid
 from ..version import INSTALL, __version__
@@ -106,7 +106,12 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
 
 
 def token_counts(config: dict) -> list[tuple[str, int, int]]:
-    """Returns what an image costs the language model: the name of each cost, the base's number, and the adapter's."""
+    """Returns what an image costs the language model: the name of each cost, the base's number, and the adapter's.
+
+    Raises:
+        BaseModelError: The base's family needs a newer transformers.
+    """
+    check_present(config["base_geometry"]["model_type"])
     geometry, stride, count = config["base_geometry"], config["stride"], config["num_global_tokens"]
     drawn = UniCompressConfig(num_global_tokens=count, decompressor=config["decompressor"]).num_global_codes
     family = FAMILIES[geometry["model_type"]]
