@@ -4,9 +4,10 @@ torch and transformers are imported where a fixture needs them: xdist's controll
 """
 
 # ruff: noqa: E402  (the Hub must be up before anything of Hugging Face is imported)
-import copy
 import gc
 import os
+
+gc.disable()  # until all is imported: none of it is garbage
 
 from loopback_hub import start_for_session
 
@@ -27,6 +28,7 @@ settings.load_profile("repeatable")
 def pytest_collection_finish():
     """What was imported stays: a trainer collects garbage as it ends, and would look through all of it each time."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -75,7 +77,9 @@ def pristine(processor):
 @pytest.fixture
 def fresh(pristine):
     """Makes a base to attach to."""
-    return lambda: copy.deepcopy(pristine)
+    from copies import copier
+
+    return copier(pristine)
 
 
 @pytest.fixture
@@ -87,6 +91,7 @@ def base(fresh):
 @pytest.fixture(scope="session")
 def shared(pristine):
     """Gives adapters that no test may change, of the fields that it is told; each is made once."""
+    from copies import copied
     from helpers import attach
 
     made = {}
@@ -97,7 +102,7 @@ def shared(pristine):
     def give(**fields):
         key = tuple(sorted(fields.items()))
         if key not in made:
-            model = attach(copy.deepcopy(pristine), **fields)
+            model = attach(copied(pristine), **fields)
             made[key] = model, sums(model)
         return made[key][0]
 

@@ -1,6 +1,5 @@
 """The diffusers pipeline: used directly, and found by plain diffusers in what was saved or pushed."""
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from copies import copied
 from helpers import ANN, CAPTIONS, attach, drawing_inputs
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -28,7 +28,7 @@ STEPS = 16  # of a drawing by "strip" on the tiny base
 
 @pytest.fixture(scope="module")
 def pipe(pristine, processor):
-    model = attach(copy.deepcopy(pristine))
+    model = attach(copied(pristine))
     pipeline = UniCompressPipeline(model.compact_processor(processor), model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -140,7 +140,7 @@ def test_a_callback_ends_a_drawing(pipe):
 
 
 def test_other_precision(pristine, processor):
-    model = attach(copy.deepcopy(pristine))
+    model = attach(copied(pristine))
     pipe = UniCompressPipeline(model.compact_processor(processor), model)
     assert pipe.to("cpu", torch.bfloat16) is pipe
     assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.bfloat16)
