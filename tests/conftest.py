@@ -1,8 +1,13 @@
-"""Fixtures: a shallow real Janus with random weights, built once, copied for every test that attaches to it."""
+"""Fixtures: a shallow real Janus with random weights, built once, copied for every test that attaches to it.
+
+torch and transformers are imported where a fixture needs them: xdist's controller loads this file as well, and runs no test.
+"""
 
 # ruff: noqa: E402  (the Hub must be up before anything of Hugging Face is imported)
-import copy
+import gc
 import os
+
+gc.disable()  # until all is imported: none of it is garbage
 
 from loopback_hub import start_for_session
 
@@ -11,13 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets counts on the network how often it loads a file
 
 import pytest
-import torch
-from helpers import ANN, SHORT, attach, question_inputs, rng
 from hypothesis import settings
-from PIL import Image
-from shallow import shallow
-from tiny_world.digits import random_scene
-from tiny_world.tiny_janus import make_model, make_processor
 
 # The same cases on every machine, so that CI fails for a change and not by chance; `pytest --hypothesis-profile=explore`
 # draws new ones. No deadlines: CI machines stall now and then.
@@ -26,9 +25,17 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_finish():
+    """What was imported stays: a trainer collects garbage as it ends, and would look through all of it each time."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture
 def hub():
     """The Hub that all tests speak to, empty; ann may write to org."""
+    from helpers import ANN
+
     HUB.reset()
     HUB.add_user("ann", ANN, "org")
     return HUB
@@ -37,18 +44,27 @@ def hub():
 @pytest.fixture(scope="session")
 def processor():
     """The base's processor: 64 placeholders an image."""
+    from tiny_world.tiny_janus import make_processor
+
     return make_processor()
 
 
 @pytest.fixture(scope="session")
 def short_processor():
     """The processor of a default adapter: 4 + 1 + 16 placeholders."""
+    from helpers import SHORT
+    from tiny_world.tiny_janus import make_processor
+
     return make_processor(SHORT)
 
 
 @pytest.fixture(scope="session")
 def pristine(processor):
     """The one base that `base` copies; nothing may attach to it."""
+    import torch
+    from shallow import shallow
+    from tiny_world.tiny_janus import make_model
+
     torch.manual_seed(0)
     model = shallow(make_model(processor)).eval()
     with torch.no_grad():  # livelier than at its default start, where every prompt draws nearly the same
@@ -61,7 +77,9 @@ def pristine(processor):
 @pytest.fixture
 def fresh(pristine):
     """Makes a base to attach to."""
-    return lambda: copy.deepcopy(pristine)
+    from copies import copier
+
+    return copier(pristine)
 
 
 @pytest.fixture
@@ -73,6 +91,9 @@ def base(fresh):
 @pytest.fixture(scope="session")
 def shared(pristine):
     """Gives adapters that no test may change, of the fields that it is told; each is made once."""
+    from copies import copied
+    from helpers import attach
+
     made = {}
 
     def sums(model) -> dict[str, float]:
@@ -81,7 +102,7 @@ def shared(pristine):
     def give(**fields):
         key = tuple(sorted(fields.items()))
         if key not in made:
-            model = attach(copy.deepcopy(pristine), **fields)
+            model = attach(copied(pristine), **fields)
             made[key] = model, sums(model)
         return made[key][0]
 
@@ -99,18 +120,25 @@ def base_folder(pristine, processor, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def images() -> list[Image.Image]:
-    """Four scenes."""
+def images():
+    """Four scenes, PIL images."""
+    from helpers import rng
+    from tiny_world.digits import random_scene
+
     return [random_scene(rng(seed), "held-out").image("held-out") for seed in range(4)]
 
 
 @pytest.fixture(scope="session")
 def short_question(short_processor, images):
     """One image and a question, with the adapter's placeholders."""
+    from helpers import question_inputs
+
     return question_inputs(short_processor, ["What digit is at the top left?"], images[:1])
 
 
 @pytest.fixture(scope="session")
 def dense_question(processor, images):
     """The same with the base's placeholders."""
+    from helpers import question_inputs
+
     return question_inputs(processor, ["What digit is at the top left?"], images[:1])

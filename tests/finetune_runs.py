@@ -1,9 +1,8 @@
-"""Shared by the tests of finetune.py, and runs that are killed: finetune_runs.py [[[STAGE, STEP], ARGUMENTS], ...] (JSON)."""
+"""Shared by the tests of finetune.py: what they run with, on what, and runs that are killed."""
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import finetune
@@ -86,7 +85,7 @@ class KillAt(TrainerCallback):
 
 
 def train_until_killed(stage: int, step: int, told: dict) -> None:
-    """Never returns."""
+    """A run that does not live to its end."""
     victim = stages.ReconstructionTrainer if stage == 1 else stages.JointTrainer
 
     class Victim(victim):
@@ -96,13 +95,3 @@ def train_until_killed(stage: int, step: int, told: dict) -> None:
 
     setattr(stages, victim.__name__, Victim)
     train(**told)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    for (stage, step), told in json.loads(sys.argv[1]):
-        child = os.fork()  # before anything was computed; a process of its own would import all of this again
-        if not child:
-            train_until_killed(stage, step, told)
-        _, status = os.waitpid(child, 0)
-        print("ended by", os.WTERMSIG(status), flush=True)

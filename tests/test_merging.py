@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from copies import copied
 from helpers import (
     CAPTIONS,
     assert_same,
@@ -140,7 +141,7 @@ def test_training_unmerges_with_a_word(base):
 
 
 def test_a_weight_that_two_modules_share_is_merged_in_one(base, pristine, short_question):
-    for model in (base, pristine := copy.deepcopy(pristine)):
+    for model in (base, pristine := copied(pristine)):
         first, second = (layer.mlp.up_proj for layer in model.model.language_model.layers[:2])
         second.weight = first.weight
     model = attach(base, target_modules=["up_proj"], layers_to_transform=[0])
@@ -329,7 +330,7 @@ class Walk:
 def walked(pristine, short_question, dense_question, tmp_path_factory):
     """Both adapters' folders, and their logits."""
     folder = tmp_path_factory.mktemp("walk")
-    walk = Walk(copy.deepcopy(pristine), folder)
+    walk = Walk(copied(pristine), folder)
     walk.model.save_pretrained(folder)
     expected = {}
     for name in ("one", "two"):
@@ -343,7 +344,7 @@ def walked(pristine, short_question, dense_question, tmp_path_factory):
 @given(steps=st.lists(st.sampled_from(Walk.STEPS), max_size=10))
 def test_disabled_it_is_the_base_after_any_walk(pristine, walked, short_question, dense_question, steps):
     folder, expected, of_base = walked
-    walk = Walk(copy.deepcopy(pristine), folder)
+    walk = Walk(copied(pristine), folder)
     model = walk.model
     for name in steps:
         walk.step(name)

@@ -1,8 +1,6 @@
 """The diffusers pipeline: used directly, and found by plain diffusers in what was saved or pushed."""
 
-import copy
 import inspect
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from copies import copied
 from helpers import ANN, CAPTIONS, attach, drawing_inputs
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -30,7 +29,7 @@ STEPS = 16  # of a drawing by "strip" on the tiny base
 
 @pytest.fixture(scope="module")
 def pipe(pristine, processor):
-    model = attach(copy.deepcopy(pristine))
+    model = attach(copied(pristine))
     pipeline = UniCompressPipeline(model.compact_processor(processor), model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -142,36 +141,14 @@ def test_a_callback_ends_a_drawing(pipe):
 
 
 def test_other_precision(pristine, processor):
-    model = attach(copy.deepcopy(pristine))
+    model = attach(copied(pristine))
     pipe = UniCompressPipeline(model.compact_processor(processor), model)
     assert pipe.to("cpu", torch.bfloat16) is pipe
     assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.bfloat16)
     assert len(pipe(CAPTIONS[0]).images) == 1
 
 
-# Plain diffusers
-
-ELSEWHERE = """
-import sys
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-images = pipe(sys.argv[2], num_images_per_prompt=2, generator=generators, output_type="np").images
-torch.save(torch.from_numpy(images), "drawn.pt")
-"""
-
-
-def test_plain_diffusers_draws_from_the_hub_in_another_process(pushed, tmp_path):
-    """Nothing of ours is imported by hand there: the repo's pipeline.py does it."""
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    code = [sys.executable, "-c", ELSEWHERE, ADAPTER, CAPTIONS[0]]
-    ended = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
-    here = UniCompressPipeline.from_pretrained(ADAPTER)
-    expected = here(CAPTIONS[0], num_images_per_prompt=2, generator=seeds(1, 2), output_type="np").images
-    assert np.array_equal(torch.load(tmp_path / "drawn.pt").numpy(), expected)
+# Plain diffusers; hub/test_share.py has it in a process where nothing of ours is imported
 
 
 def test_plain_diffusers_draws_at_the_revision_it_was_asked_for(pushed, processor, tmp_path):

@@ -1,11 +1,11 @@
 """What trains, and what is compiled, through switching, disabling, loading and hot-swapping adapters."""
 
-import copy
 import json
 import warnings
 
 import pytest
 import torch
+from copies import copied
 from helpers import (
     CAPTIONS,
     assert_same,
@@ -49,7 +49,7 @@ def choose(model, part: str) -> None:
 def folder(pristine, tmp_path_factory):
     """Two adapters of one form, with other weights."""
     folder = tmp_path_factory.mktemp("two")
-    model = attach(copy.deepcopy(pristine), "one", seed=1)
+    model = attach(copied(pristine), "one", seed=1)
     model.add_adapter("two", small_config())
     randomise(model, "two", 2)
     model.save_pretrained(folder)

@@ -1,11 +1,11 @@
 """A format, a method or a field that this version does not know is refused by name, since its mathematics may differ."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from copies import copied
 from helpers import attach
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
@@ -18,7 +18,7 @@ from uc_adapters.errors import AdapterFileError, ConfigError
 @pytest.fixture(scope="module")
 def saved(pristine, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    attach(copy.deepcopy(pristine)).save_pretrained(folder)
+    attach(copied(pristine)).save_pretrained(folder)
     return folder
 
 

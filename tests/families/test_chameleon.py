@@ -1,10 +1,10 @@
 """What is Chameleon's own: codes that its logits mask, images of one size, no decoder."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
+from copies import copied
 from finetune_runs import write_rows
 from finetuning.answers import filled_in
 from helpers import attach, logits, question_inputs
@@ -106,7 +106,7 @@ def test_rows_to_draw_are_refused_before_training_whether_or_not_a_teacher_is_to
 
 
 def test_the_card_of_an_adapter_that_only_reads_promises_no_drawing(pristine, processor, tmp_path):
-    attach(copy.deepcopy(pristine)).save_pretrained(tmp_path, processor=processor, base_model="org/chameleon")
+    attach(copied(pristine)).save_pretrained(tmp_path, processor=processor, base_model="org/chameleon")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
     assert "it shortens what the model reads." in card.text

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from copies import copied
 from helpers import Record, attach, chat, logits, question_inputs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,13 +57,13 @@ def mixed(images):
 @pytest.fixture(scope="module")
 def attached(pristine):
     """Nothing may change it."""
-    return attach(copy.deepcopy(pristine))
+    return attach(copied(pristine))
 
 
 @pytest.fixture
 def model(attached):
     """A copy, which takes half as long as attaching."""
-    return copy.deepcopy(attached)
+    return copied(attached)
 
 
 @pytest.fixture
@@ -440,7 +441,7 @@ def test_images_in_a_prompt_to_draw_are_refused(model, compact, mixed):
 def test_a_config_without_the_image_words_is_refused(pristine):
     config = Emu3Config.from_dict(pristine.config.to_dict())
     config.vocabulary_map = {word: place for word, place in config.vocabulary_map.items() if word != "<|extra_200|>"}
-    base = copy.deepcopy(pristine)
+    base = copied(pristine)
     base.config = config
     with pytest.raises(BaseModelError, match=r"vocabulary_map lacks '<\|extra_200\|>'"):
         get_uc_model(base, UniCompressConfig())

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
+from copies import copied
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from helpers import (
@@ -68,13 +69,13 @@ def pictures(images):
 @pytest.fixture(scope="module")
 def attached(pristine):
     """Nothing may change it."""
-    return attach(copy.deepcopy(pristine))
+    return attach(copied(pristine))
 
 
 @pytest.fixture
 def model(attached):
-    """A copy, which takes half as long as attaching."""
-    return copy.deepcopy(attached)
+    """A copy, which takes a tenth of the time of attaching."""
+    return copied(attached)
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """The dense base as a teacher of images of any size, which it draws with the ends of their rows."""
 
-import copy
-
 import pytest
 import torch
+from copies import copied
 from finetune_runs import TRAINING, say
 from helpers import attach
 from shallow import shallow
@@ -36,7 +35,7 @@ def pristine(processor):
 
 @pytest.fixture
 def distiller(pristine, processor, tmp_path):
-    model = attach(copy.deepcopy(pristine))
+    model = attach(copied(pristine))
     options = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     compact = model.compact_processor(processor)
     return DistillationTrainer(

@@ -1,10 +1,10 @@
 """A base and an adapter of it as the Hub holds them: made once, put on its shelf for every test that asks."""
 
-import copy
 import shutil
 from types import SimpleNamespace
 
 import pytest
+from copies import copied
 from helpers import ANN, attach, logits
 from hub_helpers import ADAPTER, BASE, BOB, read_files
 from loopback_hub import Commit
@@ -27,7 +27,7 @@ def base_commit(base_files) -> str:
 @pytest.fixture(scope="session")
 def adapter_folder(pristine, processor, base_commit, tmp_path_factory):
     """An adapter as `save_pretrained` writes it, of the base on the shelf."""
-    base = copy.deepcopy(pristine)
+    base = copied(pristine)
     base.name_or_path = BASE
     remember_commit(base, base_commit)
     folder = tmp_path_factory.mktemp("adapter")
@@ -85,4 +85,4 @@ def impatient(monkeypatch):
 @pytest.fixture(scope="session")
 def expected(adapter_folder, pristine, short_question):
     """Logits of the adapter on the shelf, on its base."""
-    return logits(UniCompressModel.from_pretrained(copy.deepcopy(pristine), adapter_folder), short_question)
+    return logits(UniCompressModel.from_pretrained(copied(pristine), adapter_folder), short_question)

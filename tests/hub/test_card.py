@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import ANN, attach
-from hub_helpers import BASE, CARD, CONFIG, run_python
+from hub_helpers import BASE, CARD, CONFIG
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -413,10 +413,11 @@ def test_a_caption_of_the_training_is_the_prompt_and_is_kept(config):
     assert prompt_of(render_card(config, NAME, NOTHING)) == json.dumps(EXAMPLE)
 
 
-def test_the_snippet_runs_as_pasted(shelf, folder, tmp_path):
+@pytest.mark.usefixtures("cache")
+def test_the_snippet_runs_as_pasted(shelf, folder, tmp_path, monkeypatch):
     push_folder(folder, NAME, token=ANN)
     card = shelf.repos[NAME].files()[CARD].decode()
     snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    empty = tmp_path / "elsewhere"
-    run_python(snippet, empty)
-    assert (empty / "drawing.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert (tmp_path / "drawing.png").read_bytes().startswith(b"\x89PNG")

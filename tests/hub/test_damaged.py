@@ -1,11 +1,11 @@
 """Adapter files that are broken, and bases that they were not made for."""
 
-import copy
 import json
 import shutil
 
 import pytest
 import torch
+from copies import copied
 from helpers import CAPTIONS, assert_same, attach, base_weights, draw, drawing_inputs, logits
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -22,7 +22,7 @@ KEY = "base_model.model.model.generation_head.lora_uc.separator"
 @pytest.fixture(scope="module")
 def intact(pristine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("intact")
-    attach(copy.deepcopy(pristine), seed=7).save_pretrained(folder)
+    attach(copied(pristine), seed=7).save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """The seal of a saved adapter: its weights file and its config belong together, and neither has changed since."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import copied
 from helpers import attach, logits, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +36,7 @@ def contents(folder) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def model(pristine):
-    return attach(copy.deepcopy(pristine), seed=7)
+    return attach(copied(pristine), seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def folder(intact, tmp_path) -> Path:
 def other(pristine, tmp_path_factory) -> Path:
     """Another adapter of the same shapes."""
     folder = tmp_path_factory.mktemp("other")
-    attach(copy.deepcopy(pristine), seed=8, lora_alpha=3).save_pretrained(folder)
+    attach(copied(pristine), seed=8, lora_alpha=3).save_pretrained(folder)
     return folder
 
 

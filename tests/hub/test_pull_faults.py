@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from copies import copied
 from helpers import attach, logits
 from hub_helpers import ADAPTER, BOB, CONFIG, HTML, WEIGHTS, assert_untouched, patch_json, read_files
 from loopback_hub import sha256
@@ -205,7 +206,7 @@ FOR_PEFT = (
 @pytest.fixture(scope="session")
 def foreign(pristine, processor, tmp_path_factory) -> dict[str, dict[str, bytes]]:
     """Adapters of bases that are not ours, as files."""
-    deeper, recoded = copy.deepcopy(pristine), copy.deepcopy(pristine)
+    deeper, recoded = copied(pristine), copied(pristine)
     layers = deeper.model.language_model.layers
     layers.extend(copy.deepcopy(layers[:2]))
     deeper.config.text_config.num_hidden_layers = 4

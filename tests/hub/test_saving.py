@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import copied
 from helpers import assert_same, attach, lora_weights
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -82,7 +83,7 @@ def pair(pristine) -> list[UniCompressModel]:
 
     def make(alpha: int) -> UniCompressModel:
         small = {"lora_alpha": alpha, "decompressor_width": 16, "target_modules": ["q_proj"]}
-        return attach(copy.deepcopy(pristine), seed=alpha, **small)
+        return attach(copied(pristine), seed=alpha, **small)
 
     return [make(1), make(2)]
 
@@ -90,7 +91,7 @@ def pair(pristine) -> list[UniCompressModel]:
 @pytest.fixture(scope="module")
 def loads_as(pristine, pair):
     """Tells which of the two a folder loads as, or that it is refused; fails if it loads as a mix of both."""
-    base = copy.deepcopy(pristine)
+    base = copied(pristine)
 
     def which(folder) -> str:
         try:

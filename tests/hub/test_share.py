@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from uc_adapters.errors import AdapterFileError
 
 BASE, ADAPTER = "org/shared-base", "org/shared-uc4x"
 QUESTION = "What digit is at the top left?"
+SEEDS = (1, 2)  # of two pictures of a prompt
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +67,39 @@ def trained(hub, pristine, processor, short_processor, tmp_path_factory):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def question(short_processor, images):
     return dict(question_inputs(short_processor, [QUESTION], images[:1]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prompts(short_processor):
     return dict(drawing_inputs(short_processor, CAPTIONS))
 
 
+BEGIN = """
+import torch
+
+given, found = torch.load("given.pt", weights_only=False), {}
+question, prompts = given["question"], given["prompts"]
+"""
+# Nothing of ours is imported by hand: the repo's pipeline.py does it
+PLAIN_DIFFUSERS = f"""
+from diffusers import DiffusionPipeline
+
+plain = DiffusionPipeline.from_pretrained("{ADAPTER}", trust_remote_code=True)
+generators = [torch.Generator().manual_seed(seed) for seed in {SEEDS}]
+images = plain("{CAPTIONS[0]}", num_images_per_prompt=2, generator=generators, output_type="np").images
+found["diffusers"] = torch.from_numpy(images)
+"""
 # Every way to load an adapter by its id. transformers asks for torchvision before it makes that pipeline, of which there is
 # no build for every torch; the tiny world's image processor needs none, so only the question is taken out.
-ELSEWHERE = f"""
-import torch
+EVERY_WAY = f"""
 import transformers.pipelines.any_to_any
 from peft import AutoPeftModel, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from uc_adapters import UniCompressModel
 from uc_adapters.errors import UnsupportedError
-
-given, found = torch.load("given.pt", weights_only=False), {{}}
-question, prompts = given["question"], given["prompts"]
 
 def read(name, model):
     with torch.no_grad():
@@ -114,11 +127,16 @@ torch.save(found, "found.pt")
 """
 
 
-def test_another_machine_reads_and_draws_bit_for_bit_the_same(trained, short_processor, images, question, prompts, tmp_path):
-    text = chat(short_processor, PLACEHOLDER, QUESTION)
-    torch.save({"question": question, "prompts": prompts, "text": text, "image": images[0]}, tmp_path / "given.pt")
-    run_python(ELSEWHERE, tmp_path)
-    found = torch.load(tmp_path / "found.pt")
+@pytest.fixture(scope="module")
+def found(trained, short_processor, images, question, prompts, tmp_path_factory):
+    """What is read and drawn on another machine, in a process of its own."""
+    folder, text = tmp_path_factory.mktemp("elsewhere"), chat(short_processor, PLACEHOLDER, QUESTION)
+    torch.save({"question": question, "prompts": prompts, "text": text, "image": images[0]}, folder / "given.pt")
+    run_python(BEGIN + (PLAIN_DIFFUSERS if find_spec("diffusers") else "") + EVERY_WAY, folder)
+    return torch.load(folder / "found.pt")
+
+
+def test_another_machine_reads_and_draws_bit_for_bit_the_same(trained, question, prompts, found):
     for way in ("UniCompressModel", "AutoPeftModel", "PeftModel", "transformers"):
         assert torch.equal(found[way], logits(trained, question)), way
     assert torch.equal(found["drawn"], draw(trained, prompts))
@@ -126,6 +144,15 @@ def test_another_machine_reads_and_draws_bit_for_bit_the_same(trained, short_pro
     assert torch.equal(found["answer"], answer)
     assert torch.equal(found["pipeline"], answer[0])
     assert "UniCompressModel" in found["refusal"]  # what to draw with
+
+
+def test_plain_diffusers_draws_on_another_machine(hub, found):
+    pytest.importorskip("diffusers")
+    from uc_adapters.pipeline import UniCompressPipeline
+
+    pipe, generators = UniCompressPipeline.from_pretrained(ADAPTER), [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    expected = pipe(CAPTIONS[0], num_images_per_prompt=2, generator=generators, output_type="pt").images
+    assert torch.equal(found["diffusers"], expected.permute(0, 2, 3, 1))
 
 
 def test_the_hub_knows_what_it_holds(hub, trained):

@@ -8,6 +8,7 @@ import benchmark
 import pytest
 import torch
 import torch._inductor.config
+from helpers import attach
 from PIL import Image
 from timing import drawing as drawing_benchmark
 from timing import models as benchmark_models
@@ -24,7 +25,18 @@ NEVER_FITS = 10**12  # prompts, whose words alone are more bytes than a process 
 @pytest.fixture(scope="module")
 def tiny():
     with torch.no_grad():
-        yield benchmark_models.sides("tiny", "strip", ["phase"], torch.float32, "cpu")
+        yield benchmark_models.sides("tiny", "strip", ["phase", "raster"], torch.float32, "cpu")
+
+
+@pytest.fixture
+def shallow_pair(fresh, monkeypatch):
+    """A shallow base and adapters of random weights, in place of the shipped pair's."""
+
+    def sides(shape, decompressor, also, dtype, device):
+        kinds = {"adapter": decompressor} | {kind: kind for kind in also}
+        return {"base": fresh()} | {name: attach(fresh(), decompressor=kind) for name, kind in kinds.items()}
+
+    monkeypatch.setattr(benchmark, "sides", sides)
 
 
 def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
@@ -51,6 +63,7 @@ def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
     assert min(Image.open(files["chart"]).size) > 200
 
 
+@pytest.mark.usefixtures("shallow_pair")
 def test_further_decompressors_draw_in_the_same_turns_and_are_told_beside(tmp_path, capsys):
     chart = str(tmp_path / "figures.png")
     arguments = {"repeats": 1, "warm_up": False, "also": ["phase", "raster"], "alternatives": ["static"], "chart": chart}
@@ -131,6 +144,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         stopwatch.fitting(lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))
 
 
+@pytest.mark.usefixtures("shallow_pair")
 def test_a_batch_that_does_not_fit_is_reported_and_the_others_are_measured(tmp_path, capsys):
     chart = str(tmp_path / "figures.png")
     figures = benchmark.main(benchmark.BenchmarkArguments(repeats=1, warm_up=False, batch_sizes=[NEVER_FITS, 1], chart=chart))

@@ -3,21 +3,18 @@
 import copy
 import json
 import math
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import finetune_runs
 import pytest
 import torch
-from finetune_runs import AT_END, EVERY_STEP, TRAINING, train, write_captioned
+from finetune_runs import AT_END, EVERY_STEP, TRAINING, train, train_until_killed, write_captioned
 from finetuning import stages
 from helpers import ANN, DECOMPRESSORS, assert_same, attach, base_weights
 from huggingface_hub import ModelCard
+from other_processes import exit_code
 from PIL import Image
 from rows.latent_cache import with_latents
 from rows.training_rows import RowCheck, training_rows
@@ -98,22 +95,19 @@ def test_sample_pictures_are_drawn_and_change_nothing(base_folder, captioned, tm
 
 
 def test_sample_pictures_are_drawn_as_after_training(base_folder, captioned, tmp_path):
-    pictures = []
+    pictures, options = [], {"dataset": [str(captioned)], "num_global_tokens": 0}  # stage 1 has nothing to learn
     for checkpointing in (False, True):  # in training mode, checkpointing would draw without a cache
         training = {"max_steps": 1, "learning_rate": 0.0, "gradient_checkpointing": checkpointing}
         out = tmp_path / f"out-{checkpointing}"
-        folder = train(base_folder, out, dataset=[str(captioned)], sample_steps=1, stage_1_steps=1, training=training)
+        folder = train(base_folder, out, sample_steps=1, training=training, **options)
         pictures.append((folder / "samples" / "step-000001.png").read_bytes())
     assert pictures[0] == pictures[1]
 
 
 def test_a_run_killed_in_each_stage_resumes_to_the_same_weights(base_folder, captioned, whole, tmp_path):
     told = {"base": str(base_folder), "output_dir": str(tmp_path / "cut"), "dataset": [str(captioned)], "training": EVERY_STEP}
-    runs = [([1, 2], told), ([2, 3], {**told, "resume": True})]
-    paths = os.pathsep.join(str(Path(__file__).parents[up] / name) for up, name in ((2, "recipes"), (1, "")))
-    command = [sys.executable, finetune_runs.__file__, json.dumps(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
-    assert done.stdout.count(f"ended by {int(signal.SIGKILL)}\n") == 2, done.stderr[-2000:]
+    assert exit_code(train_until_killed, 1, 2, told) == -signal.SIGKILL
+    assert exit_code(train_until_killed, 2, 3, {**told, "resume": True}) == -signal.SIGKILL
     train(**told, resume=True)
     assert_same(weights(tmp_path / "cut" / "stage1"), weights(whole / "stage1"))
     assert_same(weights(tmp_path / "cut"), weights(whole))

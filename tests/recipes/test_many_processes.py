@@ -1,16 +1,15 @@
 """Two processes at half the batch train as one does at the whole, whatever their batches hold."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import two_processes
 from finetune_runs import train, write_captioned
+from other_processes import server
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 TESTS = Path(__file__).parents[1]
 
@@ -24,16 +23,11 @@ def captioned(tmp_path_factory):
 def of_two(base_folder, captioned, tmp_path_factory):
     """The folder of what two processes left behind."""
     folder = tmp_path_factory.mktemp("two")
-    paths = os.pathsep.join(map(str, (TESTS.parent / "recipes", TESTS)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, two_processes.__file__, str(base_folder), str(captioned), str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    server()
+    # As `torchrun --standalone --nproc_per_node 2` does it
+    options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test", "start_method": "forkserver"}
+    torchrun = elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **options), two_processes.run)
+    torchrun(str(base_folder), str(captioned), str(folder))
     return folder
 
 

@@ -14,7 +14,7 @@ from tiny_world.caption_pool import CaptionPool, WordHead, caption_words, captio
 from tiny_world.tiny_janus import make_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-FEW = {"vq_steps": 6, "vision_steps": 1, "joint_steps": 1}
+FEW = {"vq_steps": 1, "vision_steps": 1, "joint_steps": 1}  # test_tiny_emu3.py has the two phases of `vq_steps`
 COLOURS = ["crimson", "teal", "ivory", "navy"]
 CAPTION = "A CRIMSON no. 7, beside an ellipse!"
 

@@ -1,17 +1,16 @@
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 from finetune_runs import say, turn, write_rows
-from helpers import rng, small_config
+from helpers import SHORT, rng, small_config
+from other_processes import run_elsewhere
 from PIL import Image
 from rows.conversations import DatasetError, samples
 from rows.training_rows import RowCheck, training_rows
+from tiny_world.tiny_janus import make_processor
 from torch.utils.data import DataLoader
 
 from uc_adapters import UniCompressCollator
@@ -290,15 +289,10 @@ def test_streams_are_read_shard_by_shard_by_several_workers(folder, collator):
         check(source, collator, streaming=True)
 
 
-AGAIN = """
-import sys
-sys.path[:0] = ["tests", "recipes"]
-from helpers import SHORT, small_config
-from tiny_world.tiny_janus import make_processor
-from rows.training_rows import RowCheck, training_rows
-from uc_adapters import UniCompressCollator
-print(training_rows([sys.argv[1]], RowCheck(UniCompressCollator(make_processor(SHORT), small_config()), 100))._fingerprint)
-"""
+def fingerprint(source: str) -> str:
+    """Of the checked rows, with parts of its own."""
+    collator = UniCompressCollator(make_processor(SHORT), small_config())
+    return training_rows([source], RowCheck(collator, CONTEXT))._fingerprint
 
 
 def test_another_process_does_not_check_again(folder, collator):
@@ -306,15 +300,7 @@ def test_another_process_does_not_check_again(folder, collator):
     dataset = training_rows([source], RowCheck(collator, CONTEXT))
     cache = Path(dataset.cache_files[0]["filename"]).parent
     before = {file.name: file.stat().st_mtime_ns for file in cache.iterdir()}
-    again = subprocess.run(
-        [sys.executable, "-c", AGAIN, source],
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert again.stdout.strip() == dataset._fingerprint
+    assert run_elsewhere(fingerprint, source) == dataset._fingerprint
     assert {file.name: file.stat().st_mtime_ns for file in cache.iterdir()} == before
 
 

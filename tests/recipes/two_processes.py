@@ -1,4 +1,4 @@
-"""What `torchrun --nproc_per_node 2` runs for test_many_processes.py: two_processes.py BASE DATASET OUTPUT.
+"""What each of two processes of torchrun runs for test_many_processes.py.
 
 Training for a few steps on rows that are read, on rows that are drawn, and on both; rank 0 writes what was logged and the
 weights that it ended with. By the trainers of both stages, and finetune.py itself; and sharded by torch's `fully_shard`, since
@@ -6,7 +6,6 @@ accelerate, and so a trainer, shards on accelerators alone.
 """
 
 import json
-import sys
 
 import finetune_runs
 import torch
@@ -109,8 +108,8 @@ def save(file: str, log: list[dict], weights: dict[str, torch.Tensor]) -> None:
         torch.save({"log": json.dumps(log), "weights": weights}, file)
 
 
-if __name__ == "__main__":
-    base, dataset, output = sys.argv[1:]
+def run(base: str, dataset: str, output: str) -> None:
+    """All trainings, in each of two processes."""
     for kind, stage in RUNS:
         save(f"{output}/{kind}-{stage}.pt", *train(base, output, kind, stage, 2))
     training = {"per_device_train_batch_size": 1, "use_cpu": False, **RATES}  # no use_cpu: torchrun alone tells it
