@@ -216,11 +216,13 @@ def check_texts(args: QuickstartArguments) -> None:
     try:
         processor = load_processor(args.base)
         context = AutoConfig.from_pretrained(args.base).get_text_config().max_position_embeddings
-        reason = family_of_processor(processor).why_no_drawing
+        family = family_of_processor(processor)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--base {args.base}: {str(error).splitlines()[0]}") from None
-    if args.prompt is not None and reason is not None:
-        raise SystemExit(f"--prompt: {args.base} cannot draw: {reason}. Use --image and --question.")
+    if args.prompt is not None and (reason := family.why_no_drawing or family.why_no_pixels):
+        raise SystemExit(f"--prompt: {args.base} cannot draw an image: {reason}.")
+    if args.question is not None and (reason := family.why_no_answers):
+        raise SystemExit(f"--question: {args.base} cannot answer: {reason}.")
     room = context - read_tokens(processor)  # an image to draw takes about as many
     for name, text in texts.items():
         if (count := len(processor.tokenizer(text)["input_ids"])) > room:

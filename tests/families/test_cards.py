@@ -59,16 +59,20 @@ def run(snippet: str) -> dict:
 
 
 def test_the_card_is_true_and_its_snippets_run(spec, card, tmp_path, capsys):
-    why_no_drawing = FAMILIES[spec.name].why_no_drawing
+    family = FAMILIES[spec.name]
+    why_no_drawing = family.why_no_drawing
     assert card.data.base_model == BASE
     assert card.data.pipeline_tag == ("any-to-any" if spec.draws else "image-text-to-text")
-    assert ("and what it draws" in card.text) is spec.draws
-    assert ("steps of the language model to draw one" in card.text) is spec.draws
+    assert ("and what it draws" in card.text) is (spec.draws and family.compresses_reading)
+    assert ("steps of the language model to draw" in card.text) is spec.draws
     assert spec.draws or f"It reads, and cannot draw: {why_no_drawing}" in card.text
     assert str(tmp_path) not in str(card)
     assert "pip install uc-adapters" not in str(card)
 
     first, *others = snippets(card)
+    if family.why_no_pixels:  # its snippet needs the published diffusion model; test_glm_image_pipeline.py runs it on a tiny one
+        assert others == []
+        return
     run(first)
     assert capsys.readouterr().out.endswith("\n")  # an answer
     assert ("drawing.png" in [path.name for path in (tmp_path / "elsewhere").iterdir()]) is spec.draws
@@ -85,6 +89,8 @@ def test_the_card_of_an_adapter_on_a_folder(spec, base, processor, tmp_path, mon
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert str(tmp_path) not in text
     (snippet,) = snippets(ModelCard(text))
+    if FAMILIES[spec.name].why_no_pixels:
+        return
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64), "red").save("image.png")
     run(snippet.replace("path/to/base", str(base)))
