@@ -70,7 +70,7 @@ def test_the_card_is_true_and_its_snippets_run(spec, card, tmp_path, capsys):
     assert "pip install uc-adapters" not in str(card)
 
     first, *others = snippets(card)
-    if family.why_no_pixels:  # its snippet needs the published diffusion model; test_glm_image_pipeline.py runs it on a tiny one
+    if family.why_no_pixels:  # test_glm_image_pipeline.py runs its snippet, on a tiny diffusion model
         assert others == []
         return
     run(first)
