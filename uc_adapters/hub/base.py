@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoModelForImageTextToText
+from transformers.utils import CONFIG_NAME
 
 from ..errors import BaseModelError
 from ..files.faults import reason
@@ -37,6 +38,11 @@ def load_base(
     revision = None if base else stored.revision
     if not source:
         raise BaseModelError(f"Adapter {adapter!r} names no base; expected one: pass base_model=, a path, an id or a model.")
+    if Path(source).is_dir() and not (Path(source) / CONFIG_NAME).is_file():  # such as the adapter's own folder
+        raise BaseModelError(
+            f"Adapter {adapter!r} needs a base, and {source} holds none: {CONFIG_NAME} is missing. Pass base_model= with its "
+            "folder, its id or the loaded model."
+        )
     options = {name: value for name, value in options.items() if value is not None}
     commit = None
     try:
