@@ -76,6 +76,7 @@ def test_an_adapter_of_the_hub(hub, base, base_folder, processor, tmp_path, caps
         (["draw", ADAPTER, "red " * 1000, *ON_BASE], "A prompt of 1006 tokens is too long for the base: expected at most 960"),
         (["draw", BASE, PROMPT], "adapter_config.json is missing"),
         (["draw", ADAPTER, PROMPT, "--base_model", "nowhere"], "base nowhere"),
+        (["draw", ADAPTER, PROMPT, "--base_model", ADAPTER], "tiny-janus-uc4x holds none: config.json is missing"),
         (["draw", ADAPTER, PROMPT, *ON_BASE, "--guidance_scale", "nan"], "guidance_scale=nan"),
         (["draw", ADAPTER, PROMPT, *ON_BASE, "--temperature", "0"], "temperature"),
         (["draw", ADAPTER, PROMPT, *ON_BASE, "--dtype", "float12"], "float12"),

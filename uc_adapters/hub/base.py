@@ -41,6 +41,11 @@ def load_base(
     revision = None if base else stored.revision
     if not source:
         raise BaseModelError(f"Adapter {adapter!r} names no base; expected one: pass base_model=, a path, an id or a model.")
+    if Path(source).is_dir() and not (Path(source) / CONFIG_NAME).is_file():  # such as the adapter's own folder
+        raise BaseModelError(
+            f"Adapter {adapter!r} needs a base, and {source} holds none: {CONFIG_NAME} is missing. Pass base_model= with its "
+            "folder, its id or the loaded model."
+        )
     options = {name: value for name, value in options.items() if value is not None}
     commit = None
     try:
