@@ -443,6 +443,8 @@ def test_saved_and_loaded_it_draws_and_edits_the_same(pristine, processor, model
     for make in (prompt_inputs, lambda p: edit_inputs(p, pictures[:1])):
         assert torch.equal(draw(loaded, make(again)), draw(model, make(compact)))
     card = (adapter / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert "| and the image itself | 1024 | 256 |" in card
     assert "GlmImagePipeline" in card
     assert "it shortens what the model draws." in card
     assert "max_new_tokens" not in card  # nothing is answered
