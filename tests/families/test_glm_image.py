@@ -12,6 +12,7 @@ from transformers import AutoProcessor, GlmImageConfig, GlmImageForConditionalGe
 from trl import SFTConfig
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel, get_uc_model
+from uc_adapters.command import main
 from uc_adapters.errors import InputError, UnsupportedError
 from uc_adapters.families import family_of
 from uc_adapters.images import pack_latents
@@ -443,9 +444,20 @@ def test_saved_and_loaded_it_draws_and_edits_the_same(pristine, processor, model
     for make in (prompt_inputs, lambda p: edit_inputs(p, pictures[:1])):
         assert torch.equal(draw(loaded, make(again)), draw(model, make(compact)))
     card = (adapter / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert "| and the image itself | 1024 | 256 |" in card
     assert "GlmImagePipeline" in card
     assert "it shortens what the model draws." in card
     assert "max_new_tokens" not in card  # nothing is answered
+
+
+def test_the_command_says_what_the_base_cannot(model, processor, images, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "adapter", processor=processor)
+    images[0].save(tmp_path / "source.png")
+    assert main(["draw", str(tmp_path / "adapter"), "a red 3", "--output", str(tmp_path / "drawing.png")]) == 1
+    assert "draws codes, and no pixels" in capsys.readouterr().err
+    assert main(["ask", str(tmp_path / "adapter"), str(tmp_path / "source.png"), "a red 3"]) == 1
+    assert "cannot answer: its head scores codes alone" in capsys.readouterr().err
 
 
 def test_a_base_in_a_pipelines_repo_loads_from_its_subfolder(hub, pristine, processor, tmp_path):

@@ -266,8 +266,8 @@ def _sound(record: object) -> dict:
 def _metadata(config: dict, facts: CardFacts, fields: dict, record: dict) -> ModelCardData:
     """Returns the Hub's metadata: that of the old cards, updated by the new facts."""
     base = hub_id(config["base_model_name_or_path"])
-    draws = FAMILIES[config["base_geometry"]["model_type"]].why_no_drawing is None
-    task = "any-to-any" if draws else "image-text-to-text"
+    family = FAMILIES[config["base_geometry"]["model_type"]]
+    task = "image-text-to-text" if family.why_no_drawing else "text-to-image" if family.why_no_answers else "any-to-any"
     known = {
         "base_model": base,
         "base_model_relation": "adapter" if base else None,
