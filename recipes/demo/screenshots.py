@@ -66,9 +66,9 @@ def served(page: Page) -> Iterator[str]:
         blocks.close()
 
 
-def opened(browser: Browser, address: str, width: int = 1000, height: int = 900) -> Tab:
+def opened(browser: Browser, address: str, width: int = 1000, height: int = 900, scale: int = 1) -> Tab:
     """The page, as a visitor of its own sees it."""
-    tab = browser.new_context(viewport={"width": width, "height": height}, device_scale_factor=2).new_page()
+    tab = browser.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale).new_page()
     tab.set_default_timeout(PATIENCE)
     tab.goto(address)
     expect(tab.get_by_role("button", name="Draw", exact=True)).to_be_visible(timeout=PATIENCE)
@@ -91,7 +91,7 @@ def finish(tab: Tab) -> None:
 def main(folder: Path) -> None:
     with served(shipped()) as address, chromium() as browser:
         for name, width in (("demo", 1000), ("demo-phone", 390)):
-            tab = opened(browser, address, width)
+            tab = opened(browser, address, width, scale=2)
             start(tab, app.PROMPTS[0])
             finish(tab)
             tab.wait_for_timeout(1000)  # Gradio fades
