@@ -220,7 +220,7 @@ def check_texts(args: QuickstartArguments) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"--base {args.base}: {str(error).splitlines()[0]}") from None
     if args.prompt is not None and (reason := family.why_no_drawing or family.why_no_pixels):
-        raise SystemExit(f"--prompt: {args.base} cannot draw an image: {reason}.")
+        raise SystemExit(f"--prompt: {args.base} cannot draw: {reason}.")
     if args.question is not None and (reason := family.why_no_answers):
         raise SystemExit(f"--question: {args.base} cannot answer: {reason}.")
     room = context - read_tokens(processor)  # an image to draw takes about as many

@@ -7,7 +7,7 @@ from finetuning.arguments import FinetuneArguments, TrainingConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
-from uc_adapters.families import FAMILIES
+from uc_adapters.families import FAMILIES, make_loadable
 
 
 def quantisation(base: str, bits: str) -> BitsAndBytesConfig:
@@ -33,6 +33,7 @@ def quantisation(base: str, bits: str) -> BitsAndBytesConfig:
 
 def load_base(args: FinetuneArguments, training: TrainingConfig) -> PreTrainedModel:
     """Loads the dense base. A quantised one is loaded onto the training device, where it stays."""
+    make_loadable(AutoConfig.from_pretrained(args.base).model_type)
     options = {"dtype": args.dtype}
     if args.quantize is not None:
         options |= {"quantization_config": quantisation(args.base, args.quantize), "device_map": {"": training.device}}

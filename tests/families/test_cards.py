@@ -10,7 +10,7 @@ from PIL import Image
 from specs import SPECS
 from transformers import AutoModelForImageTextToText
 
-from uc_adapters.families import FAMILIES
+from uc_adapters.families import FAMILIES, make_loadable
 
 BASE, ADAPTER = "org/base", "org/adapter"
 
@@ -35,10 +35,11 @@ def base(spec, processor, tmp_path):
 
 
 @pytest.fixture
-def card(hub, base, processor, tmp_path, monkeypatch):
+def card(hub, spec, base, processor, tmp_path, monkeypatch):
     """The card of an adapter on the Hub; the folder is an empty one, but for a picture, and so is the cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     hub.create(BASE, {path.name: path.read_bytes() for path in base.iterdir()})
+    make_loadable(spec.name)
     model = attach(AutoModelForImageTextToText.from_pretrained(BASE))
     model.push_to_hub(ADAPTER, token=ANN, processor=processor)
     (tmp_path / "elsewhere").mkdir()
@@ -62,7 +63,8 @@ def test_the_card_is_true_and_its_snippets_run(spec, card, tmp_path, capsys):
     family = FAMILIES[spec.name]
     why_no_drawing = family.why_no_drawing
     assert card.data.base_model == BASE
-    assert card.data.pipeline_tag == ("any-to-any" if spec.draws else "image-text-to-text")
+    task = "any-to-any" if spec.draws else "image-text-to-text"
+    assert card.data.pipeline_tag == ("text-to-image" if family.why_no_answers else task)
     assert ("and what it draws" in card.text) is (spec.draws and family.compresses_reading)
     assert ("steps of the language model to draw" in card.text) is spec.draws
     assert spec.draws or f"It reads, and cannot draw: {why_no_drawing}" in card.text
@@ -84,6 +86,7 @@ def test_the_card_is_true_and_its_snippets_run(spec, card, tmp_path, capsys):
 
 def test_the_card_of_an_adapter_on_a_folder(spec, base, processor, tmp_path, monkeypatch):
     """It gives no path of this machine; its one snippet runs once the reader has put in theirs."""
+    make_loadable(spec.name)
     model = attach(AutoModelForImageTextToText.from_pretrained(base))
     model.save_pretrained(tmp_path / "adapter", processor=processor)
     text = (tmp_path / "adapter" / "README.md").read_text()

@@ -1,6 +1,7 @@
 """What is GLM-Image's own: a preview before each image, positions with rows and columns, codes in place of pixels, edits."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -471,5 +472,8 @@ def test_a_base_in_a_pipelines_repo_loads_from_its_subfolder(hub, pristine, proc
     loaded = UniCompressModel.from_pretrained("org/glm-uc4x").eval()
     compact = AutoProcessor.from_pretrained("org/glm-uc4x")
     assert torch.equal(draw(loaded, prompt_inputs(compact)), draw(model, prompt_inputs(compact)))
-    local = UniCompressModel.from_pretrained("org/glm-uc4x", base_model=str(tmp_path / "base")).eval()
-    assert torch.equal(draw(local, prompt_inputs(compact)), draw(model, prompt_inputs(compact)))
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(tmp_path / "base", tmp_path / "pipeline/vision_language_encoder")
+    for folder in ("base", "pipeline"):
+        local = UniCompressModel.from_pretrained("org/glm-uc4x", base_model=str(tmp_path / folder)).eval()
+        assert torch.equal(draw(local, prompt_inputs(compact)), draw(model, prompt_inputs(compact)))

@@ -8,6 +8,7 @@ from importlib import import_module
 import transformers
 from torch import nn
 from transformers import ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..errors import BaseModelError, InputError
 from .family import Family, Geometry, Size
@@ -27,7 +28,7 @@ for _file in pkgutil.iter_modules(__path__):
     _CLASSES += [x for x in _members if isinstance(x, type) and issubclass(x, Family) and "model_type" in vars(x)]
 FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in _CLASSES}
 
-__all__ = ["FAMILIES", "Family", "Geometry", "Size", "check_present", "family_of", "family_of_processor"]
+__all__ = ["FAMILIES", "Family", "Geometry", "Size", "check_present", "family_of", "family_of_processor", "make_loadable"]
 
 
 def family_of(base: nn.Module) -> Family:
@@ -62,6 +63,13 @@ def check_present(model_type: str | None) -> None:
             f"A base of type {model_type!r} needs a newer transformers than {transformers.__version__}: {ABSENT[model_type]}. "
             "Upgrade it: pip install -U transformers."
         )
+
+
+def make_loadable(model_type: str | None) -> None:
+    """Lets AutoModelForImageTextToText load a family's base, if transformers itself maps its config to no class with a head."""
+    if model_type in FAMILIES and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        model_class = getattr(transformers, FAMILIES[model_type].model_class)
+        transformers.AutoModelForImageTextToText.register(model_class.config_class, model_class, exist_ok=True)
 
 
 def family_of_processor(processor: ProcessorMixin) -> type[Family]:

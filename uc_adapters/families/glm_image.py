@@ -11,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
     GenerationConfig,
-    GlmImageConfig,
-    GlmImageForConditionalGeneration,
     GlmImageProcessor,
     ProcessorMixin,
 )
@@ -275,8 +272,6 @@ class CompactGlmImageProcessor(GlmImageProcessor):
 
 # AutoProcessor finds the class by the name in a saved folder; the first argument does not matter for that
 AutoProcessor.register(CompactGlmImageProcessor, CompactGlmImageProcessor)
-# transformers 5.23 maps this config to no class that has a head
-AutoModelForImageTextToText.register(GlmImageConfig, GlmImageForConditionalGeneration, exist_ok=True)
 
 
 def unpacked(processor: ProcessorMixin, prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

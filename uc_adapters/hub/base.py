@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..errors import BaseModelError
-from ..families import FAMILIES, check_present
+from ..families import FAMILIES, check_present, make_loadable
 from ..files.faults import reason
 from ..identity import at, remember_commit
 
@@ -36,12 +36,17 @@ def load_base(
         BaseModelError: No base is named, or it cannot be loaded: not found, gated, offline, of a type that the installed
             transformers does not have yet, ...
     """
-    check_present((stored.base_geometry or {}).get("model_type"))
+    model_type = (stored.base_geometry or {}).get("model_type")
+    check_present(model_type)
+    make_loadable(model_type)
     source = str(base or stored.base_model_name_or_path or "")
     revision = None if base else stored.revision
     if not source:
         raise BaseModelError(f"Adapter {adapter!r} names no base; expected one: pass base_model=, a path, an id or a model.")
-    if Path(source).is_dir() and not (Path(source) / CONFIG_NAME).is_file():  # such as the adapter's own folder
+    family = FAMILIES.get(model_type)
+    inside = family.base_subfolder if family is not None else ""
+    if Path(source).is_dir() and not any(Path(source, folder, CONFIG_NAME).is_file() for folder in ("", inside)):
+        # such as the adapter's own folder
         raise BaseModelError(
             f"Adapter {adapter!r} needs a base, and {source} holds none: {CONFIG_NAME} is missing. Pass base_model= with its "
             "folder, its id or the loaded model."
@@ -53,8 +58,8 @@ def load_base(
             revision = HfApi().resolve_revision(source, revision=revision, **access)
             commit = revision.resolved
         options["adapter_kwargs"] = access  # else transformers asks online whether the base is an adapter
-        if subfolder := _subfolder(source, revision, stored, access):
-            options["subfolder"] = subfolder
+        if inside and _has_config(source, revision, inside, access):
+            options["subfolder"] = inside
         model = AutoModelForImageTextToText.from_pretrained(source, revision=revision, **access, **options)
     except Exception as error:  # a Hub has many ways to fail: `reason` tells them apart
         raise BaseModelError(
@@ -67,17 +72,7 @@ def load_base(
     return model
 
 
-def _subfolder(source: str, revision: object, stored: UniCompressConfig, access: dict[str, object]) -> str:
-    """Returns the subfolder of the base in its folder or repo: its family's, if it is there, or else none."""
-    family = FAMILIES.get((stored.base_geometry or {}).get("model_type"))
-    if family is None or not family.base_subfolder:
-        return ""
-    found = cached_file(
-        source,
-        CONFIG_NAME,
-        subfolder=family.base_subfolder,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        **access,
-    )
-    return "" if found is None else family.base_subfolder
+def _has_config(source: str, revision: object, subfolder: str, access: dict[str, object]) -> bool:
+    """Whether a folder or repo has a base in this subfolder."""
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    return cached_file(source, CONFIG_NAME, subfolder=subfolder, revision=revision, **missing, **access) is not None

@@ -309,12 +309,12 @@ def _task_id(metric: str) -> str:
 def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[str, list[float]]]:
     """Returns the name of the data, and the base's and the adapter's value of every metric."""
     content = evaluation if isinstance(evaluation, Mapping) else _read_json(Path(evaluation))
-    parts = [part for name in ("reading", "drawing") if isinstance(part := content.get(name), Mapping)]
+    with_intervals = [part for name in ("reading", "drawing") if isinstance(part := content.get(name), Mapping)]
     metrics = {
         str(name).replace("_", " "): values
-        for entries in (content, *parts)
+        for entries in (content, *with_intervals)
         for name, pair in entries.items()
-        if isinstance(pair, Mapping) and (values := _values(pair)) is not None
+        if isinstance(pair, Mapping) and (values := _values(pair, entries is not content)) is not None
     }
     if not metrics:
         raise InputError(
@@ -324,11 +324,13 @@ def _read_evaluation(evaluation: str | PathLike | Mapping) -> tuple[str, dict[st
     return str(content.get("dataset", "a dataset without a name")), metrics
 
 
-def _values(pair: Mapping) -> list[float] | None:
-    """Returns the base's and the adapter's value of a metric, or None if it is none. A value may have an interval."""
+def _values(pair: Mapping, with_intervals: bool) -> list[float] | None:
+    """Returns the base's and the adapter's value of a metric, or None if it is none."""
     if not pair.keys() >= {"base", "adapter"}:  # `evaluate_scenes.py --also` adds the scores of further adapters
         return None
-    values = [value.get("value") if isinstance(value, Mapping) else value for value in (pair["base"], pair["adapter"])]
+    values = [pair["base"], pair["adapter"]]
+    if with_intervals:
+        values = [value.get("value") if isinstance(value, Mapping) else value for value in values]
     return values if all(isinstance(value, (int, float)) for value in values) else None
 
 
