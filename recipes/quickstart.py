@@ -248,6 +248,7 @@ def main(args: QuickstartArguments) -> None:
     check_texts(args)
     torch.manual_seed(args.seed)
     pair = load(args)
+    pair[1].model.merge_on_gpu()
     readings, drawings, asked = [], [], []
     if image is not None:
         readings = [Reading(image, args.question)]

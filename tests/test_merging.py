@@ -358,3 +358,9 @@ def test_disabled_it_is_the_base_after_any_walk(pristine, walked, short_question
     model.unmerge_adapter()
     assert torch.equal(logits(model, short_question), expected[model.active_adapter])
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == trains
+
+
+def test_on_a_cpu_nothing_is_merged_to_draw(base):
+    model = attach(base)
+    model.merge_on_gpu()
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer))

@@ -63,6 +63,7 @@ def draw(args: argparse.Namespace) -> None:
             f"The base of {args.adapter} draws codes, and no pixels: {kind.why_no_pixels}. The adapter's card shows how."
         )
     model = _load_model(folder, args)
+    model.merge_on_gpu()
     family = model.family
     turn = {"role": "user", "content": [{"type": "text", "text": args.prompt}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)

@@ -149,6 +149,19 @@ class ReversibleLora(LoraModel):
             if not was_merged:
                 self.unmerge_adapter()
 
+    def merge_on_gpu(self) -> None:
+        """Merges the active adapter on a GPU, where launching LoRA's kernels takes longer than a step of the base.
+
+        What draws for a user calls it. A model that cannot be merged is left as it is, with a warning: a quantised or
+        offloaded base, one in training mode, or a GPU without room for a second copy of the layers that LoRA targets.
+        """
+        if next(self.model.parameters()).device.type != "cuda":
+            return
+        try:
+            self.merge_adapter()
+        except UnsupportedError as error:
+            warnings.warn(f"Drawing with LoRA unmerged, which is slower on a GPU. {error}", stacklevel=2)
+
     @contextmanager
     def unmerged(self) -> Iterator[None]:
         """Restores the base's own weights while the context is open. Then merges the adapter again if it is still active."""

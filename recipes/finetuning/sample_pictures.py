@@ -41,12 +41,12 @@ def reconstructions(
     codes_of: Callable[[torch.Tensor, Grid], torch.Tensor],
 ) -> list[Image.Image]:
     """Decodes images with the base's own decoder, from the dense codes (1, T) that `codes_of(pixels, grid)` returns."""
-    family, calls, restored = model.family, calls_of(model), []
+    family, restored = model.family, []
     for image in images:
         prepared = processor.image_processor([image], return_tensors="pt").to(model.device)
         [(_, pixels, size)] = family.by_size(prepared["pixel_values"], prepared.get("image_sizes"))
         grid = family.draw_grid(size)
-        restored += to_pil(processor, calls.pixels(model, family.to_tokens(codes_of(pixels, grid), grid), grid))
+        restored += to_pil(processor, family.to_pixels(family.to_tokens(codes_of(pixels, grid), grid), grid))
     return restored
 
 
@@ -56,5 +56,5 @@ def drawings(model: UniCompressModel, processor: ProcessorMixin, captions: list[
     for caption in captions:
         inputs = drawing_inputs(processor, [caption], calls).to(model.device)
         tokens = calls.draw(model, inputs, do_sample=True)
-        drawn += to_pil(processor, calls.pixels(model, tokens, calls.grid(model, inputs)))
+        drawn += to_pil(processor, model.family.to_pixels(tokens, calls.grid(model, inputs)))
     return drawn

@@ -105,7 +105,7 @@ def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Ima
     inputs = drawing_inputs(contender.processor, prompts, calls).to(model.device)
     start = time.perf_counter()
     tokens = calls.draw(model, inputs, **sampling)
-    pixels = calls.pixels(model, tokens, calls.grid(model, inputs))
+    pixels = family_of(base_of(model)).to_pixels(tokens, calls.grid(model, inputs))
     if pixels.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

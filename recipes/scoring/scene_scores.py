@@ -11,7 +11,7 @@ from reporting.intervals import Estimate, mean_share, share
 from scoring.contenders import Contender, answer, draw_in_turn, grid_of
 from scoring.digit_features import digit_features, to_tensor
 from scoring.likelihood import image_nats
-from scoring.stock_calls import base_of, calls_of
+from scoring.stock_calls import base_of
 from tiny_world.digits import QUESTION_KINDS, Scene, judge, load_scans, right_by_aspect, right_quarters
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -161,7 +161,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
     """
     model = contender.model
     drawing = model.code_head if isinstance(model, UniCompressModel) else None
-    family, calls, grid = family_of(base_of(model)), calls_of(model), grid_of(contender)
+    family, grid = family_of(base_of(model)), grid_of(contender)
     restored = []
     for first in tqdm(range(0, len(scenes), _BATCH), desc=f"{contender.name}: reconstruction", leave=False):
         truth = list(render(scenes[first : first + _BATCH]))
@@ -171,7 +171,7 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
         else:
             codes = drawing.compress(pixels)
             tokens = drawing.expand(codes.globals, codes.steps, grid, lambda logits: logits.argmax(-1))
-        restored += to_pil(contender.processor, calls.pixels(model, family.to_tokens(tokens, grid), grid))
+        restored += to_pil(contender.processor, family.to_pixels(family.to_tokens(tokens, grid), grid))
     restored, real = np.stack(restored), render(scenes)
     right = sum(right_quarters(asked, seen) for asked, seen in zip(scenes, judge(restored), strict=True))
     psnr, ssim = PeakSignalNoiseRatio(data_range=255.0), StructuralSimilarityIndexMeasure(data_range=255.0)

@@ -9,7 +9,6 @@ import torch
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from uc_adapters import UniCompressModel
-from uc_adapters.errors import UnsupportedError
 from uc_adapters.families import family_of
 from uc_adapters.layers import Grid
 
@@ -29,10 +28,6 @@ class JanusCalls:
         """The grid of the images' codes."""
         side = family_of(base_of(model)).geometry.draw_side
         return side, side
-
-    def pixels(self, model: PreTrainedModel, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Decodes tokens of images of one grid to pixels, (B, 3, H, W)."""
-        return model.decode_image_tokens(tokens).permute(0, 3, 1, 2)
 
 
 class Emu3Calls:
@@ -73,9 +68,6 @@ class Emu3Calls:
     def grid(self, model: PreTrainedModel, inputs: BatchFeature) -> Grid:
         return tuple(inputs["image_sizes"][0])
 
-    def pixels(self, model: PreTrainedModel, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
-        return model.decode_image_tokens(image_tokens=tokens, height=grid[0], width=grid[1])
-
 
 class GlmImageCalls:
     """The calls of GLM-Image: `generate` draws whatever it is asked, a preview before the image. It has no pixels."""
@@ -94,9 +86,6 @@ class GlmImageCalls:
         if "gen_image_sizes" in inputs:
             return family_of(base_of(model)).prompt_grids(len(inputs["input_ids"]), inputs["gen_image_sizes"])[0]
         return tuple(inputs["image_grid_thw"][0, 1:].tolist())
-
-    def pixels(self, model: PreTrainedModel, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
-        raise UnsupportedError(f"GLM-Image draws codes, and no pixels: {family_of(base_of(model)).why_no_pixels}.")
 
 
 CALLS = {"janus": JanusCalls(), "emu3": Emu3Calls(), "glm_image": GlmImageCalls()}

@@ -396,7 +396,7 @@ def test_a_drawing_becomes_a_picture(drawing, model, compact):
     if model.family.why_no_pixels is not None:
         pytest.skip("draws codes and no pixels")
     inputs, calls = prompts(model, compact, CAPTIONS), calls_of(model)
-    pixels = calls.pixels(model, draw(model, inputs), calls.grid(model, inputs))
+    pixels = model.family.to_pixels(draw(model, inputs), calls.grid(model, inputs))
     assert pixels.shape == (3, 3, 64, 64)
     assert pixels.isfinite().all()
 

@@ -148,6 +148,13 @@ def test_a_merged_adapter_draws_the_same(base, model, prompts, drawn):
 
 
 @needs_gpu
+def test_on_a_gpu_it_merges_to_draw(model, prompts, drawn):
+    model.merge_on_gpu()
+    assert model.get_base_model().model.language_model.layers[0].mlp.up_proj.merged
+    model.unmerge_adapter()
+
+
+@needs_gpu
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_quantised_base_draws_and_reads(short, prompts, image, bits):
     pytest.importorskip("bitsandbytes")
