@@ -233,7 +233,7 @@ class UniCompressModel(HubModel):
         Raises:
             InputError: Placeholders and images disagree, placeholders are labelled as text tokens, pixels or the teacher's
                 tensors have a wrong shape, the stride does not divide an image's grid, images are to be generated while the
-                adapter is disabled, or an argument is unknown (the base would silently ignore it).
+                adapter is disabled, or an argument is unknown or would be ignored.
             UnsupportedError: The base cannot generate images, or `teacher_states` is given for a decompressor other than
                 "strip".
         """
@@ -279,6 +279,12 @@ class UniCompressModel(HubModel):
             raise InputError(
                 "labels=None with images to draw; expected labels: this forward computes the loss, and returns no logits for "
                 "another one, such as label smoothing. Build batches with UniCompressCollator, and keep the trainer's own loss."
+            )
+        ignored = sorted(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+        if ignored:
+            raise InputError(
+                f"{', '.join(ignored)} with images to draw, a teacher or the fused loss; expected none of them, since this loss "
+                "is computed from text tokens and images alone. Remove these arguments."
             )
         return joint_loss(
             self.read_layer,
