@@ -326,9 +326,10 @@ def test_an_argument_of_forward_that_nobody_knows(model, short_question, dense_q
 
 def test_an_input_of_the_base_that_the_loss_would_ignore(model, short_question):
     """As the audio of a base that also hears: the loss of a training batch is computed from text and images alone."""
-    embeddings = torch.zeros(*short_question["input_ids"].shape, 192)
+    ids = short_question["input_ids"]
+    embeddings = torch.zeros(*ids.shape, 192)
     with pytest.raises(InputError, match=r"inputs_embeds with images to draw.*text tokens and images alone. Remove"):
-        model(**short_question, labels=short_question["input_ids"].clone().fill_(7), fused_lm_head=True, inputs_embeds=embeddings)
+        model(**short_question, labels=torch.full_like(ids, 7), fused_lm_head=True, inputs_embeds=embeddings)
 
 
 def test_what_the_base_takes_is_taken(model, short_question):

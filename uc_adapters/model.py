@@ -283,8 +283,8 @@ class UniCompressModel(HubModel):
         ignored = sorted(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
         if ignored:
             raise InputError(
-                f"{', '.join(ignored)} with images to draw, a teacher or the fused loss; expected none of them, since this loss "
-                "is computed from text tokens and images alone. Remove these arguments."
+                f"{', '.join(ignored)} with images to draw, a teacher or the fused loss; expected none, since this loss is "
+                "computed from text tokens and images alone. Remove these arguments."
             )
         return joint_loss(
             self.read_layer,
