@@ -19,6 +19,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import transformers
+from demo.race import warm_up
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from rows.unknown_words import unknown_words
@@ -94,14 +95,14 @@ def read_all(pair: list[Contender], readings: list[Reading]) -> None:
 def draw_all(pair: list[Contender], drawings: list[Drawn], args: QuickstartArguments) -> dict[str, float]:
     """Draws every prompt with both contenders in turn, one at a time, and stores the images in `drawings`.
 
-    Each contender warms up once.
+    Each contender warms up by two steps: a whole drawing of a large base takes minutes on a CPU.
 
     Returns:
         Each contender's mean seconds an image.
     """
     sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
     for contender in pair:
-        draw(contender, [drawings[0].prompt], **sampling)
+        warm_up(contender)
     for index, drawn in enumerate(tqdm(drawings, desc="draw, in turn", leave=False)):
         for contender in pair:
             torch.manual_seed(args.seed + index)
