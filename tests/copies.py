@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,6 +41,8 @@ class Reader(pickle.Unpickler):
 @functools.cache
 def copier(model: Model) -> Callable[[], Model]:
     """Makes copies of a model that nothing changes."""
+    if any(is_parametrized(module) for module in model.modules()):  # weight norm in a tokenizer of audio; pickle refuses it
+        return functools.partial(copy.deepcopy, model)
     file = io.BytesIO()
     writer = Writer(file)
     writer.dump(model)
