@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Apertus1p5Processor, AutoProcessor, ProcessorMixin
 
 from ..errors import InputError
-from .family import Geometry, exact
-from .shared_vocabulary import POSITIONS_SIDE, AnySizeFamily
+from .family import exact
+from .shared_vocabulary import AnySizeFamily
 
 
 class Apertus1p5(AnySizeFamily):
@@ -33,20 +33,7 @@ class Apertus1p5(AnySizeFamily):
         config, vision = base.config, base.config.vision_config
         self.image_token_id = config.image_token_id
         self._factor = vision.spatial_scale_factor
-        self.geometry = Geometry(
-            model_type=self.model_type,
-            hidden_size=config.text_config.hidden_size,
-            num_layers=config.text_config.num_hidden_layers,
-            num_heads=config.text_config.num_attention_heads,
-            intermediate_size=config.text_config.intermediate_size,
-            image_size=None,
-            read_layers=None,
-            read_width=config.text_config.hidden_size,
-            read_side=POSITIONS_SIDE,
-            draw_side=POSITIONS_SIDE,
-            num_codes=vision.codebook_size,
-            code_width=vision.embed_dim,
-        )
+        self.geometry = self._geometry(num_codes=vision.codebook_size, code_width=vision.embed_dim)
 
     @staticmethod
     def image_tokens(processor: ProcessorMixin) -> tuple[str, ...]:

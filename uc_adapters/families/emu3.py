@@ -11,8 +11,8 @@ from transformers import AutoProcessor, BatchFeature, Emu3Processor, GenerationC
 
 from ..errors import BaseModelError, InputError
 from ..layers import Grid
-from .family import Geometry, exact, weight_of
-from .shared_vocabulary import POSITIONS_SIDE, AnySizeFamily
+from .family import exact, weight_of
+from .shared_vocabulary import AnySizeFamily
 
 
 class Emu3(AnySizeFamily):
@@ -49,20 +49,7 @@ image = processor.postprocess(list(pixels))["pixel_values"][0]"""
             )
         self.image_token_id, self._start, self._wrapper, self._end, self._eol, self._file_end = map(vocabulary.get, names)
         self._factor = base.model.vqmodel.vision_spatial_factor
-        self.geometry = Geometry(
-            model_type=self.model_type,
-            hidden_size=config.text_config.hidden_size,
-            num_layers=config.text_config.num_hidden_layers,
-            num_heads=config.text_config.num_attention_heads,
-            intermediate_size=config.text_config.intermediate_size,
-            image_size=None,
-            read_layers=None,
-            read_width=config.text_config.hidden_size,
-            read_side=POSITIONS_SIDE,
-            draw_side=POSITIONS_SIDE,
-            num_codes=config.vq_config.codebook_size,
-            code_width=config.vq_config.embed_dim,
-        )
+        self.geometry = self._geometry(num_codes=config.vq_config.codebook_size, code_width=config.vq_config.embed_dim)
 
     @exact
     @torch.no_grad()

@@ -20,8 +20,8 @@ from transformers import (
 
 from ..errors import InputError
 from ..layers import Grid, unit
-from .family import Geometry, exact, weight_of
-from .shared_vocabulary import POSITIONS_SIDE, AnySizeFamily
+from .family import exact, weight_of
+from .shared_vocabulary import AnySizeFamily
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,20 +72,7 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         config = base.config
         self.image_token_id = config.image_token_id
         self._factor = config.vision_config.patch_size
-        self.geometry = Geometry(
-            model_type=self.model_type,
-            hidden_size=config.text_config.hidden_size,
-            num_layers=config.text_config.num_hidden_layers,
-            num_heads=config.text_config.num_attention_heads,
-            intermediate_size=config.text_config.intermediate_size,
-            image_size=None,
-            read_layers=None,
-            read_width=config.text_config.hidden_size,
-            read_side=POSITIONS_SIDE,
-            draw_side=POSITIONS_SIDE,
-            num_codes=config.vq_config.num_embeddings,
-            code_width=config.vq_config.embed_dim,
-        )
+        self.geometry = self._geometry(num_codes=config.vq_config.num_embeddings, code_width=config.vq_config.embed_dim)
 
     # Prompts ---------------------------------------------------------------------------------------------------------
 

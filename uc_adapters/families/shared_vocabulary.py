@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..layers import Grid
-from .family import Family, Size, weight_of
+from .family import Family, Geometry, Size, weight_of
 
 POSITIONS_SIDE = 32  # side of the grid on which positions are learned; they are interpolated to other grids
 
@@ -70,6 +70,23 @@ class AnySizeFamily(SharedVocabularyFamily):
     """The common part of those whose images have any size. They set `_factor`, the side of a code in pixels."""
 
     _factor: int
+
+    def _geometry(self, num_codes: int, code_width: int) -> Geometry:
+        text = self.base.config.text_config
+        return Geometry(
+            model_type=self.model_type,
+            hidden_size=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            intermediate_size=text.intermediate_size,
+            image_size=None,
+            read_layers=None,
+            read_width=text.hidden_size,
+            read_side=POSITIONS_SIDE,
+            draw_side=POSITIONS_SIDE,
+            num_codes=num_codes,
+            code_width=code_width,
+        )
 
     def sizes(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[Size]:
         return [(int(height), int(width)) for height, width in image_sizes]
