@@ -95,6 +95,8 @@ class BenchmarkArguments:
         self._require("limit", self.limit is None or self.limit > 0, "a number of seconds above 0")
         if self.largest and (not self.device.startswith("cuda") or len(set(self.batch_sizes)) < 2):
             raise SystemExit("--largest true needs --device cuda and two or more --batch_sizes, from whose peaks it starts.")
+        if self.largest and "drawing" not in self.measure:
+            raise SystemExit("--largest true needs drawing among --measure, from whose peaks it starts.")
         if self.gradient_checkpointing and not self.train:
             raise SystemExit("--gradient_checkpointing true without --train true; expected both: only training has gradients.")
         of_drawing = {

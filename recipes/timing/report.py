@@ -98,7 +98,7 @@ def markdown(figures: dict) -> str:
 
 def draw_chart(figures: dict, path: str) -> None:
     """Writes a bar chart with four panels a row. Figures that ran out of memory are only in the table."""
-    compared = [row for row in rows(figures) if all(row[2].values())]
+    compared = [row for row in rows(figures) if len(row[2]) > 1 and all(row[2].values())]
     lines = -(-len(compared) // 4)
     figure, axes = plt.subplots(lines, 4, figsize=(9, 2.8 * lines), squeeze=False)
     for axis in axes.flat[len(compared) :]:
@@ -106,7 +106,7 @@ def draw_chart(figures: dict, path: str) -> None:
     for axis, (what, unit, sides, less_is_better) in zip(axes.flat, compared, strict=False):
         bars = axis.bar(list(sides), list(sides.values()), color=["#999999", "#2a7f62", *["#8fbfae"] * (len(sides) - 2)])
         axis.bar_label(bars, [_number(value) for value in sides.values()], fontsize=8)
-        gain = _gain(sides, "adapter", less_is_better)
+        gain = _gain(sides, list(sides)[1], less_is_better)  # of the adapter, or of the merged one where it stands for it
         axis.set_title(f"{what.replace(', ', chr(10))} ({unit}): {gain:.1f} x", fontsize=9)
         axis.set_yticks([])
         axis.tick_params(axis="x", labelsize=8)
