@@ -19,8 +19,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-CODE_SIZE = 8  # pixels per code, along one side of an image
+AREA = 8  # pixels along one side of an area whose mean colour counts in the reconstruction loss
 LEAST_IMAGES = 48  # the batch size of the vision stage
+MOVES = (0.2, 0.15, 0.12, 0.12)  # most that a read image is turned (radians), scaled, and shifted to either side (halves)
+TINT = (0.85, 1.15)  # the factors on the darkness of each colour
 MOST_WORDS = 4096  # words in the vocabulary
 MOST_NAMES = 1024  # words and pairs of words that the head names
 
@@ -78,14 +80,25 @@ class CaptionPool(ImagePool):
         self.named = torch.from_numpy(names.fit_transform(self.captions).toarray()).float()  # (N, names)
 
     def restoration_loss(self, restored: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """The reconstruction loss, with more weight on hue than on brightness, over pixels and over areas of one code.
+        """The reconstruction loss, with more weight on hue than on brightness, over pixels and over areas.
 
         The tiny tokenizer's norms have one channel per group, which hides the brightness and the hue of an area. A plain pixel
         loss teaches it brightness alone, by which most pictures differ most, and it reconstructs grey shapes (CHANGELOG).
         """
-        error = torch.einsum("dc,bchw->bdhw", self.colour_weights, restored - pixels)
-        areas = F.avg_pool2d(error, CODE_SIZE)
+        error = torch.einsum("dc,bchw->bdhw", self.colour_weights.to(restored.device), restored - pixels)
+        areas = F.avg_pool2d(error, AREA)
         return error.square().mean() + areas.square().mean() + 0.3 * error.abs().mean()
+
+    def seen(self, rows: np.ndarray) -> torch.Tensor:
+        """The pixels of rows, each turned, scaled, shifted and tinted a little, so that names do not hang on single pixels."""
+        turn, scale, *shifts = torch.from_numpy(self.rng.uniform(-1, 1, (4, len(rows)))).float() * torch.tensor(MOVES)[:, None]
+        scale, shift = 1 + scale, torch.stack(shifts, 1)  # (B,), (B, 2)
+        moves = torch.stack([torch.stack([turn.cos(), -turn.sin()], 1), torch.stack([turn.sin(), turn.cos()], 1)], 1)
+        moves = torch.cat([moves * scale[:, None, None], shift[..., None]], 2).to(self.device)  # (B, 2, 3)
+        tint = torch.from_numpy(self.rng.uniform(*TINT, (len(rows), 3, 1, 1))).float().to(self.device)
+        dark = 1 - self.pixel_values(rows)  # 0 is white, which fills what the moves uncover
+        grid = F.affine_grid(moves, list(dark.shape), align_corners=False)
+        return 1 - (F.grid_sample(dark, grid, align_corners=False) * tint).clamp(0, 2)
 
     def conversation(self, row: int, image: str) -> str:
         """A conversation that asks for a description of the image and answers with its caption."""
@@ -135,5 +148,5 @@ class WordHead(NamingHead):
     def loss(self, hidden: torch.Tensor, rows: np.ndarray, in_order: bool = False) -> torch.Tensor:
         """The loss in nats per name in a caption: the mean state names them, or the last state if `in_order`."""
         state = hidden[:, -1] if in_order else hidden.mean(1)  # (B, D)
-        said = self.named[rows]  # (B, names)
+        said = self.named[torch.from_numpy(rows)].to(state.device)  # (B, names)
         return F.binary_cross_entropy_with_logits(self.names(state), said, reduction="sum") / said.sum().clamp(min=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,13 +26,14 @@ class JanusPretraining:
         return [p for name, p in self.vqmodel.named_parameters() if not name.startswith("quantize")]
 
     def latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, 64, 64) -> latents on the unit sphere, (B, T, 8)."""
-        latents = self.vqmodel.quant_conv(self.vqmodel.encoder(pixel_values))  # (B, 8, 8, 8)
+        """Pixels (B, 3, 64, 64) -> latents on the unit sphere, (B, T, 8). T is the square of the grid's side."""
+        latents = self.vqmodel.quant_conv(self.vqmodel.encoder(pixel_values))  # (B, 8, side, side)
         return F.normalize(latents.flatten(2).transpose(1, 2), dim=-1)
 
     def restore(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, T, 8) -> pixels (B, 3, 64, 64)."""
-        grid = latents.transpose(1, 2).unflatten(2, (8, 8))  # (B, 8, 8, 8)
+        side = math.isqrt(latents.shape[1])
+        grid = latents.transpose(1, 2).unflatten(2, (side, side))  # (B, 8, side, side)
         return self.vqmodel.decoder(self.vqmodel.post_quant_conv(grid))
 
     def joint_parameters(self) -> list[nn.Parameter]:
@@ -46,25 +49,29 @@ class JanusPretraining:
         """Cross-entropy of the answers."""
         tokenizer = self.processor.tokenizer
         texts = [self.pool.conversation(row, self.processor.replace_image_token({}, 0)) for row in rows]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False).to(
+            self.model.device
+        )
         labels = answer_labels(batch["input_ids"], tokenizer)
-        return self.model(**batch, labels=labels, pixel_values=self.pool.pixel_values(rows)).loss
+        return self.model(**batch, labels=labels, pixel_values=self.pool.seen(rows)).loss
 
     def drawing_losses(self, rows: np.ndarray, head: NamingHead) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of the dense codes, and the binding loss: the hidden states name what they are to draw."""
         tokenizer, model = self.processor.tokenizer, self.model
         texts = [self.pool.prompt(row, self.processor.image_start_token) for row in rows]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
+            model.device
+        )
         ids, dropped = batch["input_ids"], self.pool.dropped(len(rows))
-        kept = (ids == tokenizer.bos_token_id) | (torch.arange(ids.shape[1]) == ids.shape[1] - 1)
+        kept = (ids == tokenizer.bos_token_id) | (torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1)
         ids = ids.masked_fill(dropped[:, None] & ~kept, tokenizer.pad_token_id)
-        codes = self.pool.codes[rows]  # (B, 64)
+        codes = self.pool.codes[rows]  # (B, T)
         prompt = model.get_input_embeddings()(ids)  # (B, P, D)
-        drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, 63, D)
+        drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, T - 1, D)
         hidden = model.model.language_model(
             inputs_embeds=torch.cat([prompt, drawn], 1),
             attention_mask=F.pad(batch["attention_mask"], (0, drawn.shape[1]), value=1),
             use_cache=False,
-        ).last_hidden_state[:, prompt.shape[1] - 1 :]  # (B, 64, D)
+        ).last_hidden_state[:, prompt.shape[1] - 1 :]  # (B, T, D)
         code_loss = F.cross_entropy(model.model.generation_head(hidden).flatten(0, 1), codes.flatten())
-        return code_loss, head.loss(hidden[~dropped], rows[~dropped.numpy()])
+        return code_loss, head.loss(hidden[~dropped], rows[~dropped.cpu().numpy()])

@@ -22,6 +22,11 @@ class ImagePool(ABC):
     def __init__(self, pixels: np.ndarray, rng: np.random.Generator):
         self.pixels, self.rng = torch.from_numpy(pixels), rng
         self.codes = torch.empty(0)
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        """Moves the images to a device, where `pixel_values` and `codes` are made."""
+        self.device, self.pixels, self.codes = device, self.pixels.to(device), self.codes.to(device)
 
     @abstractmethod
     def conversation(self, row: int, image: str) -> str:
@@ -48,6 +53,10 @@ class ImagePool(ABC):
         """The pixels of rows as the processor gives them, (B, 3, 64, 64) in [-1, 1]."""
         return self.pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
 
+    def seen(self, rows: np.ndarray) -> torch.Tensor:
+        """The pixels of rows as training reads them, (B, 3, 64, 64)."""
+        return self.pixel_values(rows)
+
     @torch.no_grad()
     def encode(self, latents: Callable[[torch.Tensor], torch.Tensor], codebook: torch.Tensor) -> None:
         """Sets the codes of all images; `latents` turns pixels into unit-norm latents (B, T, C)."""
@@ -61,7 +70,7 @@ class ImagePool(ABC):
 
     def dropped(self, count: int, share: float = 0.1) -> torch.Tensor:
         """Which of `count` prompts are dropped, so that guidance has an unconditional model, (B,)."""
-        return torch.from_numpy(self.rng.random(count) < share)
+        return torch.from_numpy(self.rng.random(count) < share).to(self.device)
 
 
 class NamingHead(nn.Module, ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tiny_world.digits import IMAGE_SIZE
+from tiny_world.shapes import SHAPES, Shape
 from tiny_world.tiny_words import DIGITS_AND_WORDS, chat_template, word_tokenizer
 from transformers import (
     GenerationConfig,
@@ -15,9 +16,7 @@ from transformers import (
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-WIDTH = 192
-PATCH = 8
-NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
+HEAD_DIM = 32
 IMAGE_TOKENS = {
     "image_token": "<image_placeholder>",
     "boi_token": "<begin_of_image>",
@@ -26,8 +25,15 @@ IMAGE_TOKENS = {
 CHAT_TEMPLATE = chat_template(IMAGE_TOKENS["image_token"])
 
 
-def make_processor(num_image_tokens: int = NUM_IMAGE_TOKENS, words: list[str] = DIGITS_AND_WORDS) -> JanusProcessor:
-    """A real JanusProcessor whose tokenizer knows `words` (default: those of the digit scenes)."""
+def make_processor(
+    num_image_tokens: int | None = None, words: list[str] = DIGITS_AND_WORDS, shape: Shape = SHAPES["tiny"]
+) -> JanusProcessor:
+    """A real JanusProcessor whose tokenizer knows `words` (default: those of the digit scenes).
+
+    `num_image_tokens` is what an image takes in a prompt (default: dense tokens).
+    """
+    if num_image_tokens is None:
+        num_image_tokens = (IMAGE_SIZE // shape.patch) ** 2
     tokenizer = word_tokenizer(IMAGE_TOKENS, words)
     image_processor = JanusImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -35,16 +41,16 @@ def make_processor(num_image_tokens: int = NUM_IMAGE_TOKENS, words: list[str] = 
     return JanusProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, num_image_tokens=num_image_tokens)
 
 
-def make_model(processor: JanusProcessor) -> JanusForConditionalGeneration:
-    """A tiny JanusForConditionalGeneration (about 3 M parameters) with random weights."""
+def make_model(processor: JanusProcessor, shape: Shape = SHAPES["tiny"]) -> JanusForConditionalGeneration:
+    """A JanusForConditionalGeneration with random weights: of shape "tiny" about 3 M parameters, of "small" 20 M."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
     text_config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // HEAD_DIM,
+        num_key_value_heads=shape.width // HEAD_DIM,
         vocab_size=len(tokenizer),
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
@@ -53,23 +59,23 @@ def make_model(processor: JanusProcessor) -> JanusForConditionalGeneration:
         pad_token_id=tokenizer.pad_token_id,
     )
     vision_config = JanusVisionConfig(
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        hidden_size=shape.vision_width,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_width // HEAD_DIM,
         image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        patch_size=shape.patch,
+        projection_dim=shape.width,
+        num_image_tokens=(IMAGE_SIZE // shape.patch) ** 2,
     )
     vq_config = JanusVQVAEConfig(
         embed_dim=8,
-        num_embeddings=512,
+        num_embeddings=shape.codes,
         latent_channels=64,
-        base_channels=32,
-        channel_multiplier=[1, 1, 1, 2],
-        num_res_blocks=0,
-        projection_dim=WIDTH,
-        image_token_embed_dim=WIDTH,
+        base_channels=shape.vq_base,
+        channel_multiplier=list(shape.vq_channels),
+        num_res_blocks=shape.vq_blocks,
+        projection_dim=shape.width,
+        image_token_embed_dim=shape.width,
     )
     config = JanusConfig(
         text_config=text_config,
