@@ -28,7 +28,8 @@ class Steps:
         prompt_positions: The position ids of the prompts, (B, L) or (axes, B, L). Default: each token adds one.
         config: A generation config, read as by transformers' own `generate`. `cache_implementation="static"` allocates all keys
             and values at the start. On a GPU it also compiles the steps, into CUDA graphs unless `compile_config` says
-            otherwise; `disable_compile` prevents that. Default "dynamic": the cache grows, and nothing is compiled.
+            otherwise; `disable_compile` prevents that. With "dynamic" the cache grows. Default: on a GPU a static cache, since
+            attention over keys of a new length is slow there for the first time; elsewhere a growing one; neither compiled.
 
     Raises:
         UnsupportedError: `cache_implementation` is neither of the two.
@@ -42,7 +43,7 @@ class Steps:
         config: GenerationConfig,
         prompt_positions: torch.Tensor | None = None,
     ):
-        chosen = config.cache_implementation or "dynamic"
+        chosen = config.cache_implementation or ("static" if mask.device.type == "cuda" else "dynamic")
         if chosen not in CACHES:
             raise UnsupportedError(f"cache_implementation={chosen!r} does not work for images; expected {' or '.join(CACHES)}.")
         self.family, self.seen = family, 0
@@ -61,7 +62,8 @@ class Steps:
         drawn = prompt_positions[..., -1:] + position_deltas.cumsum(-1).unsqueeze(-2)  # (..., B, tokens)
         positions = torch.cat([prompt_positions, drawn], -1)  # (..., B, L + tokens)
         self.positions = F.pad(positions, (0, length - positions.shape[-1]))  # (..., B, length): one layout, compiled once
-        compiles = family.base._valid_auto_compile_criteria({CACHE_NAME: self.cache}, config)
+        asked = config.cache_implementation is not None
+        compiles = asked and family.base._valid_auto_compile_criteria({CACHE_NAME: self.cache}, config)
         # Shapes are fixed unless the user says otherwise: a step has one token, or two with a known one
         self.compile_kwargs = (config.compile_config or CompileConfig(dynamic=False)).to_dict() if compiles else None
         self._language_model = self.compiled(_last_hidden)
