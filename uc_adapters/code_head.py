@@ -29,8 +29,7 @@ class CompactCodes:
 
     Attributes:
         globals: The codes of the global tokens, Z_g (B, N). N is 0 with "strip", and N_g otherwise.
-        steps: The codes of each step after the separator, (B, T', k): s^2 dense codes with "strip", else one pooled code of
-            Z_x.
+        steps: The codes of each step after the separator, (B, T', k): dense codes with "strip", else one pooled code of Z_x.
         dense: The base's own codes, (B, T).
         grid: H and W of the dense codes.
     """
@@ -125,12 +124,27 @@ class CodeHead(ABC):
         return torch.cat([globals_.to(steps.dtype), separator, steps], 1)
 
     @abstractmethod
-    def step_grid(self, grid: Grid) -> Grid:
-        """Returns the rows of steps that draw an image, and the steps in a row. If the base has EOL tokens, one follows a row.
+    def count_steps(self, grid: Grid) -> int:
+        """Returns T', the number of steps that draw an image.
 
         Raises:
             InputError: The stride does not divide the grid of the dense codes, and it has to.
         """
+
+    @abstractmethod
+    def steps_in_row(self, grid: Grid) -> int:
+        """Returns the number of steps after which an EOL token follows, if the base has EOL tokens.
+
+        Raises:
+            InputError: As in `count_steps`.
+        """
+
+    def row_ends(self, grid: Grid) -> list[bool]:
+        """Returns for each step whether an EOL token follows. One also follows the last step, if the base has EOL tokens."""
+        if not self.family.has_eol:
+            return [False] * self.count_steps(grid)
+        count, in_row = self.count_steps(grid), self.steps_in_row(grid)
+        return [step % in_row == 0 or step == count for step in range(1, count + 1)]
 
     def position_deltas(self, grid: Grid) -> torch.Tensor:
         """Returns by how much the position id grows at each input of `embed` and at the token after the image.
@@ -140,9 +154,7 @@ class CodeHead(ABC):
         """
         positions = self.module.decompressor.step_positions(self.family.code_positions, grid)  # (..., T' + 1)
         deltas = positions.diff(prepend=torch.zeros_like(positions[..., :1]))
-        if self.family.has_eol:  # an EOL token after each row of steps adds one itself
-            columns = self.step_grid(grid)[1]
-            deltas[..., columns::columns] -= 1
+        deltas[..., 1:] -= torch.tensor(self.row_ends(grid)).long().to(deltas.device)  # an EOL token adds one itself
         front = deltas.new_ones(*deltas.shape[:-1], self.module.num_global_codes + 1)
         return torch.cat([front, deltas], -1).to(self.family.device)
 
@@ -179,22 +191,26 @@ class CodeHead(ABC):
 
 
 class StripHead(CodeHead):
-    """Draws s^2 dense codes from each hidden state, inside the language model's loop."""
+    """Draws k dense codes from each hidden state, inside the language model's loop."""
 
     @property
     def codes_per_step(self) -> int:
-        return self.module.stride**2
+        return self.module.decompressor.length
 
-    def step_grid(self, grid: Grid) -> Grid:
+    def count_steps(self, grid: Grid) -> int:
         if self.family.has_eol:
-            return compact_grid(grid, self.module.stride)
-        return 1, -(-math.prod(grid) // self.codes_per_step)
+            compact_grid(grid, self.module.stride)
+        return math.ceil(math.prod(grid) / self.codes_per_step)
+
+    def steps_in_row(self, grid: Grid) -> int:
+        """Returns the steps of the fewest windows' rows that whole steps fill; with s^2 codes in a step, of one such row."""
+        return math.lcm(self.module.stride * grid[1], self.codes_per_step) // self.codes_per_step
 
     def step_codes(self, latents: torch.Tensor, dense: torch.Tensor, grid: Grid) -> torch.Tensor:
         return self.module.decompressor.order(dense, grid)
 
     def embed_steps(self, codes: torch.Tensor) -> torch.Tensor:
-        embeddings = self.family.embed_codes(codes)  # (B, T', s^2, D)
+        embeddings = self.family.embed_codes(codes)  # (B, T', k, D)
         pooled = self.module.decompressor.embed(embeddings.to(self.dtype), self.entries(codes))
         return pooled.to(embeddings.dtype)
 
@@ -204,29 +220,28 @@ class StripHead(CodeHead):
         flat = hidden.flatten(0, 1).to(self.dtype)  # (B * T', D)
         globals_ = self.entries(codes.globals).repeat_interleave(hidden.shape[1], 0)  # (B * T', N, C)
         features = self.module.decompressor(self.entries(codes.steps.flatten(0, 1)), flat, globals_)
-        logits = self.family.code_logits(features)  # (B * T', s^2, K)
+        logits = self.family.code_logits(features)  # (B * T', k, K)
         log_probs, entropy, accuracy = _score(logits, codes.steps.flatten(0, 1))
         if teacher_states is not None:
-            step_states = self.module.decompressor.order(teacher_states, codes.grid).flatten(0, 1)  # (B * T', s^2, D)
+            step_states = self.module.decompressor.order(teacher_states, codes.grid).flatten(0, 1)  # (B * T', k, D)
             divergence = self.divergence(logits, flat, step_states)
             log_probs = (1 - teacher_weight) * log_probs - teacher_weight * divergence
-        scores = torch.stack([log_probs, entropy, accuracy]).unflatten(1, hidden.shape[:2])  # (3, B, T', s^2)
-        drawn = self.module.decompressor.order(torch.ones_like(codes.dense[:1]), codes.grid)  # (1, T', s^2); 0 in what fills up
+        scores = torch.stack([log_probs, entropy, accuracy]).unflatten(1, hidden.shape[:2])  # (3, B, T', k)
+        drawn = self.module.decompressor.order(torch.ones_like(codes.dense[:1]), codes.grid)  # (1, T', k); 0 in what fills up
         log_probs, entropy, accuracy = (scores * drawn).sum(-1)
         return torch.stack([log_probs, entropy, accuracy / drawn.sum(-1)])
 
     def divergence(self, logits: torch.Tensor, hidden: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
-        """Returns the divergence of each code from a teacher that generates the same codes in the same order, (n, s^2), in
-        nats.
+        """Returns the divergence of each code from a teacher that generates the same codes in the same order, (n, k), in nats.
 
         It is KL(teacher || student) of the code, plus the squared distance between the hidden states of student and teacher,
         relative to the mean square of the teacher's. Both models have the same codes before them, so the student's state can
         match the teacher's.
 
         Args:
-            logits: The logits of the codes, (n, s^2, K).
+            logits: The logits of the codes, (n, k, K).
             hidden: The language model's hidden states before the steps, (n, D).
-            teacher_states: The teacher's hidden states before each code, (n, s^2, D).
+            teacher_states: The teacher's hidden states before each code, (n, k, D).
         """
         teacher_log_probs = self.family.code_logits(teacher_states).float().log_softmax(-1)
         divergence = F.kl_div(logits.float().log_softmax(-1), teacher_log_probs, reduction="none", log_target=True).sum(-1)
@@ -248,8 +263,11 @@ class ExpansionHead(CodeHead):
 
     codes_per_step = 1
 
-    def step_grid(self, grid: Grid) -> Grid:
-        return compact_grid(grid, self.module.stride)
+    def count_steps(self, grid: Grid) -> int:
+        return math.prod(compact_grid(grid, self.module.stride))
+
+    def steps_in_row(self, grid: Grid) -> int:
+        return compact_grid(grid, self.module.stride)[1]
 
     def step_codes(self, latents: torch.Tensor, dense: torch.Tensor, grid: Grid) -> torch.Tensor:
         return nearest_codes(self.module.pool(latents, grid), self.codebook).unsqueeze(-1)

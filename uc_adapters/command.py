@@ -116,6 +116,7 @@ def info(args: argparse.Namespace) -> None:
         ("adapter", args.adapter),
         ("base", f"{config.base_model_name_or_path or 'not named'}{commit} ({written['base_geometry']['model_type']})"),
         ("decompressor", f"{config.decompressor}, {config.decompressor_layers} layers, width {config.decompressor_width}"),
+        *([("codes per step", config.strip_length)] if config.decompressor == "strip" else []),
         ("stride", f"{config.stride}, with {config.num_global_tokens} global tokens"),
         ("LoRA", f"rank {config.r}, alpha {config.lora_alpha:g}" if config.target_modules else "none"),
         *((what, f"{compact}, the base {base}") for what, base, compact in token_counts(written)),

@@ -109,12 +109,13 @@ class DrawCompressor(nn.Module):
 def make_decompressor(kind: type[nn.Module], config: UniCompressConfig, geometry: Geometry) -> nn.Module:
     """Makes a new decompressor of class `kind`, with the shapes that the adapter's config and its base require."""
     shape = {
-        "stride": config.stride,
         "code_width": geometry.code_width,
         "width": config.decompressor_width,
         "out_width": geometry.hidden_size,
         "layers": config.decompressor_layers,
     }
     if issubclass(kind, ExpansionDecompressor):  # it learns a position embedding for each code of the grid
-        shape["side"] = geometry.draw_side
+        shape |= {"stride": config.stride, "side": geometry.draw_side}
+    else:
+        shape["length"] = config.strip_length
     return kind(**shape)

@@ -41,9 +41,11 @@ class UniCompressConfig(LoraConfig):
             which turns T dense tokens into T / 4.
         num_global_tokens: Learned meta tokens N_g in front of the pooled ones (eq. 1 and 2), 0 or more. Default 4.
             "strip" reads them, and draws none.
-        decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next s^2 codes of the raster from each
-            hidden state, inside the language model's loop. "raster" (the paper's) and "phase" expand compact codes after the
-            loop, in T or s^2 steps.
+        decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next `codes_per_step` codes of the raster
+            from each hidden state, inside the language model's loop. "raster" (the paper's) and "phase" expand compact codes
+            after the loop, in T or s^2 steps.
+        codes_per_step: The number of codes that "strip" draws in a step of the language model, from 1 to the codes of an image,
+            whatever the stride is. If it does not divide them, the last step draws what is left. Default None: s^2.
         decompressor_layers: Layers of the decompressor, at least 1. Default 2.
         decompressor_width: Width of the decompressor and of the drawing side's extractor. Default 512.
         codebook_weight: lambda_cb, the weight of the codebook-consistency term in stage 1 (eq. 8), 0 or more.
@@ -63,6 +65,7 @@ class UniCompressConfig(LoraConfig):
     stride: int = field(default=2, metadata={"help": "Pooling window on the image grid."})
     num_global_tokens: int = field(default=4, metadata={"help": "Learned global meta tokens."})
     decompressor: str = field(default="strip", metadata={"help": f"One of {', '.join(DECOMPRESSORS)}."})
+    codes_per_step: int | None = field(default=None, metadata={"help": "Codes of a step of strip; None: stride squared."})
     decompressor_layers: int = field(default=2, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int = field(default=512, metadata={"help": "Width of the decompressor."})
     codebook_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook term in stage 1."})
@@ -92,6 +95,9 @@ class UniCompressConfig(LoraConfig):
         self._require_int("stride", 1)
         self._require_int("num_global_tokens", 0)
         self._require("decompressor", self.decompressor in DECOMPRESSORS, f"one of {', '.join(DECOMPRESSORS)}")
+        if self.codes_per_step is not None:
+            self._require_int("codes_per_step", 1)
+            self._require("codes_per_step", self.decompressor == "strip", f"None with decompressor={self.decompressor!r}")
         self._require_int("decompressor_layers", 1)
         self._require_int("decompressor_width", 1)
         self._require("codebook_weight", self._within("codebook_weight", 0), "a finite number >= 0")
@@ -134,11 +140,16 @@ class UniCompressConfig(LoraConfig):
     def num_gen_tokens(self, grid: Grid) -> int:
         """Placeholders of one image to draw, likewise; all but one of them, the separator, are steps of the language model.
 
-        With "strip" the last step may have fewer codes than s^2.
+        With "strip" the last step may have fewer codes than the others.
         """
         if self.decompressor == "strip":
-            return 1 - (-math.prod(grid) // self.stride**2)
+            return 1 + math.ceil(math.prod(grid) / self.strip_length)
         return self.num_global_codes + 1 + math.prod(compact_grid(grid, self.stride))
+
+    @property
+    def strip_length(self) -> int:
+        """The number of codes that "strip" draws in a step: `codes_per_step`, or s^2."""
+        return self.stride**2 if self.codes_per_step is None else self.codes_per_step
 
     @property
     def num_global_codes(self) -> int:

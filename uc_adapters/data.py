@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,20 +168,36 @@ class UniCompressCollator:
         return learned
 
     def _drawn_images(self, drawn: dict[str, torch.Tensor], counts: list[int], images: tuple) -> Iterator[DrawnImage]:
-        """Yields the texts of the drawings. With "strip" they have fewer global tokens than the images to read.
+        """Yields the texts of the drawings.
 
         `counts` has the number of images of each drawing in `drawn`: two if it begins with a preview.
         """
         token, config, first = self.processor.image_token, self.config, 0
-        read_start, drawn_start = token * (config.num_global_tokens + 1), token * (config.num_global_codes + 1)
         for count, image in zip(counts, images, strict=True):
             texts = self.writer.family.drawing_texts(self.processor, drawn, first, count)
-            texts, first = [text.replace(read_start, drawn_start, 1) for text in texts], first + count
+            texts, first = [self._as_drawn(text) for text in texts], first + count
             ends = list(accumulate(text.count(token) for text in texts))
             separators = [end + config.num_global_codes for end in [0, *ends[:-1]]]
             begin, placeholder, rest = "".join(texts).partition(token)
             content = image["values"] if isinstance(image, dict) else image.tobytes()
             yield DrawnImage(begin, placeholder + rest, separators, content)
+
+    def _as_drawn(self, text: str) -> str:
+        """Replaces the placeholders in the processor's text of an image by those of an image to draw.
+
+        These are the global codes, the separator and the steps. `StripHead.steps_in_row` says where EOL tokens follow.
+        """
+        token, config = self.processor.image_token, self.config
+        codes = config.stride**2 if self.writer.family.compresses_reading else 1  # of a placeholder in the text
+        in_step = config.strip_length  # with another decompressor, the codes of a window
+        if config.num_global_codes == config.num_global_tokens and in_step == codes:
+            return text
+        first, last = text.index(token), text.rindex(token) + len(token)
+        _, *ends = re.split(f"(?:{re.escape(token)})+", text[first:last])  # after each row of placeholders; the last is empty
+        count = text.count(token) - config.num_global_tokens - 1
+        steps, in_row = math.ceil(codes * count / in_step), math.lcm(codes * count // len(ends), in_step) // in_step
+        rows = [token * min(in_row, steps - done) for done in range(0, steps, in_row)]
+        return text[:first] + token * (config.num_global_codes + 1) + ends[0].join(rows) + text[last:]
 
     def _pixels(self, images: list) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, and `image_sizes` if the processor gives them; an empty dict if there are no images."""

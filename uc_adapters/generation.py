@@ -120,7 +120,7 @@ def draw(
     read = Images(pixel_values, None if gen_image_sizes is None else image_sizes)
     drawings = _drawings(family, input_ids, image_sizes if gen_image_sizes is None else gen_image_sizes)
     for grid in {grid for drawing in drawings for grid in drawing}:
-        head.step_grid(grid)  # raises InputError if the stride has to divide the grid, and does not
+        head.count_steps(grid)  # raises InputError if the stride has to divide the grid, and does not
     negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
     _check_lengths(head, attention_mask, drawings, "prompt")
     if negative is not None:
@@ -324,12 +324,11 @@ def _draw_compact(
     won: list[torch.Tensor] = []
     compact: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    step_grids = [head.step_grid(grid) for grid in drawing]
-    total = sum(count + rows * columns for rows, columns in step_grids)
-    bar = tqdm(total=total, desc="draw", disable=progress is not True)
+    ends = [head.row_ends(grid) for grid in drawing]
+    bar = tqdm(total=sum(count + len(steps) for steps in ends), desc="draw", disable=progress is not True)
     advance = progress if callable(progress) else bar.update
     inputs = prompts
-    for grid, (rows, columns) in zip(drawing, step_grids, strict=True):
+    for grid, row_ends in zip(drawing, ends, strict=True):
         globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
         for index in range(count):
             codes = _noting(sample, won)(family.code_logits(step(inputs)))
@@ -338,16 +337,16 @@ def _draw_compact(
             advance()
         # The separator and the EOL tokens are known, so each is fed together with the token before it and costs no step
         inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
-        steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
+        steps = globals_.new_empty(len(prompts), len(row_ends), head.codes_per_step)
         entries = head.entries(globals_)
-        for index in range(rows * columns):
+        for index, ends_row in enumerate(row_ends):
             hidden = step(inputs)
             steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
             won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
             steps[:, index, math.prod(grid) - index * head.codes_per_step :] = 0  # what fills up the last step is no code
             advance()
             inputs = head.embed_steps(steps[:, index : index + 1])  # (B, 1, k) -> (B, 1, D)
-            if family.has_eol and (index + 1) % columns == 0:
+            if ends_row:
                 inputs = torch.cat([inputs, eol], 1)
         compact.append((globals_, steps))
     bar.close()
@@ -366,11 +365,9 @@ def _fed_deltas(head: CodeHead, drawing: tuple[Grid, ...]) -> torch.Tensor:
         deltas = head.position_deltas(grid)  # (..., N + 1 + T' + 1)
         deltas[..., 0] += after - 1  # the image before moves the position on
         deltas, after = deltas[..., :-1], deltas[..., -1]
-        if head.family.has_eol:
-            count = head.module.num_global_codes + 1
-            front, rows = deltas[:count], deltas[count:].unflatten(0, head.step_grid(grid))
-            deltas = torch.cat([front, F.pad(rows, (0, 1), value=1).flatten()])  # an EOL token after each row
-        parts.append(deltas)
+        ends = torch.tensor([False] * (head.module.num_global_codes + 1) + head.row_ends(grid))  # (tokens,)
+        fed = torch.stack([torch.ones_like(ends), ends], -1).to(deltas.device)  # (tokens, 2): each token, and an EOL token
+        parts.append(torch.stack([deltas, torch.ones_like(deltas)], -1)[..., fed])
     return torch.cat(parts, -1)
 
 

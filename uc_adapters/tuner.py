@@ -30,7 +30,8 @@ class UniCompressTuner(ReversibleLora):
 
         Raises:
             BaseModelError: The base has no known family, lacks a module, or has a part that `torch.compile` wrapped; the stride
-                does not divide its grid; or it is another base than the one the adapter was made for (`uc_adapters.identity`).
+                does not divide its grid; an image has fewer codes than `codes_per_step`; or it is another base than the one the
+                adapter was made for (`uc_adapters.identity`).
             ConfigError: `target_modules` matches an embedding, or nothing in the language model.
             AdapterNameError: PEFT cannot hold the name.
         """
@@ -241,3 +242,8 @@ def _check_grid(config: UniCompressConfig, geometry: Geometry) -> None:
             raise BaseModelError(
                 f"stride={config.stride} does not divide the base's {side} x {side} grid; expected one of {legal}."
             )
+    codes = geometry.draw_side**2
+    if config.strip_length > codes:
+        raise BaseModelError(
+            f"codes_per_step={config.codes_per_step} for a base whose images have {codes} codes; expected 1 to {codes}."
+        )

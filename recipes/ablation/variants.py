@@ -114,8 +114,9 @@ class ClsToken(nn.Module):
 class CellDecompressor(StripDecompressor):
     """Draws the codes of one s x s window from each hidden state, and attends to the global codes, too."""
 
-    def __init__(self, stride: int, code_width: int, width: int, out_width: int, layers: int):
-        super().__init__(stride, code_width, width, out_width, layers)
+    def __init__(self, length: int, code_width: int, width: int, out_width: int, layers: int):
+        super().__init__(length, code_width, width, out_width, layers)
+        self.stride = math.isqrt(length)
         self.global_in = nn.Linear(code_width, width)
 
     def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:

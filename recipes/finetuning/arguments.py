@@ -19,6 +19,7 @@ NEW_ADAPTER = {  # the defaults of a new adapter; an existing one keeps its own 
     "stride": 2,
     "num_global_tokens": 4,
     "decompressor": "strip",
+    "codes_per_step": None,
     "decompressor_layers": 2,
     "decompressor_width": 192,
     "codebook_weight": 1.0,
@@ -94,6 +95,7 @@ class FinetuneArguments:
     stride: int | None = field(default=None, metadata={"help": "Side of the windows that become one token."})
     num_global_tokens: int | None = field(default=None, metadata={"help": "Global tokens of an image (learned queries)."})
     decompressor: str | None = field(default=None, metadata={"help": "Turns compact tokens into codes: strip, phase, raster."})
+    codes_per_step: int | None = field(default=None, metadata={"help": "Codes of a step of strip. None: stride squared."})
     decompressor_layers: int | None = field(default=None, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int | None = field(default=None, metadata={"help": "Width of the decompressor."})
     codebook_weight: float | None = field(default=None, metadata={"help": "Weight of the codes in the loss of stage 1."})

@@ -1,0 +1,159 @@
+"""Codes in a step of the language model, apart from the window that is read."""
+
+import math
+
+import pytest
+import torch
+from helpers import CAPTIONS, DENSE, Record, attach, draw, drawing_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel
+from uc_adapters.errors import BaseModelError, ConfigError
+from uc_adapters.hub.card import token_counts
+from uc_adapters.joint_loss import CODES
+
+each_length = pytest.mark.parametrize("codes_per_step", [1, 2, 3, 5, 8, 12, 63, 64])
+
+
+class InTurn(LogitsProcessor):
+    """Leaves nothing to choose from but code 0, 1, 2, ..., and any code for what fills up the last step."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __call__(self, input_ids, scores):
+        if self.next == DENSE:
+            return scores
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.next] = 0
+        self.next += 1
+        return only
+
+
+def calls_of(model, name: str) -> list[torch.Tensor]:
+    """Filled with an argument of every call of the language model."""
+    calls = []
+    language_model = model.get_base_model().model.language_model
+    language_model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs[name]), with_kwargs=True)
+    return calls
+
+
+def drawing_row(caption: str, image, codes: torch.Tensor | None = None, model=None) -> dict:
+    """A row that draws an image, or the given codes (T,) in its place."""
+    latents = None if codes is None else model.family.codebook[codes].numpy().tobytes()
+    return {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": caption}]},
+            {"role": "assistant", "content": [{"type": "image"}]},
+        ],
+        "images": [image],
+        **({} if codes is None else {"latents": [{"size": [64, 64], "values": latents}]}),
+    }
+
+
+@each_length
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_step_draws_the_next_codes_of_the_raster(base, short_processor, codes_per_step, guidance_scale):
+    model = attach(base, codes_per_step=codes_per_step)
+    prompts, calls = drawing_inputs(short_processor, CAPTIONS), calls_of(model, "inputs_embeds")
+    places = LogitsProcessorList([InTurn()])
+    tokens = draw(model, prompts, guidance_scale=guidance_scale, logits_processor=places)
+    assert torch.equal(tokens, torch.arange(DENSE).expand(3, -1))
+    assert len(calls) == math.ceil(DENSE / codes_per_step)
+    assert [call.shape[1] for call in calls[1:]] == [1] * (len(calls) - 1)
+
+
+@given(codes_per_step=st.integers(1, DENSE), stride=st.sampled_from([1, 2, 4]))
+@settings(max_examples=12)
+def test_the_likelihood_by_forward_is_that_step_by_step(shared, processor, images, codes_per_step, stride):
+    model, record = shared(codes_per_step=codes_per_step, stride=stride), Record()
+    compact = model.compact_processor(processor)
+    dense = draw(model, drawing_inputs(compact, CAPTIONS), guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
+    rows = [drawing_row(caption, images[0], codes, model) for caption, codes in zip(CAPTIONS, dense, strict=True)]
+    with torch.no_grad():
+        scores = model(**UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)(rows))
+    steps = scores.kinds == CODES
+    drawn = [codes.sum(0) for codes in torch.stack(record.log_probs)[:DENSE].split(codes_per_step)]  # of each step
+    torch.testing.assert_close(scores.log_probs[steps].view(3, -1), torch.stack(drawn, 1), atol=1e-3, rtol=1e-4)
+    assert (scores.is_top1[steps] == 1).all()
+
+
+@each_length
+def test_a_step_stands_where_its_last_code_stands_in_the_bases_own_sequence(base, short_processor, codes_per_step):
+    model = attach(base, codes_per_step=codes_per_step)
+    prompts, seen = drawing_inputs(short_processor, CAPTIONS[:1]), calls_of(model, "position_ids")
+    draw(model, prompts, guidance_scale=1.0)
+    length = prompts["input_ids"].shape[1]
+    last_codes = range(codes_per_step - 1, DENSE - 1, codes_per_step)  # of each step that is fed
+    assert torch.cat(seen, 1)[0, length:].tolist() == [length, *(length + code for code in last_codes)][: len(seen)]
+
+
+@pytest.mark.parametrize(("stride", "read"), [(1, 69), (2, 21), (4, 9)])
+@each_length
+def test_what_is_read_does_not_depend_on_it(shared, processor, images, stride, read, codes_per_step):
+    model = shared(stride=stride, codes_per_step=codes_per_step)
+    compact = model.compact_processor(processor)
+    assert (compact.num_image_tokens, model.num_image_tokens) == (read, read)
+    batch = UniCompressCollator(compact, model.active_peft_config)([drawing_row("a red 3", images[0])])
+    steps = math.ceil(DENSE / codes_per_step)
+    assert batch["gen_mask"].sum() == 1 + steps == model.active_peft_config.num_gen_tokens((8, 8))
+    assert (batch["labels"][batch["gen_mask"]] == -100).tolist() == [True] + [False] * steps  # the separator is not learned
+
+
+def test_the_default_is_a_windows_codes(fresh, short_processor):
+    """So an adapter that was saved without the field means what it meant."""
+    plain, named = attach(fresh()), attach(fresh(), codes_per_step=4)
+    prompts = drawing_inputs(short_processor, CAPTIONS)
+    assert torch.equal(draw(plain, prompts), draw(named, prompts))
+
+
+def test_an_adapter_keeps_its_ratio(fresh, short_processor, tmp_path):
+    model, prompts = attach(fresh(), codes_per_step=5), drawing_inputs(short_processor, CAPTIONS)
+    model.save_pretrained(tmp_path, processor=short_processor)
+    loaded = UniCompressModel.from_pretrained(fresh(), tmp_path)
+    assert loaded.active_peft_config.codes_per_step == 5
+    assert torch.equal(draw(loaded, prompts), draw(model, prompts))
+    assert "5 codes a step" in (tmp_path / "README.md").read_text()
+
+
+def test_a_teacher_teaches_every_ratio(shared, processor, short_processor, images):
+    """The collator of the teacher writes the base's own sequence, whatever the adapter's is."""
+    pytest.importorskip("trl")
+    from uc_adapters.training import teacher_collator, teacher_targets
+
+    model = shared(codes_per_step=5)
+    collator = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)
+    rows = [drawing_row(CAPTIONS[0], images[0])]
+    dense = teacher_collator(collator, processor)(rows)
+    assert dense["gen_mask"].sum() == DENSE
+    targets = teacher_targets(model, dense | {"taught": torch.zeros(1, dtype=torch.bool)}, 1.0)
+    assert targets["teacher_states"].shape[1] == DENSE
+    taught, alone = model(**collator(rows), **targets), model(**collator(rows))
+    assert taught.loss.isfinite()
+    assert taught.loss != alone.loss
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True])
+def test_no_number_of_codes_is_refused(value):
+    with pytest.raises(ConfigError, match=r"codes_per_step=.*integer >= 1"):
+        UniCompressConfig(codes_per_step=value)
+
+
+@pytest.mark.parametrize("decompressor", ["raster", "phase"])
+def test_only_strip_has_it(decompressor):
+    with pytest.raises(ConfigError, match=rf"codes_per_step=8 .*None with decompressor='{decompressor}'"):
+        UniCompressConfig(codes_per_step=8, decompressor=decompressor)
+
+
+def test_more_codes_than_a_picture_has_are_refused(base):
+    with pytest.raises(BaseModelError, match=r"codes_per_step=65 .* 64 codes; expected 1 to 64"):
+        attach(base, codes_per_step=65)
+
+
+def test_counts_that_cards_and_the_command_show(shared):
+    config = shared(codes_per_step=12).active_peft_config.to_dict()
+    assert token_counts(config) == [("tokens to read an image", 64, 21), ("steps of the language model to draw one", 64, 6)]
+    del config["codes_per_step"]  # as an older adapter
+    assert token_counts(config)[1][2] == 16
