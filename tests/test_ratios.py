@@ -65,10 +65,11 @@ def test_a_step_draws_the_next_codes_of_the_raster(base, short_processor, codes_
     assert [call.shape[1] for call in calls[1:]] == [1] * (len(calls) - 1)
 
 
-@given(codes_per_step=st.integers(1, DENSE), stride=st.sampled_from([1, 2, 4]))
-@settings(max_examples=12)
-def test_the_likelihood_by_forward_is_that_step_by_step(shared, processor, images, codes_per_step, stride):
-    model, record = shared(codes_per_step=codes_per_step, stride=stride), Record()
+@given(codes_per_step=st.integers(1, DENSE), stride=st.sampled_from([1, 2, 4]), globals_=st.booleans())
+@settings(max_examples=15)
+def test_the_likelihood_by_forward_is_that_step_by_step(shared, processor, images, codes_per_step, stride, globals_):
+    model = shared(codes_per_step=codes_per_step, stride=stride, drawing_global_tokens=globals_)
+    record = Record()
     compact = model.compact_processor(processor)
     dense = draw(model, drawing_inputs(compact, CAPTIONS), guidance_scale=1.0, logits_processor=LogitsProcessorList([record]))
     rows = [drawing_row(caption, images[0], codes, model) for caption, codes in zip(CAPTIONS, dense, strict=True)]
@@ -81,13 +82,17 @@ def test_the_likelihood_by_forward_is_that_step_by_step(shared, processor, image
 
 
 @each_length
-def test_a_step_stands_where_its_last_code_stands_in_the_bases_own_sequence(base, short_processor, codes_per_step):
-    model = attach(base, codes_per_step=codes_per_step)
-    prompts, seen = drawing_inputs(short_processor, CAPTIONS[:1]), calls_of(model, "position_ids")
+@pytest.mark.parametrize("num_global_tokens", [0, 3])
+def test_a_step_stands_where_its_last_code_stands_in_the_bases_own_sequence(base, processor, codes_per_step, num_global_tokens):
+    """Learned global tokens share the position id of the image's begin, so they take no place of the base's."""
+    options = {"num_global_tokens": num_global_tokens, "drawing_global_tokens": num_global_tokens > 0}
+    model = attach(base, codes_per_step=codes_per_step, **options)
+    prompts, seen = drawing_inputs(processor, CAPTIONS[:1]), calls_of(model, "position_ids")
     draw(model, prompts, guidance_scale=1.0)
     length = prompts["input_ids"].shape[1]
-    last_codes = range(codes_per_step - 1, DENSE - 1, codes_per_step)  # of each step that is fed
-    assert torch.cat(seen, 1)[0, length:].tolist() == [length, *(length + code for code in last_codes)][: len(seen)]
+    last_codes = [*range(codes_per_step - 1, DENSE - 1, codes_per_step)][: len(seen) - 1]  # of each step that is fed
+    expected = [*[length - 1] * num_global_tokens, length, *(length + code for code in last_codes)]
+    assert torch.cat(seen, 1)[0, length:].tolist() == expected
 
 
 @pytest.mark.parametrize(("stride", "read"), [(1, 69), (2, 21), (4, 9)])
@@ -110,12 +115,46 @@ def test_the_default_is_a_windows_codes(fresh, short_processor):
 
 
 def test_an_adapter_keeps_its_ratio(fresh, short_processor, tmp_path):
-    model, prompts = attach(fresh(), codes_per_step=5), drawing_inputs(short_processor, CAPTIONS)
+    model, prompts = attach(fresh(), codes_per_step=5, drawing_global_tokens=True), drawing_inputs(short_processor, CAPTIONS)
     model.save_pretrained(tmp_path, processor=short_processor)
     loaded = UniCompressModel.from_pretrained(fresh(), tmp_path)
     assert loaded.active_peft_config.codes_per_step == 5
     assert torch.equal(draw(loaded, prompts), draw(model, prompts))
     assert "5 codes a step" in (tmp_path / "README.md").read_text()
+
+
+def test_learned_global_tokens_take_no_step(fresh, processor, images):
+    """They are read in the prefill, and every step attends to the states there."""
+    plain, guided = attach(fresh(), codes_per_step=8), attach(fresh(), codes_per_step=8, drawing_global_tokens=True)
+    counts = {}
+    for name, model in {"plain": plain, "guided": guided}.items():
+        compact, calls = model.compact_processor(processor), calls_of(model, "inputs_embeds")
+        prompts = drawing_inputs(compact, CAPTIONS)
+        draw(model, prompts, guidance_scale=1.0)
+        counts[name] = [call.shape[1] - prompts["input_ids"].shape[1] for call in calls[:1]] + [
+            call.shape[1] for call in calls[1:]
+        ]
+        assert compact.num_image_tokens == 21
+    assert counts == {"plain": [1, *[1] * 7], "guided": [4 + 1, *[1] * 7]}
+    assert guided.active_peft_config.num_gen_steps((8, 8)) == 8
+    batch = UniCompressCollator(compact, guided.active_peft_config)([drawing_row("a red 3", images[0])])
+    assert (batch["labels"][batch["gen_mask"]] == -100).tolist() == [True] * 5 + [False] * 8
+
+
+def test_learned_global_tokens_guide_every_step(fresh, processor, images):
+    """The states reach the codes beside the language model's own attention: without them, another likelihood."""
+    model = attach(fresh(), codes_per_step=8, drawing_global_tokens=True)
+    compact = model.compact_processor(processor)
+    batch = UniCompressCollator(compact, model.active_peft_config, caption_dropout=0.0)([drawing_row("a red 3", images[0])])
+    before = model(**batch)
+    with torch.no_grad():
+        model.code_head.module.decompressor.global_in.weight.mul_(2)
+    after = model(**batch)
+    steps = before.kinds == CODES
+    assert (before.log_probs[steps] != after.log_probs[steps]).all()
+    after.loss.backward()
+    module = model.code_head.module
+    assert all(weight.grad.abs().sum() > 0 for weight in (module.global_tokens, module.decompressor.global_in.weight))
 
 
 def test_a_teacher_teaches_every_ratio(shared, processor, short_processor, images):
@@ -145,6 +184,12 @@ def test_no_number_of_codes_is_refused(value):
 def test_only_strip_has_it(decompressor):
     with pytest.raises(ConfigError, match=rf"codes_per_step=8 .*None with decompressor='{decompressor}'"):
         UniCompressConfig(codes_per_step=8, decompressor=decompressor)
+
+
+@pytest.mark.parametrize("fields", [{"decompressor": "phase"}, {"num_global_tokens": 0}])
+def test_only_strip_with_global_tokens_has_them_in_front_of_drawings(fields):
+    with pytest.raises(ConfigError, match=r"drawing_global_tokens=True .*'strip' with num_global_tokens >= 1"):
+        UniCompressConfig(drawing_global_tokens=True, **fields)
 
 
 def test_more_codes_than_a_picture_has_are_refused(base):

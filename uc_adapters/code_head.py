@@ -28,7 +28,7 @@ class CompactCodes:
     """The codes of a batch of images of one size, as the language model generates them.
 
     Attributes:
-        globals: The codes of the global tokens, Z_g (B, N). N is 0 with "strip", and N_g otherwise.
+        globals: The codes of the global tokens, Z_g (B, N_g), or (B, 0) with "strip", which draws none.
         steps: The codes of each step after the separator, (B, T', k): dense codes with "strip", else one pooled code of Z_x.
         dense: The base's own codes, (B, T).
         grid: H and W of the dense codes.
@@ -55,8 +55,9 @@ class Scores:
 class CodeHead(ABC):
     """The interface between a decompressor and the code that trains or generates with it.
 
-    An image is `G [IMG_SEP] X`: N global codes, a separator that is never predicted, and T' steps of k codes each. A subclass
-    defines which codes a step has, how they become the next input, how they are scored and drawn, and how they become dense.
+    An image is `G [IMG_SEP] X`: N global tokens, a separator that is never predicted, and T' steps of k codes each. Global
+    tokens are codes, or learned inputs that are not predicted either. A subclass defines which codes a step has, how they
+    become the next input, how they are scored and drawn, and how they become dense.
 
     Args:
         family: The family of the base.
@@ -82,13 +83,21 @@ class CodeHead(ABC):
 
     @abstractmethod
     def score_steps(
-        self, hidden: torch.Tensor, codes: CompactCodes, teacher_states: torch.Tensor | None, teacher_weight: float
+        self,
+        hidden: torch.Tensor,
+        globals_: torch.Tensor,
+        codes: CompactCodes,
+        teacher_states: torch.Tensor | None,
+        teacher_weight: float,
     ) -> torch.Tensor:
-        """Returns log-probability, entropy and accuracy of each step, (3, B, T'), from the states before it, (B, T', D)."""
+        """Returns log-probability, entropy and accuracy of each step, (3, B, T'), from the states before it, (B, T', D).
+
+        `globals_` are those that `guides` returns.
+        """
 
     @abstractmethod
     def draw_step(self, hidden: torch.Tensor, globals_: torch.Tensor, sample: Sampler) -> torch.Tensor:
-        """Draws the codes of the next step, (B, k), from hidden states (B, D) and the entries of the global codes (B, N, C)."""
+        """Draws the codes of the next step, (B, k), from hidden states (B, D) and the global tokens that `guides` returns."""
 
     @abstractmethod
     def expand(self, globals_: torch.Tensor, steps: torch.Tensor, grid: Grid, sample: Sampler) -> torch.Tensor:
@@ -118,10 +127,31 @@ class CodeHead(ABC):
 
     def embed(self, codes: CompactCodes) -> torch.Tensor:
         """Returns the inputs of the language model for `G [IMG_SEP] X`, (B, N + 1 + T', D)."""
-        globals_ = self.family.embed_codes(codes.globals)  # (B, N, D)
+        globals_ = self.family.embed_codes(codes.globals)  # (B, N_g, D), or (B, 0, D)
         steps = self.embed_steps(codes.steps)  # (B, T', D)
-        separator = self.separator.expand(len(steps), 1, -1)
-        return torch.cat([globals_.to(steps.dtype), separator, steps], 1)
+        return torch.cat([globals_.to(steps.dtype), self.given(len(steps)), steps], 1)
+
+    def given(self, count: int) -> torch.Tensor:
+        """Returns the inputs before the steps that are not predicted, for `count` images: (count, n, D).
+
+        They are the learned global tokens, if there are any, and the separator.
+        """
+        parts = [self.module.separator.unsqueeze(0)]
+        if self.module.global_tokens is not None:
+            parts.insert(0, self.module.global_tokens)
+        return torch.cat(parts).to(self.family.base.dtype).expand(count, -1, -1)
+
+    def guides(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Returns the global tokens to which a decompressor attends.
+
+        Args:
+            codes: The global codes, (B, N_g), or (B, 0).
+            states: The language model's hidden states at the learned global tokens, (B, N_g, D), or (B, 0, D).
+
+        Returns:
+            The states, if there are learned global tokens, or else the entries of the codes, (B, N, C).
+        """
+        return self.entries(codes) if self.module.global_tokens is None else states.to(self.dtype)
 
     @abstractmethod
     def count_steps(self, grid: Grid) -> int:
@@ -155,13 +185,10 @@ class CodeHead(ABC):
         positions = self.module.decompressor.step_positions(self.family.code_positions, grid)  # (..., T' + 1)
         deltas = positions.diff(prepend=torch.zeros_like(positions[..., :1]))
         deltas[..., 1:] -= torch.tensor(self.row_ends(grid)).long().to(deltas.device)  # an EOL token adds one itself
-        front = deltas.new_ones(*deltas.shape[:-1], self.module.num_global_codes + 1)
+        front = deltas.new_ones(*deltas.shape[:-1], self.module.num_globals + 1)
+        if self.module.global_tokens is not None:
+            front[..., :-1] = 0  # they share the position id of the image's begin, so the base's own sequence keeps its places
         return torch.cat([front, deltas], -1).to(self.family.device)
-
-    @property
-    def separator(self) -> torch.Tensor:
-        """The learned embedding of IMG_SEP, (D,), in the language model's dtype."""
-        return self.module.separator.to(self.family.base.dtype)
 
     def entries(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns the codebook entries (..., C) of codes (...), in the adapter's dtype."""
@@ -177,17 +204,18 @@ class CodeHead(ABC):
         """Scores the true codes.
 
         Args:
-            hidden: The language model's hidden states before each global code, the separator and each step, (B, N + 1 + T', D).
+            hidden: The language model's hidden states before each input of `embed`, (B, N + 1 + T', D).
             codes: The true codes.
             teacher_states: A teacher's hidden states before each dense code, (B, T, D). Only "strip" learns from them.
             teacher_weight: The weight, from 0 to 1, with which the negative `StripHead.divergence` replaces a step's
                 log-probability. Default 1.
         """
-        count = codes.globals.shape[1]
-        global_scores = [_score(self.family.code_logits(hidden[:, :count]), codes.globals)] if count else []
-        separator = torch.zeros(3, len(hidden), 1, device=hidden.device)
-        step_scores = self.score_steps(hidden[:, count + 1 :], codes, teacher_states, teacher_weight)
-        return Scores(*torch.cat([*global_scores, separator, step_scores], 2))
+        count, code_count = self.module.num_globals, codes.globals.shape[1]
+        global_scores = [_score(self.family.code_logits(hidden[:, :code_count]), codes.globals)] if code_count else []
+        given = torch.zeros(3, len(hidden), count + 1 - code_count, device=hidden.device)
+        globals_ = self.guides(codes.globals, hidden[:, 1 : count + 1])  # the states at them
+        step_scores = self.score_steps(hidden[:, count + 1 :], globals_, codes, teacher_states, teacher_weight)
+        return Scores(*torch.cat([*global_scores, given, step_scores], 2))
 
 
 class StripHead(CodeHead):
@@ -215,10 +243,15 @@ class StripHead(CodeHead):
         return pooled.to(embeddings.dtype)
 
     def score_steps(
-        self, hidden: torch.Tensor, codes: CompactCodes, teacher_states: torch.Tensor | None, teacher_weight: float
+        self,
+        hidden: torch.Tensor,
+        globals_: torch.Tensor,
+        codes: CompactCodes,
+        teacher_states: torch.Tensor | None,
+        teacher_weight: float,
     ) -> torch.Tensor:
         flat = hidden.flatten(0, 1).to(self.dtype)  # (B * T', D)
-        globals_ = self.entries(codes.globals).repeat_interleave(hidden.shape[1], 0)  # (B * T', N, C)
+        globals_ = globals_.repeat_interleave(hidden.shape[1], 0)  # (B * T', N, ...)
         features = self.module.decompressor(self.entries(codes.steps.flatten(0, 1)), flat, globals_)
         logits = self.family.code_logits(features)  # (B * T', k, K)
         log_probs, entropy, accuracy = _score(logits, codes.steps.flatten(0, 1))
@@ -276,7 +309,12 @@ class ExpansionHead(CodeHead):
         return self.family.embed_codes(codes).squeeze(2)
 
     def score_steps(
-        self, hidden: torch.Tensor, codes: CompactCodes, teacher_states: torch.Tensor | None, teacher_weight: float
+        self,
+        hidden: torch.Tensor,
+        globals_: torch.Tensor,
+        codes: CompactCodes,
+        teacher_states: torch.Tensor | None,
+        teacher_weight: float,
     ) -> torch.Tensor:
         return _score(self.family.code_logits(hidden), codes.steps.squeeze(2))
 

@@ -118,6 +118,7 @@ def info(args: argparse.Namespace) -> None:
         ("decompressor", f"{config.decompressor}, {config.decompressor_layers} layers, width {config.decompressor_width}"),
         *([("codes per step", config.strip_length)] if config.decompressor == "strip" else []),
         ("stride", f"{config.stride}, with {config.num_global_tokens} global tokens"),
+        *([("global tokens", "in front of drawings, too")] if config.drawing_global_tokens else []),
         ("LoRA", f"rank {config.r}, alpha {config.lora_alpha:g}" if config.target_modules else "none"),
         *((what, f"{compact}, the base {base}") for what, base, compact in token_counts(written)),
         ("size", f"{count:,} parameters, {megabytes:.1f} MB"),

@@ -83,14 +83,22 @@ DECOMPRESSOR_CLASSES = {"strip": StripDecompressor, "phase": PhaseDecompressor, 
 
 
 class DrawCompressor(nn.Module):
-    """The modules that an adapter adds for generation: an extractor of global tokens, a separator, and the decompressor."""
+    """The modules that an adapter adds for generation: global tokens, a separator, and the decompressor.
+
+    Global tokens are drawn as codes, and for training an extractor makes them of an image. With "strip" they are learned
+    inputs, or there are none.
+    """
 
     def __init__(self, config: UniCompressConfig, geometry: Geometry):
         super().__init__()
         self.stride, self.num_global_codes = config.stride, config.num_global_codes
+        self.num_globals = config.num_drawing_globals
         width, code_width, side = config.decompressor_width, geometry.code_width, geometry.draw_side
         self.pool = AveragePool(config.stride)
         self.extractor = GlobalExtractor(code_width, width, self.num_global_codes, side) if self.num_global_codes else None
+        self.global_tokens = None
+        if config.drawing_global_tokens:
+            self.global_tokens = nn.Parameter(torch.randn(self.num_globals, geometry.hidden_size) * 0.02)
         self.separator = nn.Parameter(torch.randn(geometry.hidden_size) * 0.02)
         self.decompressor = make_decompressor(DECOMPRESSOR_CLASSES[config.decompressor], config, geometry)
 
@@ -117,5 +125,6 @@ def make_decompressor(kind: type[nn.Module], config: UniCompressConfig, geometry
     if issubclass(kind, ExpansionDecompressor):  # it learns a position embedding for each code of the grid
         shape |= {"stride": config.stride, "side": geometry.draw_side}
     else:
-        shape["length"] = config.strip_length
+        shape |= {"length": config.strip_length}
+        shape |= {"global_width": geometry.hidden_size if config.drawing_global_tokens else None}
     return kind(**shape)

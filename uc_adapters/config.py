@@ -40,12 +40,16 @@ class UniCompressConfig(LoraConfig):
         stride: Window of the average pooling on the image grid (eq. 3); it divides the grid's sides. Default 2,
             which turns T dense tokens into T / 4.
         num_global_tokens: Learned meta tokens N_g in front of the pooled ones (eq. 1 and 2), 0 or more. Default 4.
-            "strip" reads them, and draws none.
+            "strip" reads them, and draws none, see `drawing_global_tokens`.
         decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next `codes_per_step` codes of the raster
             from each hidden state, inside the language model's loop. "raster" (the paper's) and "phase" expand compact codes
             after the loop, in T or s^2 steps.
         codes_per_step: The number of codes that "strip" draws in a step of the language model, from 1 to the codes of an image,
             whatever the stride is. If it does not divide them, the last step draws what is left. Default None: s^2.
+        drawing_global_tokens: Whether N_g learned inputs stand in front of an image to draw, too, between its begin and the
+            separator. The language model reads them in the prefill, so they take no step, and their position id is that of the
+            image's begin. "strip" attends to its states there in every step. Only for "strip": the other decompressors draw
+            global codes. Default False.
         decompressor_layers: Layers of the decompressor, at least 1. Default 2.
         decompressor_width: Width of the decompressor and of the drawing side's extractor. Default 512.
         codebook_weight: lambda_cb, the weight of the codebook-consistency term in stage 1 (eq. 8), 0 or more.
@@ -66,6 +70,7 @@ class UniCompressConfig(LoraConfig):
     num_global_tokens: int = field(default=4, metadata={"help": "Learned global meta tokens."})
     decompressor: str = field(default="strip", metadata={"help": f"One of {', '.join(DECOMPRESSORS)}."})
     codes_per_step: int | None = field(default=None, metadata={"help": "Codes of a step of strip; None: stride squared."})
+    drawing_global_tokens: bool = field(default=False, metadata={"help": "Global tokens in front of an image to draw, too."})
     decompressor_layers: int = field(default=2, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int = field(default=512, metadata={"help": "Width of the decompressor."})
     codebook_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook term in stage 1."})
@@ -98,6 +103,10 @@ class UniCompressConfig(LoraConfig):
         if self.codes_per_step is not None:
             self._require_int("codes_per_step", 1)
             self._require("codes_per_step", self.decompressor == "strip", f"None with decompressor={self.decompressor!r}")
+        self._require("drawing_global_tokens", isinstance(self.drawing_global_tokens, bool), "True or False")
+        if self.drawing_global_tokens:
+            fits = self.decompressor == "strip" and self.num_global_tokens > 0
+            self._require("drawing_global_tokens", fits, "False, or decompressor='strip' with num_global_tokens >= 1")
         self._require_int("decompressor_layers", 1)
         self._require_int("decompressor_width", 1)
         self._require("codebook_weight", self._within("codebook_weight", 0), "a finite number >= 0")
@@ -138,13 +147,20 @@ class UniCompressConfig(LoraConfig):
         return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.stride))
 
     def num_gen_tokens(self, grid: Grid) -> int:
-        """Placeholders of one image to draw, likewise; all but one of them, the separator, are steps of the language model.
+        """Placeholders of one image to draw, likewise: global tokens if it has any, the separator, and the steps of X."""
+        return self.num_drawing_globals + 1 + self.num_gen_steps(grid) - self.num_global_codes
+
+    def num_gen_steps(self, grid: Grid) -> int:
+        """Steps of the language model that draw one image, of H x W dense tokens: one for each code or strip.
 
         With "strip" the last step may have fewer codes than the others.
+
+        Raises:
+            InputError: The stride does not divide H and W, and the decompressor is not "strip".
         """
         if self.decompressor == "strip":
-            return 1 + math.ceil(math.prod(grid) / self.strip_length)
-        return self.num_global_codes + 1 + math.prod(compact_grid(grid, self.stride))
+            return math.ceil(math.prod(grid) / self.strip_length)
+        return self.num_global_codes + math.prod(compact_grid(grid, self.stride))
 
     @property
     def strip_length(self) -> int:
@@ -155,6 +171,11 @@ class UniCompressConfig(LoraConfig):
     def num_global_codes(self) -> int:
         """Global tokens that are drawn, as codes: N_g, or none with "strip"."""
         return 0 if self.decompressor == "strip" else self.num_global_tokens
+
+    @property
+    def num_drawing_globals(self) -> int:
+        """Global tokens in front of an image to draw: drawn codes, or learned inputs if `drawing_global_tokens`."""
+        return self.num_global_tokens if self.drawing_global_tokens else self.num_global_codes
 
     @classmethod
     def from_peft_type(cls, **kwargs):

@@ -177,27 +177,28 @@ class UniCompressCollator:
             texts = self.writer.family.drawing_texts(self.processor, drawn, first, count)
             texts, first = [self._as_drawn(text) for text in texts], first + count
             ends = list(accumulate(text.count(token) for text in texts))
-            separators = [end + config.num_global_codes for end in [0, *ends[:-1]]]
+            given = range(config.num_global_codes, config.num_drawing_globals + 1)  # of each image's placeholders
+            given = [end + place for end in [0, *ends[:-1]] for place in given]
             begin, placeholder, rest = "".join(texts).partition(token)
             content = image["values"] if isinstance(image, dict) else image.tobytes()
-            yield DrawnImage(begin, placeholder + rest, separators, content)
+            yield DrawnImage(begin, placeholder + rest, given, content)
 
     def _as_drawn(self, text: str) -> str:
         """Replaces the placeholders in the processor's text of an image by those of an image to draw.
 
-        These are the global codes, the separator and the steps. `StripHead.steps_in_row` says where EOL tokens follow.
+        These are the global tokens, the separator and the steps. `StripHead.steps_in_row` says where EOL tokens follow.
         """
         token, config = self.processor.image_token, self.config
         codes = config.stride**2 if self.writer.family.compresses_reading else 1  # of a placeholder in the text
         in_step = config.strip_length  # with another decompressor, the codes of a window
-        if config.num_global_codes == config.num_global_tokens and in_step == codes:
+        if config.num_drawing_globals == config.num_global_tokens and in_step == codes:
             return text
         first, last = text.index(token), text.rindex(token) + len(token)
         _, *ends = re.split(f"(?:{re.escape(token)})+", text[first:last])  # after each row of placeholders; the last is empty
         count = text.count(token) - config.num_global_tokens - 1
         steps, in_row = math.ceil(codes * count / in_step), math.lcm(codes * count // len(ends), in_step) // in_step
         rows = [token * min(in_row, steps - done) for done in range(0, steps, in_row)]
-        return text[:first] + token * (config.num_global_codes + 1) + ends[0].join(rows) + text[last:]
+        return text[:first] + token * (config.num_drawing_globals + 1) + ends[0].join(rows) + text[last:]
 
     def _pixels(self, images: list) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, and `image_sizes` if the processor gives them; an empty dict if there are no images."""

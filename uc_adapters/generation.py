@@ -335,13 +335,15 @@ def _draw_compact(
             globals_[:, index] = codes
             inputs = family.embed_codes(codes).unsqueeze(1)
             advance()
-        # The separator and the EOL tokens are known, so each is fed together with the token before it and costs no step
-        inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
+        # What is given and the EOL tokens are known, so they are fed together with the token before them and cost no step
+        given = head.given(len(prompts))  # (B, n, D)
+        states = step.states(torch.cat([inputs, given], 1), given.shape[1])
+        guides, hidden = head.guides(globals_, states[:, :-1]), states[:, -1].contiguous()
         steps = globals_.new_empty(len(prompts), len(row_ends), head.codes_per_step)
-        entries = head.entries(globals_)
         for index, ends_row in enumerate(row_ends):
-            hidden = step(inputs)
-            steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
+            if index:
+                hidden = step(inputs)
+            steps[:, index], step_scores = draw_step(head, hidden, guides, sample)
             won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
             steps[:, index, math.prod(grid) - index * head.codes_per_step :] = 0  # what fills up the last step is no code
             advance()
@@ -365,18 +367,18 @@ def _fed_deltas(head: CodeHead, drawing: tuple[Grid, ...]) -> torch.Tensor:
         deltas = head.position_deltas(grid)  # (..., N + 1 + T' + 1)
         deltas[..., 0] += after - 1  # the image before moves the position on
         deltas, after = deltas[..., :-1], deltas[..., -1]
-        ends = torch.tensor([False] * (head.module.num_global_codes + 1) + head.row_ends(grid))  # (tokens,)
+        ends = torch.tensor([False] * (head.module.num_globals + 1) + head.row_ends(grid))  # (tokens,)
         fed = torch.stack([torch.ones_like(ends), ends], -1).to(deltas.device)  # (tokens, 2): each token, and an EOL token
         parts.append(torch.stack([deltas, torch.ones_like(deltas)], -1)[..., fed])
     return torch.cat(parts, -1)
 
 
 def _draw_step(
-    head: CodeHead, hidden: torch.Tensor, entries: torch.Tensor, sample: CodeSampler
+    head: CodeHead, hidden: torch.Tensor, globals_: torch.Tensor, sample: CodeSampler
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the codes of the next step, (B, k), and the scores with which they were chosen, (k, B)."""
     won: list[torch.Tensor] = []
-    codes = head.draw_step(hidden, entries, _noting(sample, won))
+    codes = head.draw_step(hidden, globals_, _noting(sample, won))
     return codes, torch.stack(won)
 
 

@@ -114,10 +114,9 @@ class ClsToken(nn.Module):
 class CellDecompressor(StripDecompressor):
     """Draws the codes of one s x s window from each hidden state, and attends to the global codes, too."""
 
-    def __init__(self, length: int, code_width: int, width: int, out_width: int, layers: int):
-        super().__init__(length, code_width, width, out_width, layers)
+    def __init__(self, length: int, code_width: int, width: int, out_width: int, layers: int, global_width: None):
+        super().__init__(length, code_width, width, out_width, layers, code_width)
         self.stride = math.isqrt(length)
-        self.global_in = nn.Linear(code_width, width)
 
     def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return raster_to_windows(x, self.stride, grid)
@@ -127,9 +126,6 @@ class CellDecompressor(StripDecompressor):
 
     def step_positions(self, positions: Positions, grid: Grid) -> torch.Tensor:
         return positions(compact_grid(grid, self.stride)) + 1  # positions count compact tokens
-
-    def memory(self, state: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
-        return torch.cat([state, self.global_in(globals_)], 1)
 
 
 class CellAtDensePlaces(CellDecompressor):

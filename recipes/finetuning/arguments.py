@@ -20,6 +20,7 @@ NEW_ADAPTER = {  # the defaults of a new adapter; an existing one keeps its own 
     "num_global_tokens": 4,
     "decompressor": "strip",
     "codes_per_step": None,
+    "drawing_global_tokens": False,
     "decompressor_layers": 2,
     "decompressor_width": 192,
     "codebook_weight": 1.0,
@@ -96,6 +97,7 @@ class FinetuneArguments:
     num_global_tokens: int | None = field(default=None, metadata={"help": "Global tokens of an image (learned queries)."})
     decompressor: str | None = field(default=None, metadata={"help": "Turns compact tokens into codes: strip, phase, raster."})
     codes_per_step: int | None = field(default=None, metadata={"help": "Codes of a step of strip. None: stride squared."})
+    drawing_global_tokens: bool | None = field(default=None, metadata={"help": "Global tokens before a drawing, too."})
     decompressor_layers: int | None = field(default=None, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int | None = field(default=None, metadata={"help": "Width of the decompressor."})
     codebook_weight: float | None = field(default=None, metadata={"help": "Weight of the codes in the loss of stage 1."})

@@ -125,7 +125,7 @@ def drawn_steps(contender: Contender) -> int:
     grid = grid_of(contender)
     if not isinstance(contender.model, UniCompressModel):
         return family_of(contender.model).dense_placeholders(grid)
-    return contender.model.active_peft_config.num_gen_tokens(grid) - 1  # the separator is given, so that no step draws it
+    return contender.model.active_peft_config.num_gen_steps(grid)
 
 
 def draw_in_turn(

@@ -113,7 +113,7 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
     """
     check_present(config["base_geometry"]["model_type"])
     geometry = config["base_geometry"]
-    fields = ("stride", "num_global_tokens", "decompressor", "codes_per_step")  # an older adapter lacks the last one
+    fields = ("stride", "num_global_tokens", "decompressor", "codes_per_step")  # older ones lack the last
     adapter = UniCompressConfig(**{name: config[name] for name in fields if name in config})
     family = FAMILIES[geometry["model_type"]]
     image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
@@ -132,9 +132,9 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
         what = f"steps of the language model to draw {'one' if table else image}"
         preview = family.preview_grid(grid)
         if preview is not None:
-            table.append(row(f"{what}: its preview", preview, adapter.num_gen_tokens(preview) - 1))
+            table.append(row(f"{what}: its preview", preview, adapter.num_gen_steps(preview)))
             what = "and the image itself"
-        table.append(row(what, grid, adapter.num_gen_tokens(grid) - 1))
+        table.append(row(what, grid, adapter.num_gen_steps(grid)))
     return table
 
 

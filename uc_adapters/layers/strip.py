@@ -29,12 +29,15 @@ class StripDecompressor(nn.Module):
         width: W, the decoder's width.
         out_width: D, the language model's width.
         layers: The number of layers.
+        global_width: The width of the global tokens to which every layer attends beside the hidden state; None if there are
+            none.
     """
 
-    def __init__(self, length: int, code_width: int, width: int, out_width: int, layers: int):
+    def __init__(self, length: int, code_width: int, width: int, out_width: int, layers: int, global_width: int | None = None):
         super().__init__()
         self.length = length
         self.hidden_in = nn.Linear(out_width, width)
+        self.global_in = None if global_width is None else nn.Linear(global_width, width)
         self.decoder = BlockDecoder(length, code_width, width, out_width, layers)
         # The mean of a step's embeddings loses the order of its codes, so a linear map of the entries in their order is added.
         # It starts at zero, so the input starts as the mean.
@@ -64,7 +67,7 @@ class StripDecompressor(nn.Module):
         return dense[..., [*last, count]]
 
     def forward(self, entries: torch.Tensor, hidden: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
-        """Returns teacher-forced features (B, k, D) from entries (B, k, C), hidden (B, D) and globals_ (B, N, C)."""
+        """Returns teacher-forced features (B, k, D) from entries (B, k, C), hidden (B, D) and globals_ (B, N, global_width)."""
         condition, memory = self._read(hidden, globals_)
         return hidden.unsqueeze(1) + self.decoder(entries, self.decoder.positions, condition, memory, 1)
 
@@ -79,10 +82,7 @@ class StripDecompressor(nn.Module):
         return embeddings.mean(-2) + self.places_in(entries.flatten(-2))  # AvgPool in embedding space
 
     def _read(self, hidden: torch.Tensor, globals_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the decoder's condition (B, k, W) and its memory (B, M, W)."""
+        """Returns the decoder's condition (B, k, W) and its memory, (B, 1 + N, W): the hidden state and the global tokens."""
         state = self.hidden_in(hidden).unsqueeze(1)  # (B, 1, W)
-        return state.expand(-1, len(self.decoder.positions), -1), self.memory(state, globals_)
-
-    def memory(self, state: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
-        """Returns what every layer attends to, (B, M, W). Here it is the hidden state alone, `state` (B, 1, W)."""
-        return state
+        memory = state if self.global_in is None else torch.cat([state, self.global_in(globals_)], 1)
+        return state.expand(-1, len(self.decoder.positions), -1), memory
