@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel
-from uc_adapters.errors import BaseModelError, ConfigError
+from uc_adapters.errors import BaseModelError, ConfigError, InputError
 from uc_adapters.hub.card import token_counts
 from uc_adapters.joint_loss import CODES
 
@@ -174,7 +174,91 @@ def test_a_teacher_teaches_every_ratio(shared, processor, short_processor, image
     assert taught.loss != alone.loss
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True])
+DIAL = (1, 3, 8)
+
+
+@pytest.mark.parametrize("codes_per_step", DIAL)
+@given(globals_=st.booleans())
+@settings(max_examples=2)
+def test_one_adapter_draws_and_scores_every_ratio(shared, short_processor, images, codes_per_step, globals_):
+    model, record = shared(codes_per_step=DIAL, drawing_global_tokens=globals_), Record()
+    calls = calls_of(model, "inputs_embeds")
+    options = {"guidance_scale": 1.0, "logits_processor": LogitsProcessorList([record])}
+    dense = draw(model, drawing_inputs(short_processor, CAPTIONS), codes_per_step=codes_per_step, **options)
+    assert len(calls) == math.ceil(DENSE / codes_per_step) == model.active_peft_config.num_gen_steps((8, 8), codes_per_step)
+    rows = [drawing_row(caption, images[0], codes, model) for caption, codes in zip(CAPTIONS, dense, strict=True)]
+    collate = UniCompressCollator(short_processor, model.active_peft_config, 0.0, codes_per_step=codes_per_step)
+    batch = collate(rows)
+    assert batch["gen_codes_per_step"] == codes_per_step
+    with torch.no_grad():
+        scores = model(**batch)
+    steps = scores.kinds == CODES
+    drawn = [codes.sum(0) for codes in torch.stack(record.log_probs)[:DENSE].split(codes_per_step)]
+    torch.testing.assert_close(scores.log_probs[steps].view(3, -1), torch.stack(drawn, 1), atol=1e-3, rtol=1e-4)
+
+
+def test_without_a_choice_the_ratio_in_the_middle_counts(shared, short_processor):
+    prompts = drawing_inputs(short_processor, CAPTIONS)
+    model = shared(codes_per_step=DIAL)
+    assert torch.equal(draw(model, prompts), draw(model, prompts, codes_per_step=3))
+    assert UniCompressConfig(codes_per_step=[8, 1, 4, 2]).strip_length() == 4  # the larger of both in the middle
+    assert UniCompressConfig(codes_per_step=[8]) == UniCompressConfig(codes_per_step=8)
+
+
+def test_the_ratio_is_told(fresh, short_processor, images):
+    """To the language model and to the decompressor: each of the learned embeddings changes what is scored."""
+    model = attach(fresh(), codes_per_step=DIAL)
+    collate = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0, codes_per_step=8)
+    batch, decompressor = collate([drawing_row(CAPTIONS[0], images[0])]), model.code_head.module.decompressor
+    losses = [model(**batch).loss.item()]
+    for embedding in (decompressor.input_lengths, decompressor.decoder_lengths):
+        for place, changes in ((0, False), (2, True)):  # of 1 code, and of 8
+            with torch.no_grad():
+                embedding[place] += torch.randn(embedding.shape[1])
+            losses.append(model(**batch).loss.item())
+            assert (losses[-1] != losses[-2]) is changes
+
+
+def test_batches_get_all_ratios_and_the_likely_ones_more_often(short_processor, shared, images):
+    """By their images and the epoch alone, so that a resumed run and several workers see the same."""
+    config = shared(codes_per_step=(1, 2, 4, 8, 16)).active_peft_config
+    collate = UniCompressCollator(short_processor, config, caption_dropout=0.0)
+    rows, drawn = [drawing_row("a red 3", image) for image in images], []
+    for epoch in range(60):
+        collate.epoch = epoch
+        batches = [collate([row]) for row in rows]
+        drawn += [int(batch["gen_codes_per_step"]) for batch in batches]
+        for length, batch in zip(drawn[-4:], batches, strict=True):
+            assert batch["gen_mask"].sum() == config.num_gen_tokens((8, 8), length)
+    counts = [drawn.count(length) for length in config.strip_lengths]
+    assert min(counts) > 0
+    assert counts[2] > counts[1] > counts[0]
+    assert counts[2] > counts[3] > counts[4]
+    again = UniCompressCollator(short_processor, config, caption_dropout=0.0)
+    again.epoch = 7
+    assert [int(again([row])["gen_codes_per_step"]) for row in rows] == drawn[28:32]
+
+
+@pytest.mark.parametrize("value", [2, 0, 3.0, "3", True, -3])
+def test_a_ratio_that_was_not_trained_is_refused_with_the_legal_ones(shared, short_processor, value):
+    model, prompts = shared(codes_per_step=DIAL), drawing_inputs(short_processor, CAPTIONS)
+    with pytest.raises(InputError, match=r"codes_per_step=.* not trained; expected 1 or 3 or 8"):
+        draw(model, prompts, codes_per_step=value)
+    with pytest.raises(InputError, match=r"codes_per_step=.* not trained; expected 1 or 3 or 8"):
+        UniCompressCollator(short_processor, model.active_peft_config, codes_per_step=value)
+
+
+def test_a_ratio_is_refused_where_nothing_is_drawn_in_strips(fresh, short_processor, short_question):
+    prompts, model = drawing_inputs(short_processor, CAPTIONS), attach(fresh(), codes_per_step=DIAL)
+    with pytest.raises(InputError, match=r"codes_per_step=8 .*generation_mode='image'"):
+        model.generate(**short_question, codes_per_step=8)
+    with model.disable_adapter(), pytest.raises(InputError, match=r"codes_per_step=8 .*enabled adapter"):
+        draw(model, prompts, codes_per_step=8)
+    with pytest.raises(InputError, match=r"codes_per_step=4 with the 'phase' decompressor"):
+        draw(attach(fresh(), decompressor="phase"), prompts, codes_per_step=4)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, [], [4, 4], [2, 4.0], [0, 2]])
 def test_no_number_of_codes_is_refused(value):
     with pytest.raises(ConfigError, match=r"codes_per_step=.*integer >= 1"):
         UniCompressConfig(codes_per_step=value)

@@ -62,16 +62,12 @@ class CodeHead(ABC):
     Args:
         family: The family of the base.
         module: The active adapter's `DrawCompressor`.
+        codes_per_step: k, the number of codes that one step draws.
     """
 
-    def __init__(self, family: Family, module: DrawCompressor):
-        self.family, self.module = family, module
+    def __init__(self, family: Family, module: DrawCompressor, codes_per_step: int):
+        self.family, self.module, self.codes_per_step = family, module, codes_per_step
         self.dtype = module.separator.dtype
-
-    @property
-    @abstractmethod
-    def codes_per_step(self) -> int:
-        """k, the number of codes that one step draws."""
 
     @abstractmethod
     def step_codes(self, latents: torch.Tensor, dense: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -169,6 +165,10 @@ class CodeHead(ABC):
             InputError: As in `count_steps`.
         """
 
+    @abstractmethod
+    def step_positions(self, grid: Grid) -> torch.Tensor:
+        """Returns the position ids of the T' steps and of the token after the image, (..., T' + 1), from the first code on."""
+
     def row_ends(self, grid: Grid) -> list[bool]:
         """Returns for each step whether an EOL token follows. One also follows the last step, if the base has EOL tokens."""
         if not self.family.has_eol:
@@ -182,7 +182,7 @@ class CodeHead(ABC):
         Returns:
             (N + 1 + T' + 1,), or (axes, N + 1 + T' + 1) if the base's position ids have several axes.
         """
-        positions = self.module.decompressor.step_positions(self.family.code_positions, grid)  # (..., T' + 1)
+        positions = self.step_positions(grid)  # (..., T' + 1)
         deltas = positions.diff(prepend=torch.zeros_like(positions[..., :1]))
         deltas[..., 1:] -= torch.tensor(self.row_ends(grid)).long().to(deltas.device)  # an EOL token adds one itself
         front = deltas.new_ones(*deltas.shape[:-1], self.module.num_globals + 1)
@@ -221,10 +221,6 @@ class CodeHead(ABC):
 class StripHead(CodeHead):
     """Draws k dense codes from each hidden state, inside the language model's loop."""
 
-    @property
-    def codes_per_step(self) -> int:
-        return self.module.decompressor.length
-
     def count_steps(self, grid: Grid) -> int:
         if self.family.has_eol:
             compact_grid(grid, self.module.stride)
@@ -235,7 +231,13 @@ class StripHead(CodeHead):
         return math.lcm(self.module.stride * grid[1], self.codes_per_step) // self.codes_per_step
 
     def step_codes(self, latents: torch.Tensor, dense: torch.Tensor, grid: Grid) -> torch.Tensor:
-        return self.module.decompressor.order(dense, grid)
+        return self._order(dense, grid)
+
+    def step_positions(self, grid: Grid) -> torch.Tensor:
+        return self.module.decompressor.step_positions(self.family.code_positions, grid, self.codes_per_step)
+
+    def given(self, count: int) -> torch.Tensor:
+        return self.module.decompressor.tell(super().given(count), self.codes_per_step).to(self.family.base.dtype)
 
     def embed_steps(self, codes: torch.Tensor) -> torch.Tensor:
         embeddings = self.family.embed_codes(codes)  # (B, T', k, D)
@@ -256,11 +258,11 @@ class StripHead(CodeHead):
         logits = self.family.code_logits(features)  # (B * T', k, K)
         log_probs, entropy, accuracy = _score(logits, codes.steps.flatten(0, 1))
         if teacher_states is not None:
-            step_states = self.module.decompressor.order(teacher_states, codes.grid).flatten(0, 1)  # (B * T', k, D)
+            step_states = self._order(teacher_states, codes.grid).flatten(0, 1)  # (B * T', k, D)
             divergence = self.divergence(logits, flat, step_states)
             log_probs = (1 - teacher_weight) * log_probs - teacher_weight * divergence
         scores = torch.stack([log_probs, entropy, accuracy]).unflatten(1, hidden.shape[:2])  # (3, B, T', k)
-        drawn = self.module.decompressor.order(torch.ones_like(codes.dense[:1]), codes.grid)  # (1, T', k); 0 in what fills up
+        drawn = self._order(torch.ones_like(codes.dense[:1]), codes.grid)  # (1, T', k); 0 in what fills up
         log_probs, entropy, accuracy = (scores * drawn).sum(-1)
         return torch.stack([log_probs, entropy, accuracy / drawn.sum(-1)])
 
@@ -284,17 +286,28 @@ class StripHead(CodeHead):
 
     def draw_step(self, hidden: torch.Tensor, globals_: torch.Tensor, sample: Sampler) -> torch.Tensor:
         return self.module.decompressor.draw(
-            self.codebook, hidden.to(self.dtype), globals_, lambda features: sample(self.family.code_logits(features))
+            self.codebook,
+            hidden.to(self.dtype),
+            globals_,
+            self.codes_per_step,
+            lambda features: sample(self.family.code_logits(features)),
         )
 
     def expand(self, globals_: torch.Tensor, steps: torch.Tensor, grid: Grid, sample: Sampler) -> torch.Tensor:
         return self.module.decompressor.unorder(steps, grid)
 
+    def _order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return self.module.decompressor.order(x, grid, self.codes_per_step)
+
 
 class ExpansionHead(CodeHead):
     """Draws one pooled code per step, and expands all of them to dense codes after the loop ("phase" and "raster", eq. 7)."""
 
-    codes_per_step = 1
+    def __init__(self, family: Family, module: DrawCompressor):
+        super().__init__(family, module, codes_per_step=1)
+
+    def step_positions(self, grid: Grid) -> torch.Tensor:
+        return self.module.decompressor.step_positions(self.family.code_positions, grid)
 
     def count_steps(self, grid: Grid) -> int:
         return math.prod(compact_grid(grid, self.module.stride))
@@ -336,9 +349,11 @@ class ExpansionHead(CodeHead):
         return self.family.code_logits(self.module.decompressor(self.entries(codes.dense), compact, globals_, codes.grid))
 
 
-def code_head_of(family: Family, module: DrawCompressor) -> CodeHead:
-    """Makes the code head that fits a module's decompressor."""
-    return (StripHead if isinstance(module.decompressor, StripDecompressor) else ExpansionHead)(family, module)
+def code_head_of(family: Family, module: DrawCompressor, strip_length: int) -> CodeHead:
+    """Makes the code head that fits a module's decompressor. With "strip", a step draws `strip_length` codes."""
+    if isinstance(module.decompressor, StripDecompressor):
+        return StripHead(family, module, strip_length)
+    return ExpansionHead(family, module)
 
 
 def _score(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -125,6 +125,6 @@ def make_decompressor(kind: type[nn.Module], config: UniCompressConfig, geometry
     if issubclass(kind, ExpansionDecompressor):  # it learns a position embedding for each code of the grid
         shape |= {"stride": config.stride, "side": geometry.draw_side}
     else:
-        shape |= {"length": config.strip_length}
-        shape |= {"global_width": geometry.hidden_size if config.drawing_global_tokens else None}
+        shape["lengths"] = config.strip_lengths
+        shape["global_width"] = geometry.hidden_size if config.drawing_global_tokens else None
     return kind(**shape)

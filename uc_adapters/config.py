@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .errors import ConfigError
+from .errors import ConfigError, InputError
 from .files.folder import PEFT_TYPE, check_weights, read_config
 from .files.pull import PULL_OPTIONS, pull
 from .identity import is_fingerprint
@@ -45,7 +45,9 @@ class UniCompressConfig(LoraConfig):
             from each hidden state, inside the language model's loop. "raster" (the paper's) and "phase" expand compact codes
             after the loop, in T or s^2 steps.
         codes_per_step: The number of codes that "strip" draws in a step of the language model, from 1 to the codes of an image,
-            whatever the stride is. If it does not divide them, the last step draws what is left. Default None: s^2.
+            whatever the stride is. If it does not divide them, the last step draws what is left. A list has the numbers that
+            the adapter is trained for, among which `generate(codes_per_step=...)` chooses; without it, the one in the middle
+            counts (of an even number, the larger of both). Default None: s^2.
         drawing_global_tokens: Whether N_g learned inputs stand in front of an image to draw, too, between its begin and the
             separator. The language model reads them in the prefill, so they take no step, and their position id is that of the
             image's begin. "strip" attends to its states there in every step. Only for "strip": the other decompressors draw
@@ -69,7 +71,7 @@ class UniCompressConfig(LoraConfig):
     stride: int = field(default=2, metadata={"help": "Pooling window on the image grid."})
     num_global_tokens: int = field(default=4, metadata={"help": "Learned global meta tokens."})
     decompressor: str = field(default="strip", metadata={"help": f"One of {', '.join(DECOMPRESSORS)}."})
-    codes_per_step: int | None = field(default=None, metadata={"help": "Codes of a step of strip; None: stride squared."})
+    codes_per_step: int | list[int] | None = field(default=None, metadata={"help": "Codes in a step; None: stride squared."})
     drawing_global_tokens: bool = field(default=False, metadata={"help": "Global tokens in front of an image to draw, too."})
     decompressor_layers: int = field(default=2, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int = field(default=512, metadata={"help": "Width of the decompressor."})
@@ -101,7 +103,7 @@ class UniCompressConfig(LoraConfig):
         self._require_int("num_global_tokens", 0)
         self._require("decompressor", self.decompressor in DECOMPRESSORS, f"one of {', '.join(DECOMPRESSORS)}")
         if self.codes_per_step is not None:
-            self._require_int("codes_per_step", 1)
+            self._require_ints("codes_per_step")
             self._require("codes_per_step", self.decompressor == "strip", f"None with decompressor={self.decompressor!r}")
         self._require("drawing_global_tokens", isinstance(self.drawing_global_tokens, bool), "True or False")
         if self.drawing_global_tokens:
@@ -146,26 +148,56 @@ class UniCompressConfig(LoraConfig):
         """
         return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.stride))
 
-    def num_gen_tokens(self, grid: Grid) -> int:
-        """Placeholders of one image to draw, likewise: global tokens if it has any, the separator, and the steps of X."""
-        return self.num_drawing_globals + 1 + self.num_gen_steps(grid) - self.num_global_codes
+    def num_gen_tokens(self, grid: Grid, codes_per_step: int | None = None) -> int:
+        """Placeholders of one image to draw, likewise: global tokens if it has any, the separator, and the steps of X.
 
-    def num_gen_steps(self, grid: Grid) -> int:
+        `codes_per_step` and the errors are as in `num_gen_steps`.
+        """
+        return self.num_drawing_globals + 1 + self.num_gen_steps(grid, codes_per_step) - self.num_global_codes
+
+    def num_gen_steps(self, grid: Grid, codes_per_step: int | None = None) -> int:
         """Steps of the language model that draw one image, of H x W dense tokens: one for each code or strip.
 
         With "strip" the last step may have fewer codes than the others.
 
+        Args:
+            grid: H and W.
+            codes_per_step: As in `strip_length`.
+
         Raises:
-            InputError: The stride does not divide H and W, and the decompressor is not "strip".
+            InputError: The adapter is not trained for `codes_per_step`; or the stride does not divide H and W, and the
+                decompressor is not "strip".
         """
+        length = self.strip_length(codes_per_step)
         if self.decompressor == "strip":
-            return math.ceil(math.prod(grid) / self.strip_length)
+            return math.ceil(math.prod(grid) / length)
         return self.num_global_codes + math.prod(compact_grid(grid, self.stride))
 
     @property
-    def strip_length(self) -> int:
-        """The number of codes that "strip" draws in a step: `codes_per_step`, or s^2."""
-        return self.stride**2 if self.codes_per_step is None else self.codes_per_step
+    def strip_lengths(self) -> tuple[int, ...]:
+        """The numbers of codes in a step for which "strip" is trained, in ascending order: `codes_per_step`, or s^2."""
+        lengths = self.stride**2 if self.codes_per_step is None else self.codes_per_step
+        return (lengths,) if isinstance(lengths, int) else tuple(lengths)
+
+    def strip_length(self, codes_per_step: int | None = None) -> int:
+        """Returns the number of codes in a step, if a call asks for `codes_per_step`. Default None: the one in the middle.
+
+        Raises:
+            InputError: The adapter is not trained for it.
+        """
+        if codes_per_step is None:
+            return self.strip_lengths[len(self.strip_lengths) // 2]
+        if self.decompressor != "strip":
+            raise InputError(
+                f"codes_per_step={codes_per_step!r} with the {self.decompressor!r} decompressor; expected none: only 'strip' "
+                "draws several codes in a step. Remove it."
+            )
+        if isinstance(codes_per_step, bool) or not isinstance(codes_per_step, int) or codes_per_step not in self.strip_lengths:
+            raise InputError(
+                f"codes_per_step={codes_per_step!r}, for which the adapter is not trained; expected "
+                f"{' or '.join(map(str, self.strip_lengths))}."
+            )
+        return codes_per_step
 
     @property
     def num_global_codes(self) -> int:
@@ -234,6 +266,14 @@ class UniCompressConfig(LoraConfig):
         value = getattr(self, name)
         good = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
         self._require(name, good, f"an integer >= {minimum}")
+
+    def _require_ints(self, name: str) -> None:
+        """Accepts an integer >= 1, or a list of different ones, which is sorted."""
+        value = getattr(self, name)
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        good = values and all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in values)
+        self._require(name, good and len(set(values)) == len(values), "an integer >= 1, or a list of different ones")
+        setattr(self, name, values[0] if len(values) == 1 else sorted(values))
 
     def _within(self, name: str, low: float, high: float = float("inf")) -> bool:
         value = getattr(self, name)

@@ -207,7 +207,7 @@ def _drawing_config(base: PreTrainedModel, generation_config: GenerationConfig |
         raise InputError(
             f"generate(generation_mode='image') got {', '.join(unknown)}; expected fields of the generation config, input_ids, "
             "attention_mask, pixel_values, image_sizes, gen_image_sizes, negative_prompt_ids, negative_prompt_attention_mask, "
-            "logits_processor, generator or progress. Remove these arguments: sampling is already restricted to image codes."
+            "codes_per_step, logits_processor, generator, progress. Remove them: sampling is already restricted to image codes."
         )
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):

@@ -69,11 +69,16 @@ class UniCompressModel(HubModel):
         Raises:
             UnsupportedError: Two adapters are active.
         """
+        return self._code_head(None)
+
+    def _code_head(self, codes_per_step: int | None) -> CodeHead | None:
         if self.family.why_no_drawing is not None:
             return None
         layer: UniCompressLayer = self.get_base_model().get_submodule(self.family.module_names["draw"])
         module = layer.active_module()
-        return None if module is None else code_head_of(self.family, module)
+        if module is None:
+            return None
+        return code_head_of(self.family, module, self.active_peft_config.strip_length(codes_per_step))
 
     @property
     def num_image_tokens(self) -> int | None:
@@ -188,6 +193,7 @@ class UniCompressModel(HubModel):
         gen_latents: torch.Tensor | None = None,
         gen_image_sizes: torch.Tensor | None = None,
         gen_mask: torch.Tensor | None = None,
+        gen_codes_per_step: torch.Tensor | int | None = None,
         teacher_probs: torch.Tensor | None = None,
         teacher_probs_weight: torch.Tensor | float = 1.0,
         teacher_states: torch.Tensor | None = None,
@@ -215,6 +221,8 @@ class UniCompressModel(HubModel):
                 `uc_adapters.images.pack_latents` computes them once.
             gen_image_sizes: Height and width in pixels, (M, 2), if the base generates images of any size.
             gen_mask: (B, L), True at the placeholders of images to generate.
+            gen_codes_per_step: The number of codes in a step of these images, if the adapter is trained for several. Default:
+                the one in the middle.
             teacher_probs: A teacher's probabilities, (N, vocabulary), at the N labelled text tokens in order. The loss of text
                 is then the KL divergence from them.
             teacher_probs_weight: The weight of that divergence in the loss of text, from 0 to 1. The labels have the rest. One
@@ -233,7 +241,8 @@ class UniCompressModel(HubModel):
         Raises:
             InputError: Placeholders and images disagree, placeholders are labelled as text tokens, pixels or the teacher's
                 tensors have a wrong shape, the stride does not divide an image's grid, images are to be generated while the
-                adapter is disabled, or an argument is unknown or would be ignored.
+                adapter is disabled, the adapter is not trained for `gen_codes_per_step`, or an argument is unknown or would be
+                ignored.
             UnsupportedError: The base cannot generate images, or `teacher_states` is given for a decompressor other than
                 "strip".
         """
@@ -243,6 +252,7 @@ class UniCompressModel(HubModel):
         if kwargs:
             self._check_known(kwargs)
         read, drawn = Images(pixel_values, image_sizes), Images(gen_pixel_values, gen_image_sizes, gen_latents)
+        length = None if gen_codes_per_step is None else int(gen_codes_per_step)
         enabled = self.read_layer.active_module() is not None
         if not enabled and (drawn.values is not None or teacher_probs is not None):
             raise InputError(
@@ -250,7 +260,7 @@ class UniCompressModel(HubModel):
                 "in compact form and learns from a teacher. Enable it, or remove these arguments."
             )
         if enabled or self.family.compresses_reading:
-            self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask)
+            self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask, length)
         else:
             self._check_base_inputs(image_sizes, gen_image_sizes)
         if labels is not None and enabled:
@@ -288,7 +298,7 @@ class UniCompressModel(HubModel):
             )
         return joint_loss(
             self.read_layer,
-            self.code_head,
+            self._code_head(length),
             input_ids,
             labels,
             read=read,
@@ -310,14 +320,16 @@ class UniCompressModel(HubModel):
 
         Args:
             *args: `input_ids`, (B, L); it may also be passed by name.
-            **kwargs: For text, all arguments of the base's `generate`. For images, those of `uc_adapters.generation.draw`.
+            **kwargs: For text, all arguments of the base's `generate`. For images, those of `uc_adapters.generation.draw`, and
+                `codes_per_step`, the number of codes in a step, if the adapter is trained for several.
 
         Returns:
             The tokens of the texts, or the base's own dense tokens of the images for its `decode_image_tokens`.
 
         Raises:
             InputError: The batch or a prompt is empty, the placeholders do not fit the images, a number is NaN or infinite,
-                `generation_mode` is unknown, or a prompt to draw comes without `generation_mode="image"`.
+                `generation_mode` is unknown, a prompt to draw comes without `generation_mode="image"`, or the adapter is not
+                trained for `codes_per_step`.
             AdapterNameError: The last adapter was deleted.
             UnsupportedError: The arguments ask for beam search of images, two adapters are active, or the base cannot generate
                 images.
@@ -333,6 +345,12 @@ class UniCompressModel(HubModel):
             raise UnsupportedError(
                 f"A {self.family.model_type} base cannot answer: {self.family.why_no_answers}. Draw with "
                 "generate(..., generation_mode='image')."
+            )
+        codes_per_step = kwargs.pop("codes_per_step", None)
+        if codes_per_step is not None and not (to_draw and self.read_layer.active_module() is not None):
+            raise InputError(
+                f"codes_per_step={codes_per_step!r} without an adapter that draws; expected generation_mode='image' and an "
+                "enabled adapter. Remove it."
             )
         read = Images(kwargs.get("pixel_values"), kwargs.get("image_sizes"))
         if self.read_layer.active_module() is None:
@@ -360,7 +378,7 @@ class UniCompressModel(HubModel):
             if read.values is None and self.family.geometry.image_size is None:
                 read = Images()  # `image_sizes` are those of the images to draw
             self._check_inputs(input_ids, read, Images())
-            return draw(self.code_head, self.read_layer, input_ids, **kwargs)
+            return draw(self._code_head(codes_per_step), self.read_layer, input_ids, **kwargs)
         self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
         check_finite(kwargs)
         if kwargs.get("attention_mask") is not None:
@@ -448,7 +466,12 @@ class UniCompressModel(HubModel):
             )
 
     def _check_inputs(
-        self, input_ids: torch.Tensor | None, read: Images, drawn: Images, gen_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor | None,
+        read: Images,
+        drawn: Images,
+        gen_mask: torch.Tensor | None = None,
+        codes_per_step: int | None = None,
     ) -> None:
         """Raises InputError unless the images to read and to draw fit the placeholders."""
         family = self.family
@@ -459,7 +482,8 @@ class UniCompressModel(HubModel):
         if input_ids is None:
             return
         read_counts = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
-        drawn_counts = [self.active_peft_config.num_gen_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
+        drawn_grids = [family.draw_grid(size) for size in drawn.sizes(family)]
+        drawn_counts = [self.active_peft_config.num_gen_tokens(grid, codes_per_step) for grid in drawn_grids]
         placeholders = int((input_ids == family.image_token_id).sum())
         if placeholders and not (read_counts or drawn_counts):
             raise InputError(

@@ -243,7 +243,7 @@ def _check_grid(config: UniCompressConfig, geometry: Geometry) -> None:
                 f"stride={config.stride} does not divide the base's {side} x {side} grid; expected one of {legal}."
             )
     codes = geometry.draw_side**2
-    if config.strip_length > codes:
+    if max(config.strip_lengths) > codes:
         raise BaseModelError(
             f"codes_per_step={config.codes_per_step} for a base whose images have {codes} codes; expected 1 to {codes}."
         )

@@ -87,6 +87,7 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         name=Path(name).name,
         source=name,
         config=config,
+        codes=ratios_of(config),
         base=hub_id(base) or (Path(base).name if base else None),
         on_hub=hub_id(base),
         version=__version__,
@@ -103,6 +104,19 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         block = _BLOCK.search(new.text)[0]
         new.text = _BLOCK.sub(lambda _: block, own.text) if _BLOCK.search(own.text) else f"{own.text.rstrip()}\n\n{block}\n"
     return str(new)
+
+
+def ratios_of(config: dict) -> str | None:
+    """Returns the numbers of codes in a step for which the adapter of a config's fields is trained, as a text.
+
+    None if its decompressor has no such number.
+    """
+    fields = ("stride", "decompressor", "codes_per_step")  # an older adapter lacks the last one
+    adapter = UniCompressConfig(**{name: config[name] for name in fields if name in config})
+    if adapter.decompressor != "strip":
+        return None
+    lengths = ", ".join(map(str, adapter.strip_lengths))
+    return lengths if len(adapter.strip_lengths) == 1 else f"{lengths} (default {adapter.strip_length()})"
 
 
 def token_counts(config: dict) -> list[tuple[str, int, int]]:
