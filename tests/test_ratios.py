@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import CAPTIONS, DENSE, Record, attach, draw, drawing_inputs
+from helpers import CAPTIONS, DENSE, IMAGE, Record, answer, attach, draw, drawing_inputs, logits, question_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -256,6 +256,81 @@ def test_a_ratio_is_refused_where_nothing_is_drawn_in_strips(fresh, short_proces
         draw(model, prompts, codes_per_step=8)
     with pytest.raises(InputError, match=r"codes_per_step=4 with the 'phase' decompressor"):
         draw(attach(fresh(), decompressor="phase"), prompts, codes_per_step=4)
+
+
+STRIDES = (1, 2, 4)
+
+
+def reading_row(image, question: str = "What digit is at the top left?") -> dict:
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    said = {"role": "assistant", "content": [{"type": "text", "text": "3"}]}
+    return {"messages": [{"role": "user", "content": parts}, said], "images": [image]}
+
+
+@pytest.mark.parametrize(("stride", "tokens"), [(1, 69), (2, 21), (4, 9), (None, 21)])
+def test_one_adapter_reads_at_every_stride(shared, processor, images, stride, tokens):
+    """The placeholders tell the stride: in a forward, in generation, and in a batch of training."""
+    model = shared(stride=STRIDES)
+    compact, calls = model.compact_processor(processor, stride=stride), calls_of(model, "inputs_embeds")
+    inputs = question_inputs(compact, ["What digit is at the top left?"] * 2, images[:2])
+    assert (inputs["input_ids"] == compact.tokenizer.convert_tokens_to_ids(IMAGE)).sum() == 2 * tokens
+    prefill = inputs["input_ids"].shape[1]
+    logits_ = logits(model, inputs)
+    answered = answer(model, inputs, count=1)
+    assert [call.shape[1] for call in calls] == [prefill, prefill]
+    assert torch.equal(logits_[:, -1].argmax(-1), answered[:, 0])
+    reader = model.read_layer.active_module()
+    features = model.family.read_features(inputs["pixel_values"])
+    with torch.no_grad():
+        read = model.family.base.model.aligner.base_layer(reader(features, (8, 8), stride))
+        start = (inputs["input_ids"][0] == compact.tokenizer.convert_tokens_to_ids(IMAGE)).nonzero()[0]
+    assert torch.equal(calls[0][:, start : start + tokens], read)
+
+
+@pytest.mark.parametrize("processors_stride", STRIDES)
+def test_batches_read_at_all_strides_whatever_the_processor_writes(shared, processor, images, processors_stride):
+    model = shared(stride=STRIDES, codes_per_step=(4, 8))
+    config, compact = model.active_peft_config, model.compact_processor(processor, stride=processors_stride)
+    image_id, seen = compact.tokenizer.convert_tokens_to_ids(IMAGE), set()
+    for epoch in range(12):
+        collate = UniCompressCollator(compact, config, caption_dropout=0.0)
+        collate.epoch = epoch
+        batch = collate([reading_row(images[0]), drawing_row("a red 3", images[1])])
+        read = (batch["input_ids"] == image_id) & ~batch["gen_mask"]
+        seen.add((int(read.sum()), int(batch["gen_mask"].sum())))
+        with torch.no_grad():
+            assert model(**batch).loss.isfinite()
+    assert {count for count, _ in seen} == {69, 21, 9}
+    assert {count for _, count in seen} == {17, 9}
+    fixed = UniCompressCollator(compact, config, caption_dropout=0.0, stride=4, codes_per_step=8)
+    assert (fixed([reading_row(images[0])])["input_ids"] == image_id).sum() == 9
+
+
+def test_a_stride_that_was_not_trained_is_refused_with_the_legal_ones(fresh, processor, images):
+    model = attach(fresh(), stride=(2, 4))
+    with pytest.raises(InputError, match=r"stride=1, for which .* not trained; expected 2 or 4"):
+        model.compact_processor(processor, stride=1)
+    of_another = attach(fresh(), stride=1).compact_processor(processor)
+    with pytest.raises(InputError, match=r"69 image placeholders .*expected 21, 9 an image"):
+        logits(model, question_inputs(of_another, ["What digit is at the top left?"], images[:1]))
+    for decompressor in ("phase", "raster"):
+        with pytest.raises(ConfigError, match=r"stride=\[2, 4\] .*one integer"):
+            UniCompressConfig(stride=[4, 2], decompressor=decompressor)
+    with pytest.raises(BaseModelError, match=r"stride=3 does not divide .* one of \[1, 2, 4, 8\]"):
+        attach(fresh(), stride=(2, 3))
+
+
+def test_each_stride_has_a_separator_of_its_own(fresh, processor, images):
+    model, answers = attach(fresh(), stride=STRIDES), {}
+    with torch.no_grad():
+        for changed in (None, 2):  # that of stride 4
+            if changed is not None:
+                model.read_layer.active_module().separator[changed] += 1
+            for stride in STRIDES:
+                compact = model.compact_processor(processor, stride=stride)
+                inputs = question_inputs(compact, ["What digit is at the top left?"], images[:1])
+                answers.setdefault(stride, []).append(logits(model, inputs))
+    assert {stride: torch.equal(*both) for stride, both in answers.items()} == {1: True, 2: True, 4: False}
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, [], [4, 4], [2, 4.0], [0, 2]])

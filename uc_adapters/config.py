@@ -38,7 +38,10 @@ class UniCompressConfig(LoraConfig):
 
     Args:
         stride: Window of the average pooling on the image grid (eq. 3); it divides the grid's sides. Default 2,
-            which turns T dense tokens into T / 4.
+            which turns T dense tokens into T / 4. A list has the strides that the adapter is trained to read at;
+            `model.compact_processor(processor, stride=...)` chooses one, and the model tells it from the placeholders. Without
+            a choice, the one in the middle counts (of an even number, the larger of both). Only for "strip", and for bases
+            whose images have one size.
         num_global_tokens: Learned meta tokens N_g in front of the pooled ones (eq. 1 and 2), 0 or more. Default 4.
             "strip" reads them, and draws none, see `drawing_global_tokens`.
         decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next `codes_per_step` codes of the raster
@@ -68,7 +71,7 @@ class UniCompressConfig(LoraConfig):
         ConfigError: A value is out of range; the message names the legal ones.
     """
 
-    stride: int = field(default=2, metadata={"help": "Pooling window on the image grid."})
+    stride: int | list[int] = field(default=2, metadata={"help": "Pooling window on the image grid."})
     num_global_tokens: int = field(default=4, metadata={"help": "Learned global meta tokens."})
     decompressor: str = field(default="strip", metadata={"help": f"One of {', '.join(DECOMPRESSORS)}."})
     codes_per_step: int | list[int] | None = field(default=None, metadata={"help": "Codes in a step; None: stride squared."})
@@ -99,9 +102,11 @@ class UniCompressConfig(LoraConfig):
         self._require("target_modules", targets is None or names or pattern, "a pattern, a list of names, [] or None")
         super().__post_init__()
         self.peft_type = UCPeftType.UNICOMPRESS
-        self._require_int("stride", 1)
+        self._require_ints("stride")
         self._require_int("num_global_tokens", 0)
         self._require("decompressor", self.decompressor in DECOMPRESSORS, f"one of {', '.join(DECOMPRESSORS)}")
+        single = isinstance(self.stride, int) or self.decompressor == "strip"
+        self._require("stride", single, f"one integer with decompressor={self.decompressor!r}, which draws a code a window")
         if self.codes_per_step is not None:
             self._require_ints("codes_per_step")
             self._require("codes_per_step", self.decompressor == "strip", f"None with decompressor={self.decompressor!r}")
@@ -140,13 +145,30 @@ class UniCompressConfig(LoraConfig):
             "True, False, 'gaussian' or 'orthogonal': other schemes change the base's weights",
         )
 
-    def num_image_tokens(self, grid: Grid) -> int:
+    def num_image_tokens(self, grid: Grid, stride: int | None = None) -> int:
         """Placeholders of one image to read, of H x W dense tokens: N_g + 1 + H * W / s^2.
 
+        Args:
+            grid: H and W.
+            stride: As in `read_stride`.
+
         Raises:
-            InputError: The stride does not divide H and W.
+            InputError: The stride does not divide H and W, or the adapter is not trained for it.
         """
-        return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.stride))
+        return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.read_stride(stride)))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The strides at which the adapter is trained to read, in ascending order."""
+        return (self.stride,) if isinstance(self.stride, int) else tuple(self.stride)
+
+    def read_stride(self, stride: int | None = None) -> int:
+        """Returns the stride, if a call asks for `stride`. Default None: the one in the middle.
+
+        Raises:
+            InputError: The adapter is not trained for it.
+        """
+        return _chosen("stride", stride, self.strides)
 
     def num_gen_tokens(self, grid: Grid, codes_per_step: int | None = None) -> int:
         """Placeholders of one image to draw, likewise: global tokens if it has any, the separator, and the steps of X.
@@ -171,12 +193,12 @@ class UniCompressConfig(LoraConfig):
         length = self.strip_length(codes_per_step)
         if self.decompressor == "strip":
             return math.ceil(math.prod(grid) / length)
-        return self.num_global_codes + math.prod(compact_grid(grid, self.stride))
+        return self.num_global_codes + math.prod(compact_grid(grid, self.read_stride()))
 
     @property
     def strip_lengths(self) -> tuple[int, ...]:
         """The numbers of codes in a step for which "strip" is trained, in ascending order: `codes_per_step`, or s^2."""
-        lengths = self.stride**2 if self.codes_per_step is None else self.codes_per_step
+        lengths = self.read_stride() ** 2 if self.codes_per_step is None else self.codes_per_step
         return (lengths,) if isinstance(lengths, int) else tuple(lengths)
 
     def strip_length(self, codes_per_step: int | None = None) -> int:
@@ -185,19 +207,12 @@ class UniCompressConfig(LoraConfig):
         Raises:
             InputError: The adapter is not trained for it.
         """
-        if codes_per_step is None:
-            return self.strip_lengths[len(self.strip_lengths) // 2]
-        if self.decompressor != "strip":
+        if codes_per_step is not None and self.decompressor != "strip":
             raise InputError(
                 f"codes_per_step={codes_per_step!r} with the {self.decompressor!r} decompressor; expected none: only 'strip' "
                 "draws several codes in a step. Remove it."
             )
-        if isinstance(codes_per_step, bool) or not isinstance(codes_per_step, int) or codes_per_step not in self.strip_lengths:
-            raise InputError(
-                f"codes_per_step={codes_per_step!r}, for which the adapter is not trained; expected "
-                f"{' or '.join(map(str, self.strip_lengths))}."
-            )
-        return codes_per_step
+        return _chosen("codes_per_step", codes_per_step, self.strip_lengths)
 
     @property
     def num_global_codes(self) -> int:
@@ -282,6 +297,16 @@ class UniCompressConfig(LoraConfig):
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise ConfigError(f"{name}={getattr(self, name)!r} is not valid; expected {expected}.")
+
+
+def _chosen(name: str, asked: int | None, trained: tuple[int, ...]) -> int:
+    """Returns the ratio that a call asks for, or else the one in the middle; raises InputError if it is not trained."""
+    if asked is None:
+        return trained[len(trained) // 2]
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked not in trained:
+        legal = " or ".join(map(str, trained))
+        raise InputError(f"{name}={asked!r}, for which the adapter is not trained; expected {legal}.")
+    return asked
 
 
 def _upgrade(written: dict) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate, chain
 from random import Random
@@ -53,12 +54,13 @@ class UniCompressCollator:
         codes_per_step: The number of codes in a step of the images to draw. Default: if the adapter is trained for several, one
             of them for each batch. The one in the middle comes most often, and with each place away from it half as often. The
             choice depends on the images of the batch and on `epoch` alone.
+        stride: The stride at which images are read, chosen likewise.
 
     Raises:
-        InputError: `caption_dropout` is outside [0, 1], the adapter is not trained for `codes_per_step`, the processor has no
-            end token or belongs to no known family, the batch is empty, or a row is bad: it has no messages, images that are
-            not RGB, more or fewer images than its messages have image parts, special tokens in a text, or a conversation that
-            the chat template cannot write. The message names the row.
+        InputError: `caption_dropout` is outside [0, 1], the adapter is not trained for `codes_per_step` or `stride`, the
+            processor has no end token or belongs to no known family, the batch is empty, or a row is bad: it has no messages,
+            images that are not RGB, more or fewer images than its messages have image parts, special tokens in a text, or a
+            conversation that the chat template cannot write. The message names the row.
     """
 
     processor: ProcessorMixin
@@ -66,9 +68,11 @@ class UniCompressCollator:
     caption_dropout: float = 0.1
     eos_token_id: int | list[int] | None = None
     codes_per_step: int | None = None
+    stride: int | None = None
 
     def __post_init__(self):
         self.config.strip_length(self.codes_per_step)  # raises InputError if the adapter is not trained for it
+        self.config.read_stride(self.stride)
         self.dropout = CaptionDropout(self.caption_dropout)
         own = self.processor.tokenizer.eos_token_id
         ends = own if self.eos_token_id is None else self.eos_token_id
@@ -125,10 +129,12 @@ class UniCompressCollator:
         packed = to_draw and isinstance(to_draw[0], dict)
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
         contents = [image["values"] if isinstance(image, dict) else image.tobytes() for image in to_draw]
-        length = self._strip_length(contents)
+        length = self._chosen(self.codes_per_step, self.config.strip_lengths, contents)
+        stride = self._chosen(self.stride, self.config.strides, [row.tobytes() for row in chain.from_iterable(images)])
         sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, length)
         for index, of_row in enumerate(learned):
             texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
+            texts = [self._as_read(text, stride) for text in texts]
             written = self.writer.write(of_row, texts, drawings, self.dropout)
             places += [(index, place) for sequence in written for place in range(sequence.read)]
             sequences += [(index, sequence) for sequence in written]
@@ -179,14 +185,13 @@ class UniCompressCollator:
             )
         return learned
 
-    def _strip_length(self, contents: list[bytes]) -> int:
-        """Returns the number of codes in a step of the images to draw, whose contents are given."""
-        lengths = self.config.strip_lengths
-        if self.codes_per_step is not None or len(lengths) == 1:
-            return self.config.strip_length(self.codes_per_step)
-        shares = [2.0 ** -abs(place - len(lengths) // 2) for place in range(len(lengths))]
-        digest = blake2b(f"{self.epoch} ".encode() + b"".join(contents), digest_size=8).digest()
-        return Random(digest).choices(lengths, shares)[0]
+    def _chosen(self, asked: int | None, trained: tuple[int, ...], contents: list[bytes]) -> int:
+        """Returns the ratio that is asked for, or else one of those that are trained, for images of these contents."""
+        if asked is not None or len(trained) == 1:
+            return trained[0] if asked is None else asked
+        shares = [2.0 ** -abs(place - len(trained) // 2) for place in range(len(trained))]
+        digest = blake2b(f"{self.epoch} {trained} ".encode() + b"".join(contents), digest_size=8).digest()
+        return Random(digest).choices(trained, shares)[0]
 
     def _drawn_images(
         self, drawn: dict[str, torch.Tensor], counts: list[int], contents: list[bytes], length: int
@@ -205,6 +210,24 @@ class UniCompressCollator:
             begin, placeholder, rest = "".join(texts).partition(token)
             yield DrawnImage(begin, placeholder + rest, given, content)
 
+    @cached_property
+    def _written_stride(self) -> int:
+        """The stride of the processor, which has one of those that are trained."""
+        config = self.config
+        if len(config.strides) == 1:
+            return config.read_stride()
+        side = config.base_geometry["read_side"]  # with several strides, images have one size
+        count = self.writer.family.reading_text(self.processor, {}, 0).count(self.processor.image_token)
+        return next(stride for stride in config.strides if config.num_image_tokens((side, side), stride) == count)
+
+    def _as_read(self, text: str, stride: int) -> str:
+        """Replaces the placeholders in the processor's text of an image by those of an image that is read at `stride`."""
+        if stride == self._written_stride:
+            return text
+        token, side = self.processor.image_token, self.config.base_geometry["read_side"]
+        count = self.config.num_image_tokens((side, side), stride)
+        return text[: text.index(token)] + token * count + text[text.rindex(token) + len(token) :]
+
     def _as_drawn(self, text: str, in_step: int) -> str:
         """Replaces the placeholders in the processor's text of an image by those of an image to draw.
 
@@ -212,7 +235,7 @@ class UniCompressCollator:
         tokens follow.
         """
         token, config = self.processor.image_token, self.config
-        codes = config.stride**2 if self.writer.family.compresses_reading else 1  # of a placeholder in the text
+        codes = self._written_stride**2 if self.writer.family.compresses_reading else 1  # of a placeholder in the text
         if config.num_drawing_globals == config.num_global_tokens and in_step == codes:
             return text
         first, last = text.index(token), text.rindex(token) + len(token)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from os import PathLike
 
 import torch
@@ -91,16 +92,25 @@ class UniCompressModel(HubModel):
         geometry = self.family.geometry
         return None if geometry.image_size is None else self._placeholders((geometry.read_side, geometry.read_side))
 
-    def _placeholders(self, grid: Grid) -> int:
+    def _placeholders(self, grid: Grid, stride: int | None = None) -> int:
         """Returns the number of placeholders of one image to read, for the enabled or disabled adapter."""
         if self.read_layer.active_module() is None or not self.family.compresses_reading:
             return self.family.dense_placeholders(grid)
-        return self.active_peft_config.num_image_tokens(grid)
+        return self.active_peft_config.num_image_tokens(grid, stride)
 
-    def compact_processor(self, processor: ProcessorMixin) -> ProcessorMixin:
-        """Returns a copy of the base's processor with the active adapter's placeholders; `save_pretrained` saves such a one."""
+    def compact_processor(self, processor: ProcessorMixin, stride: int | None = None) -> ProcessorMixin:
+        """Returns a copy of the base's processor with the active adapter's placeholders; `save_pretrained` saves such a one.
+
+        Args:
+            processor: The processor of the base, or of an adapter.
+            stride: The stride at which images are read, if the adapter is trained for several. The model tells it from the
+                placeholders. Default: the one in the middle.
+
+        Raises:
+            InputError: The adapter is not trained for `stride`.
+        """
         config = self.active_peft_config
-        return self.family.compact_processor(processor, config.stride, config.num_global_tokens)
+        return self.family.compact_processor(processor, config.read_stride(stride), config.num_global_tokens)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -259,8 +269,9 @@ class UniCompressModel(HubModel):
                 "gen_pixel_values or teacher_probs with the adapter disabled; expected an enabled adapter, since only it draws "
                 "in compact form and learns from a teacher. Enable it, or remove these arguments."
             )
+        stride = None
         if enabled or self.family.compresses_reading:
-            self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask, length)
+            stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask, length)
         else:
             self._check_base_inputs(image_sizes, gen_image_sizes)
         if labels is not None and enabled:
@@ -277,14 +288,15 @@ class UniCompressModel(HubModel):
                 kwargs["num_items_in_batch"] = num_items_in_batch
             if image_sizes is not None:
                 kwargs["image_sizes"] = image_sizes
-            return super().forward(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                labels=labels,
-                **kwargs,
-            )
+            with self.read_layer.at_stride(stride):
+                return super().forward(
+                    input_ids=input_ids,
+                    pixel_values=pixel_values,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    labels=labels,
+                    **kwargs,
+                )
         if labels is None:
             raise InputError(
                 "labels=None with images to draw; expected labels: this forward computes the loss, and returns no logits for "
@@ -296,22 +308,23 @@ class UniCompressModel(HubModel):
                 f"{', '.join(ignored)} with images to draw, a teacher or the fused loss; expected none, since this loss is "
                 "computed from text tokens and images alone. Remove these arguments."
             )
-        return joint_loss(
-            self.read_layer,
-            self._code_head(length),
-            input_ids,
-            labels,
-            read=read,
-            drawn=drawn,
-            gen_mask=gen_mask,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            num_items_in_batch=num_items_in_batch,
-            teacher_probs=teacher_probs,
-            teacher_probs_weight=teacher_probs_weight,
-            teacher_states=teacher_states,
-            teacher_states_weight=teacher_states_weight,
-        )
+        with self.read_layer.at_stride(stride):
+            return joint_loss(
+                self.read_layer,
+                self._code_head(length),
+                input_ids,
+                labels,
+                read=read,
+                drawn=drawn,
+                gen_mask=gen_mask,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                num_items_in_batch=num_items_in_batch,
+                teacher_probs=teacher_probs,
+                teacher_probs_weight=teacher_probs_weight,
+                teacher_states=teacher_states,
+                teacher_states_weight=teacher_states_weight,
+            )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
         """Generates text, or images with `generation_mode="image"`.
@@ -377,15 +390,16 @@ class UniCompressModel(HubModel):
                 )
             if read.values is None and self.family.geometry.image_size is None:
                 read = Images()  # `image_sizes` are those of the images to draw
-            self._check_inputs(input_ids, read, Images())
-            return draw(self._code_head(codes_per_step), self.read_layer, input_ids, **kwargs)
-        self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
+            with self.read_layer.at_stride(self._check_inputs(input_ids, read, Images())):
+                return draw(self._code_head(codes_per_step), self.read_layer, input_ids, **kwargs)
+        stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
         check_finite(kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
         if mode is None or self.family.shared_vocabulary:
             self._check_no_drawing_prompt(input_ids)
-        return super().generate(input_ids, **self.read_layer.encode_for_generate(kwargs))
+        with self.read_layer.at_stride(stride):
+            return super().generate(input_ids, **self.read_layer.encode_for_generate(kwargs))
 
     def _warn_if_nothing_trains(self) -> None:
         """Warns if no weight trains. A trainer would otherwise run to its end without changing one."""
@@ -472,29 +486,37 @@ class UniCompressModel(HubModel):
         drawn: Images,
         gen_mask: torch.Tensor | None = None,
         codes_per_step: int | None = None,
-    ) -> None:
-        """Raises InputError unless the images to read and to draw fit the placeholders."""
+    ) -> int | None:
+        """Raises InputError unless the images to read and to draw fit the placeholders.
+
+        Returns:
+            The stride at which images are read, by their placeholders; None if the adapter has only one, or nothing tells it.
+        """
         family = self.family
         if drawn.values is not None:
             self._check_draws()
         read.check(family)
         drawn.check(family)
         if input_ids is None:
-            return
-        read_counts = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
+            return None
+        read_grids = [family.read_grid(size) for size in read.sizes(family)]
+        placeholders = int((input_ids == family.image_token_id).sum())
         drawn_grids = [family.draw_grid(size) for size in drawn.sizes(family)]
         drawn_counts = [self.active_peft_config.num_gen_tokens(grid, codes_per_step) for grid in drawn_grids]
-        placeholders = int((input_ids == family.image_token_id).sum())
-        if placeholders and not (read_counts or drawn_counts):
+        if placeholders and not (read_grids or drawn_grids):
             raise InputError(
                 f"{placeholders} image placeholders and no images; expected images for them. Pass all that "
                 "processor(text=..., images=...) or the collator returns."
             )
-        if placeholders != sum(read_counts) + sum(drawn_counts):
-            enabled = self.read_layer.active_module() is not None
-            counts = ", ".join(map(str, dict.fromkeys([*read_counts, *drawn_counts])))
+        enabled = self.read_layer.active_module() is not None
+        several = enabled and family.compresses_reading and len(self.active_peft_config.strides) > 1
+        strides = self.active_peft_config.strides if several and read_grids else (None,)
+        read_counts = {stride: [self._placeholders(grid, stride) for grid in read_grids] for stride in strides}
+        fitting = [s for s, counts in read_counts.items() if placeholders == sum(counts) + sum(drawn_counts)]
+        if not fitting:
+            counts = ", ".join(map(str, dict.fromkeys([*chain.from_iterable(read_counts.values()), *drawn_counts])))
             raise InputError(
-                f"{placeholders} image placeholders for {len(read_counts) + len(drawn_counts)} image(s); with the adapter "
+                f"{placeholders} image placeholders for {len(read_grids) + len(drawn_grids)} image(s); with the adapter "
                 f"{'enabled' if enabled else 'disabled'}, expected {counts} an image. Use the processor saved with the "
                 f"{'adapter' if enabled else 'base'}: AutoProcessor.from_pretrained(...). For a new adapter, make it "
                 "with model.compact_processor(processor)."
@@ -505,6 +527,7 @@ class UniCompressModel(HubModel):
                 f"gen_mask marks {marked} positions; expected {sum(drawn_counts)} for the images to draw. "
                 "Build batches with UniCompressCollator."
             )
+        return fitting[0]
 
 
 def get_uc_model(

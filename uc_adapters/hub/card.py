@@ -139,7 +139,7 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
     table = []
     if family.compresses_reading:
         grid = family.example_grid or (geometry["read_side"],) * 2
-        ends = grid[0] // adapter.stride if family.has_eol else 0
+        ends = grid[0] // adapter.read_stride() if family.has_eol else 0
         table.append(row(f"tokens to read {image}", grid, adapter.num_image_tokens(grid) + ends))
     if family.why_no_drawing is None:
         grid = family.example_grid or (geometry["draw_side"],) * 2
