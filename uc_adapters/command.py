@@ -18,7 +18,7 @@ from .errors import InputError, UnsupportedError
 from .families import family_of_processor
 from .files.folder import find_weights, read_config
 from .files.pull import pull
-from .hub.card import token_counts
+from .hub.card import ratios_of, token_counts
 from .model import UniCompressModel
 from .pictures import open_picture, to_pil
 from .version import __version__
@@ -116,7 +116,9 @@ def info(args: argparse.Namespace) -> None:
         ("adapter", args.adapter),
         ("base", f"{config.base_model_name_or_path or 'not named'}{commit} ({written['base_geometry']['model_type']})"),
         ("decompressor", f"{config.decompressor}, {config.decompressor_layers} layers, width {config.decompressor_width}"),
+        *([("codes per step", ratios_of(written))] if config.decompressor == "strip" else []),
         ("stride", f"{config.stride}, with {config.num_global_tokens} global tokens"),
+        *([("global tokens", "in front of drawings, too")] if config.drawing_global_tokens else []),
         ("LoRA", f"rank {config.r}, alpha {config.lora_alpha:g}" if config.target_modules else "none"),
         *((what, f"{compact}, the base {base}") for what, base, compact in token_counts(written)),
         ("size", f"{count:,} parameters, {megabytes:.1f} MB"),

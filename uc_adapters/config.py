@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .errors import ConfigError
+from .errors import ConfigError, InputError
 from .files.folder import PEFT_TYPE, check_weights, read_config
 from .files.pull import PULL_OPTIONS, pull
 from .identity import is_fingerprint
@@ -38,12 +38,23 @@ class UniCompressConfig(LoraConfig):
 
     Args:
         stride: Window of the average pooling on the image grid (eq. 3); it divides the grid's sides. Default 2,
-            which turns T dense tokens into T / 4.
+            which turns T dense tokens into T / 4. A list has the strides that the adapter is trained to read at;
+            `model.compact_processor(processor, stride=...)` chooses one, and the model tells it from the placeholders. Without
+            a choice, the one in the middle counts (of an even number, the larger of both). Only for "strip", and for bases
+            whose images have one size.
         num_global_tokens: Learned meta tokens N_g in front of the pooled ones (eq. 1 and 2), 0 or more. Default 4.
-            "strip" reads them, and draws none.
-        decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next s^2 codes of the raster from each
-            hidden state, inside the language model's loop. "raster" (the paper's) and "phase" expand compact codes after the
-            loop, in T or s^2 steps.
+            "strip" reads them, and draws none, see `drawing_global_tokens`.
+        decompressor: How dense codes come back (eq. 7). "strip" (default) draws the next `codes_per_step` codes of the raster
+            from each hidden state, inside the language model's loop. "raster" (the paper's) and "phase" expand compact codes
+            after the loop, in T or s^2 steps.
+        codes_per_step: The number of codes that "strip" draws in a step of the language model, from 1 to the codes of an image,
+            whatever the stride is. If it does not divide them, the last step draws what is left. A list has the numbers that
+            the adapter is trained for, among which `generate(codes_per_step=...)` chooses; without it, the one in the middle
+            counts (of an even number, the larger of both). Default None: s^2.
+        drawing_global_tokens: Whether N_g learned inputs stand in front of an image to draw, too, between its begin and the
+            separator. The language model reads them in the prefill, so they take no step, and their position id is that of the
+            image's begin. "strip" attends to its states there in every step. Only for "strip": the other decompressors draw
+            global codes. Default False.
         decompressor_layers: Layers of the decompressor, at least 1. Default 2.
         decompressor_width: Width of the decompressor and of the drawing side's extractor. Default 512.
         codebook_weight: lambda_cb, the weight of the codebook-consistency term in stage 1 (eq. 8), 0 or more.
@@ -60,9 +71,11 @@ class UniCompressConfig(LoraConfig):
         ConfigError: A value is out of range; the message names the legal ones.
     """
 
-    stride: int = field(default=2, metadata={"help": "Pooling window on the image grid."})
+    stride: int | list[int] = field(default=2, metadata={"help": "Pooling window on the image grid."})
     num_global_tokens: int = field(default=4, metadata={"help": "Learned global meta tokens."})
     decompressor: str = field(default="strip", metadata={"help": f"One of {', '.join(DECOMPRESSORS)}."})
+    codes_per_step: int | list[int] | None = field(default=None, metadata={"help": "Codes in a step; None: stride squared."})
+    drawing_global_tokens: bool = field(default=False, metadata={"help": "Global tokens in front of an image to draw, too."})
     decompressor_layers: int = field(default=2, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int = field(default=512, metadata={"help": "Width of the decompressor."})
     codebook_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook term in stage 1."})
@@ -89,9 +102,18 @@ class UniCompressConfig(LoraConfig):
         self._require("target_modules", targets is None or names or pattern, "a pattern, a list of names, [] or None")
         super().__post_init__()
         self.peft_type = UCPeftType.UNICOMPRESS
-        self._require_int("stride", 1)
+        self._require_ints("stride")
         self._require_int("num_global_tokens", 0)
         self._require("decompressor", self.decompressor in DECOMPRESSORS, f"one of {', '.join(DECOMPRESSORS)}")
+        single = isinstance(self.stride, int) or self.decompressor == "strip"
+        self._require("stride", single, f"one integer with decompressor={self.decompressor!r}, which draws a code a window")
+        if self.codes_per_step is not None:
+            self._require_ints("codes_per_step")
+            self._require("codes_per_step", self.decompressor == "strip", f"None with decompressor={self.decompressor!r}")
+        self._require("drawing_global_tokens", isinstance(self.drawing_global_tokens, bool), "True or False")
+        if self.drawing_global_tokens:
+            fits = self.decompressor == "strip" and self.num_global_tokens > 0
+            self._require("drawing_global_tokens", fits, "False, or decompressor='strip' with num_global_tokens >= 1")
         self._require_int("decompressor_layers", 1)
         self._require_int("decompressor_width", 1)
         self._require("codebook_weight", self._within("codebook_weight", 0), "a finite number >= 0")
@@ -123,27 +145,84 @@ class UniCompressConfig(LoraConfig):
             "True, False, 'gaussian' or 'orthogonal': other schemes change the base's weights",
         )
 
-    def num_image_tokens(self, grid: Grid) -> int:
+    def num_image_tokens(self, grid: Grid, stride: int | None = None) -> int:
         """Placeholders of one image to read, of H x W dense tokens: N_g + 1 + H * W / s^2.
 
+        Args:
+            grid: H and W.
+            stride: As in `read_stride`.
+
         Raises:
-            InputError: The stride does not divide H and W.
+            InputError: The stride does not divide H and W, or the adapter is not trained for it.
         """
-        return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.stride))
+        return self.num_global_tokens + 1 + math.prod(compact_grid(grid, self.read_stride(stride)))
 
-    def num_gen_tokens(self, grid: Grid) -> int:
-        """Placeholders of one image to draw, likewise; all but one of them, the separator, are steps of the language model.
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The strides at which the adapter is trained to read, in ascending order."""
+        return (self.stride,) if isinstance(self.stride, int) else tuple(self.stride)
 
-        With "strip" the last step may have fewer codes than s^2.
+    def read_stride(self, stride: int | None = None) -> int:
+        """Returns the stride, if a call asks for `stride`. Default None: the one in the middle.
+
+        Raises:
+            InputError: The adapter is not trained for it.
         """
+        return _chosen("stride", stride, self.strides)
+
+    def num_gen_tokens(self, grid: Grid, codes_per_step: int | None = None) -> int:
+        """Placeholders of one image to draw, likewise: global tokens if it has any, the separator, and the steps of X.
+
+        `codes_per_step` and the errors are as in `num_gen_steps`.
+        """
+        return self.num_drawing_globals + 1 + self.num_gen_steps(grid, codes_per_step) - self.num_global_codes
+
+    def num_gen_steps(self, grid: Grid, codes_per_step: int | None = None) -> int:
+        """Steps of the language model that draw one image, of H x W dense tokens: one for each code or strip.
+
+        With "strip" the last step may have fewer codes than the others.
+
+        Args:
+            grid: H and W.
+            codes_per_step: As in `strip_length`.
+
+        Raises:
+            InputError: The adapter is not trained for `codes_per_step`; or the stride does not divide H and W, and the
+                decompressor is not "strip".
+        """
+        length = self.strip_length(codes_per_step)
         if self.decompressor == "strip":
-            return 1 - (-math.prod(grid) // self.stride**2)
-        return self.num_global_codes + 1 + math.prod(compact_grid(grid, self.stride))
+            return math.ceil(math.prod(grid) / length)
+        return self.num_global_codes + math.prod(compact_grid(grid, self.read_stride()))
+
+    @property
+    def strip_lengths(self) -> tuple[int, ...]:
+        """The numbers of codes in a step for which "strip" is trained, in ascending order: `codes_per_step`, or s^2."""
+        lengths = self.read_stride() ** 2 if self.codes_per_step is None else self.codes_per_step
+        return (lengths,) if isinstance(lengths, int) else tuple(lengths)
+
+    def strip_length(self, codes_per_step: int | None = None) -> int:
+        """Returns the number of codes in a step, if a call asks for `codes_per_step`. Default None: the one in the middle.
+
+        Raises:
+            InputError: The adapter is not trained for it.
+        """
+        if codes_per_step is not None and self.decompressor != "strip":
+            raise InputError(
+                f"codes_per_step={codes_per_step!r} with the {self.decompressor!r} decompressor; expected none: only 'strip' "
+                "draws several codes in a step. Remove it."
+            )
+        return _chosen("codes_per_step", codes_per_step, self.strip_lengths)
 
     @property
     def num_global_codes(self) -> int:
         """Global tokens that are drawn, as codes: N_g, or none with "strip"."""
         return 0 if self.decompressor == "strip" else self.num_global_tokens
+
+    @property
+    def num_drawing_globals(self) -> int:
+        """Global tokens in front of an image to draw: drawn codes, or learned inputs if `drawing_global_tokens`."""
+        return self.num_global_tokens if self.drawing_global_tokens else self.num_global_codes
 
     @classmethod
     def from_peft_type(cls, **kwargs):
@@ -203,6 +282,14 @@ class UniCompressConfig(LoraConfig):
         good = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
         self._require(name, good, f"an integer >= {minimum}")
 
+    def _require_ints(self, name: str) -> None:
+        """Accepts an integer >= 1, or a list of different ones, which is sorted."""
+        value = getattr(self, name)
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        good = values and all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in values)
+        self._require(name, good and len(set(values)) == len(values), "an integer >= 1, or a list of different ones")
+        setattr(self, name, values[0] if len(values) == 1 else sorted(values))
+
     def _within(self, name: str, low: float, high: float = float("inf")) -> bool:
         value = getattr(self, name)
         return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
@@ -210,6 +297,16 @@ class UniCompressConfig(LoraConfig):
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise ConfigError(f"{name}={getattr(self, name)!r} is not valid; expected {expected}.")
+
+
+def _chosen(name: str, asked: int | None, trained: tuple[int, ...]) -> int:
+    """Returns the ratio that a call asks for, or else the one in the middle; raises InputError if it is not trained."""
+    if asked is None:
+        return trained[len(trained) // 2]
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked not in trained:
+        legal = " or ".join(map(str, trained))
+        raise InputError(f"{name}={asked!r}, for which the adapter is not trained; expected {legal}.")
+    return asked
 
 
 def _upgrade(written: dict) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from itertools import accumulate, chain
+from random import Random
 from typing import Any
 
 import torch
@@ -46,20 +51,28 @@ class UniCompressCollator:
         caption_dropout: The share of drawings whose prompt is replaced by padding. From them the model learns the unconditional
             case for classifier-free guidance. Default 0.1. See `epoch`.
         eos_token_id: The tokens that end generation, as in the base's `generation_config`. Default: the tokenizer's.
+        codes_per_step: The number of codes in a step of the images to draw. Default: if the adapter is trained for several, one
+            of them for each batch. The one in the middle comes most often, and with each place away from it half as often. The
+            choice depends on the images of the batch and on `epoch` alone.
+        stride: The stride at which images are read, chosen likewise.
 
     Raises:
-        InputError: `caption_dropout` is outside [0, 1], the processor has no end token or belongs to no known family, the batch
-            is empty, or a row is bad: it has no messages, images that are not RGB, more or fewer images than its messages have
-            image parts, special tokens in a text, or a conversation that the chat template cannot write. The message names the
-            row.
+        InputError: `caption_dropout` is outside [0, 1], the adapter is not trained for `codes_per_step` or `stride`, the
+            processor has no end token or belongs to no known family, the batch is empty, or a row is bad: it has no messages,
+            images that are not RGB, more or fewer images than its messages have image parts, special tokens in a text, or a
+            conversation that the chat template cannot write. The message names the row.
     """
 
     processor: ProcessorMixin
     config: UniCompressConfig
     caption_dropout: float = 0.1
     eos_token_id: int | list[int] | None = None
+    codes_per_step: int | None = None
+    stride: int | None = None
 
     def __post_init__(self):
+        self.config.strip_length(self.codes_per_step)  # raises InputError if the adapter is not trained for it
+        self.config.read_stride(self.stride)
         self.dropout = CaptionDropout(self.caption_dropout)
         own = self.processor.tokenizer.eos_token_id
         ends = own if self.eos_token_id is None else self.eos_token_id
@@ -88,7 +101,8 @@ class UniCompressCollator:
             `input_ids`, `attention_mask` and `labels`, (B, L); `pixel_values` (N, 3, H, W) if there are images to read;
             `gen_mask` (B, L) and `gen_pixel_values` (M, 3, H, W) if there are images to draw. B is the number of sequences.
             Rows with latents give `gen_latents` (M, T, C) in place of `gen_pixel_values`. If the base takes images of any size,
-            there are also `image_sizes` (N, 2) and `gen_image_sizes` (M, 2), in pixels.
+            there are also `image_sizes` (N, 2) and `gen_image_sizes` (M, 2), in pixels. If the adapter is trained for several
+            numbers of codes in a step, `gen_codes_per_step` () is that of the images to draw.
         """
         return self.with_rows(rows)[0]
 
@@ -114,9 +128,13 @@ class UniCompressCollator:
         to_draw, alone = zip(*drawn_completions, strict=True) if drawn_completions else ((), ())
         packed = to_draw and isinstance(to_draw[0], dict)
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
-        sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, to_draw)
+        contents = [image["values"] if isinstance(image, dict) else image.tobytes() for image in to_draw]
+        length = self._chosen(self.codes_per_step, self.config.strip_lengths, contents)
+        stride = self._chosen(self.stride, self.config.strides, [row.tobytes() for row in chain.from_iterable(images)])
+        sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, length)
         for index, of_row in enumerate(learned):
             texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
+            texts = [self._as_read(text, stride) for text in texts]
             written = self.writer.write(of_row, texts, drawings, self.dropout)
             places += [(index, place) for sequence in written for place in range(sequence.read)]
             sequences += [(index, sequence) for sequence in written]
@@ -125,6 +143,8 @@ class UniCompressCollator:
             batch |= {name: value[[firsts[row] + place for row, place in places]] for name, value in read.items()}
         if drawn:
             batch |= {f"gen_{name}": value for name, value in drawn.items()} | {"gen_mask": gen_mask}
+            if len(self.config.strip_lengths) > 1:
+                batch["gen_codes_per_step"] = torch.tensor(length)
         return batch, [row for row, _ in sequences]
 
     def _completions(self, row: dict[str, Any], images: int) -> list[Completion]:
@@ -165,21 +185,65 @@ class UniCompressCollator:
             )
         return learned
 
-    def _drawn_images(self, drawn: dict[str, torch.Tensor], counts: list[int], images: tuple) -> Iterator[DrawnImage]:
-        """Yields the texts of the drawings. With "strip" they have fewer global tokens than the images to read.
+    def _chosen(self, asked: int | None, trained: tuple[int, ...], contents: list[bytes]) -> int:
+        """Returns the ratio that is asked for, or else one of those that are trained, for images of these contents."""
+        if asked is not None or len(trained) == 1:
+            return trained[0] if asked is None else asked
+        shares = [2.0 ** -abs(place - len(trained) // 2) for place in range(len(trained))]
+        digest = blake2b(f"{self.epoch} {trained} ".encode() + b"".join(contents), digest_size=8).digest()
+        return Random(digest).choices(trained, shares)[0]
+
+    def _drawn_images(
+        self, drawn: dict[str, torch.Tensor], counts: list[int], contents: list[bytes], length: int
+    ) -> Iterator[DrawnImage]:
+        """Yields the texts of the drawings, with `length` codes in a step.
 
         `counts` has the number of images of each drawing in `drawn`: two if it begins with a preview.
         """
         token, config, first = self.processor.image_token, self.config, 0
-        read_start, drawn_start = token * (config.num_global_tokens + 1), token * (config.num_global_codes + 1)
-        for count, image in zip(counts, images, strict=True):
+        for count, content in zip(counts, contents, strict=True):
             texts = self.writer.family.drawing_texts(self.processor, drawn, first, count)
-            texts, first = [text.replace(read_start, drawn_start, 1) for text in texts], first + count
+            texts, first = [self._as_drawn(text, length) for text in texts], first + count
             ends = list(accumulate(text.count(token) for text in texts))
-            separators = [end + config.num_global_codes for end in [0, *ends[:-1]]]
+            given = range(config.num_global_codes, config.num_drawing_globals + 1)  # of each image's placeholders
+            given = [end + place for end in [0, *ends[:-1]] for place in given]
             begin, placeholder, rest = "".join(texts).partition(token)
-            content = image["values"] if isinstance(image, dict) else image.tobytes()
-            yield DrawnImage(begin, placeholder + rest, separators, content)
+            yield DrawnImage(begin, placeholder + rest, given, content)
+
+    @cached_property
+    def _written_stride(self) -> int:
+        """The stride of the processor, which has one of those that are trained."""
+        config = self.config
+        if len(config.strides) == 1:
+            return config.read_stride()
+        side = config.base_geometry["read_side"]  # with several strides, images have one size
+        count = self.writer.family.reading_text(self.processor, {}, 0).count(self.processor.image_token)
+        return next(stride for stride in config.strides if config.num_image_tokens((side, side), stride) == count)
+
+    def _as_read(self, text: str, stride: int) -> str:
+        """Replaces the placeholders in the processor's text of an image by those of an image that is read at `stride`."""
+        if stride == self._written_stride:
+            return text
+        token, side = self.processor.image_token, self.config.base_geometry["read_side"]
+        count = self.config.num_image_tokens((side, side), stride)
+        return text[: text.index(token)] + token * count + text[text.rindex(token) + len(token) :]
+
+    def _as_drawn(self, text: str, in_step: int) -> str:
+        """Replaces the placeholders in the processor's text of an image by those of an image to draw.
+
+        These are the global tokens, the separator, and the steps of `in_step` codes. `StripHead.steps_in_row` says where EOL
+        tokens follow.
+        """
+        token, config = self.processor.image_token, self.config
+        codes = self._written_stride**2 if self.writer.family.compresses_reading else 1  # of a placeholder in the text
+        if config.num_drawing_globals == config.num_global_tokens and in_step == codes:
+            return text
+        first, last = text.index(token), text.rindex(token) + len(token)
+        _, *ends = re.split(f"(?:{re.escape(token)})+", text[first:last])  # after each row of placeholders; the last is empty
+        count = text.count(token) - config.num_global_tokens - 1
+        steps, in_row = math.ceil(codes * count / in_step), math.lcm(codes * count // len(ends), in_step) // in_step
+        rows = [token * min(in_row, steps - done) for done in range(0, steps, in_row)]
+        return text[:first] + token * (config.num_drawing_globals + 1) + ends[0].join(rows) + text[last:]
 
     def _pixels(self, images: list) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, and `image_sizes` if the processor gives them; an empty dict if there are no images."""

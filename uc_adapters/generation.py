@@ -120,7 +120,7 @@ def draw(
     read = Images(pixel_values, None if gen_image_sizes is None else image_sizes)
     drawings = _drawings(family, input_ids, image_sizes if gen_image_sizes is None else gen_image_sizes)
     for grid in {grid for drawing in drawings for grid in drawing}:
-        head.step_grid(grid)  # raises InputError if the stride has to divide the grid, and does not
+        head.count_steps(grid)  # raises InputError if the stride has to divide the grid, and does not
     negative = _negative_prompts(family, input_ids, config, negative_prompt_ids, negative_prompt_attention_mask)
     _check_lengths(head, attention_mask, drawings, "prompt")
     if negative is not None:
@@ -207,7 +207,7 @@ def _drawing_config(base: PreTrainedModel, generation_config: GenerationConfig |
         raise InputError(
             f"generate(generation_mode='image') got {', '.join(unknown)}; expected fields of the generation config, input_ids, "
             "attention_mask, pixel_values, image_sizes, gen_image_sizes, negative_prompt_ids, negative_prompt_attention_mask, "
-            "logits_processor, generator or progress. Remove these arguments: sampling is already restricted to image codes."
+            "codes_per_step, logits_processor, generator, progress. Remove them: sampling is already restricted to image codes."
         )
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
@@ -324,30 +324,31 @@ def _draw_compact(
     won: list[torch.Tensor] = []
     compact: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    step_grids = [head.step_grid(grid) for grid in drawing]
-    total = sum(count + rows * columns for rows, columns in step_grids)
-    bar = tqdm(total=total, desc="draw", disable=progress is not True)
+    ends = [head.row_ends(grid) for grid in drawing]
+    bar = tqdm(total=sum(count + len(steps) for steps in ends), desc="draw", disable=progress is not True)
     advance = progress if callable(progress) else bar.update
     inputs = prompts
-    for grid, (rows, columns) in zip(drawing, step_grids, strict=True):
+    for grid, row_ends in zip(drawing, ends, strict=True):
         globals_ = torch.empty(len(prompts), count, dtype=torch.long, device=prompts.device)
         for index in range(count):
             codes = _noting(sample, won)(family.code_logits(step(inputs)))
             globals_[:, index] = codes
             inputs = family.embed_codes(codes).unsqueeze(1)
             advance()
-        # The separator and the EOL tokens are known, so each is fed together with the token before it and costs no step
-        inputs = torch.cat([inputs, head.separator.expand(len(inputs), 1, -1)], 1)
-        steps = globals_.new_empty(len(prompts), rows * columns, head.codes_per_step)
-        entries = head.entries(globals_)
-        for index in range(rows * columns):
-            hidden = step(inputs)
-            steps[:, index], step_scores = draw_step(head, hidden, entries, sample)
+        # What is given and the EOL tokens are known, so they are fed together with the token before them and cost no step
+        given = head.given(len(prompts))  # (B, n, D)
+        states = step.states(torch.cat([inputs, given], 1), given.shape[1])
+        guides, hidden = head.guides(globals_, states[:, :-1]), states[:, -1].contiguous()
+        steps = globals_.new_empty(len(prompts), len(row_ends), head.codes_per_step)
+        for index, ends_row in enumerate(row_ends):
+            if index:
+                hidden = step(inputs)
+            steps[:, index], step_scores = draw_step(head, hidden, guides, sample)
             won.append(step_scores.clone())  # the next call overwrites the output of a CUDA graph
             steps[:, index, math.prod(grid) - index * head.codes_per_step :] = 0  # what fills up the last step is no code
             advance()
             inputs = head.embed_steps(steps[:, index : index + 1])  # (B, 1, k) -> (B, 1, D)
-            if family.has_eol and (index + 1) % columns == 0:
+            if ends_row:
                 inputs = torch.cat([inputs, eol], 1)
         compact.append((globals_, steps))
     bar.close()
@@ -366,20 +367,18 @@ def _fed_deltas(head: CodeHead, drawing: tuple[Grid, ...]) -> torch.Tensor:
         deltas = head.position_deltas(grid)  # (..., N + 1 + T' + 1)
         deltas[..., 0] += after - 1  # the image before moves the position on
         deltas, after = deltas[..., :-1], deltas[..., -1]
-        if head.family.has_eol:
-            count = head.module.num_global_codes + 1
-            front, rows = deltas[:count], deltas[count:].unflatten(0, head.step_grid(grid))
-            deltas = torch.cat([front, F.pad(rows, (0, 1), value=1).flatten()])  # an EOL token after each row
-        parts.append(deltas)
+        ends = torch.tensor([False] * (head.module.num_globals + 1) + head.row_ends(grid))  # (tokens,)
+        fed = torch.stack([torch.ones_like(ends), ends], -1).to(deltas.device)  # (tokens, 2): each token, and an EOL token
+        parts.append(torch.stack([deltas, torch.ones_like(deltas)], -1)[..., fed])
     return torch.cat(parts, -1)
 
 
 def _draw_step(
-    head: CodeHead, hidden: torch.Tensor, entries: torch.Tensor, sample: CodeSampler
+    head: CodeHead, hidden: torch.Tensor, globals_: torch.Tensor, sample: CodeSampler
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the codes of the next step, (B, k), and the scores with which they were chosen, (k, B)."""
     won: list[torch.Tensor] = []
-    codes = head.draw_step(hidden, entries, _noting(sample, won))
+    codes = head.draw_step(hidden, globals_, _noting(sample, won))
     return codes, torch.stack(won)
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from os import PathLike
 
 import torch
@@ -69,11 +70,16 @@ class UniCompressModel(HubModel):
         Raises:
             UnsupportedError: Two adapters are active.
         """
+        return self._code_head(None)
+
+    def _code_head(self, codes_per_step: int | None) -> CodeHead | None:
         if self.family.why_no_drawing is not None:
             return None
         layer: UniCompressLayer = self.get_base_model().get_submodule(self.family.module_names["draw"])
         module = layer.active_module()
-        return None if module is None else code_head_of(self.family, module)
+        if module is None:
+            return None
+        return code_head_of(self.family, module, self.active_peft_config.strip_length(codes_per_step))
 
     @property
     def num_image_tokens(self) -> int | None:
@@ -86,16 +92,25 @@ class UniCompressModel(HubModel):
         geometry = self.family.geometry
         return None if geometry.image_size is None else self._placeholders((geometry.read_side, geometry.read_side))
 
-    def _placeholders(self, grid: Grid) -> int:
+    def _placeholders(self, grid: Grid, stride: int | None = None) -> int:
         """Returns the number of placeholders of one image to read, for the enabled or disabled adapter."""
         if self.read_layer.active_module() is None or not self.family.compresses_reading:
             return self.family.dense_placeholders(grid)
-        return self.active_peft_config.num_image_tokens(grid)
+        return self.active_peft_config.num_image_tokens(grid, stride)
 
-    def compact_processor(self, processor: ProcessorMixin) -> ProcessorMixin:
-        """Returns a copy of the base's processor with the active adapter's placeholders; `save_pretrained` saves such a one."""
+    def compact_processor(self, processor: ProcessorMixin, stride: int | None = None) -> ProcessorMixin:
+        """Returns a copy of the base's processor with the active adapter's placeholders; `save_pretrained` saves such a one.
+
+        Args:
+            processor: The processor of the base, or of an adapter.
+            stride: The stride at which images are read, if the adapter is trained for several. The model tells it from the
+                placeholders. Default: the one in the middle.
+
+        Raises:
+            InputError: The adapter is not trained for `stride`.
+        """
         config = self.active_peft_config
-        return self.family.compact_processor(processor, config.stride, config.num_global_tokens)
+        return self.family.compact_processor(processor, config.read_stride(stride), config.num_global_tokens)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -188,6 +203,7 @@ class UniCompressModel(HubModel):
         gen_latents: torch.Tensor | None = None,
         gen_image_sizes: torch.Tensor | None = None,
         gen_mask: torch.Tensor | None = None,
+        gen_codes_per_step: torch.Tensor | int | None = None,
         teacher_probs: torch.Tensor | None = None,
         teacher_probs_weight: torch.Tensor | float = 1.0,
         teacher_states: torch.Tensor | None = None,
@@ -215,6 +231,8 @@ class UniCompressModel(HubModel):
                 `uc_adapters.images.pack_latents` computes them once.
             gen_image_sizes: Height and width in pixels, (M, 2), if the base generates images of any size.
             gen_mask: (B, L), True at the placeholders of images to generate.
+            gen_codes_per_step: The number of codes in a step of these images, if the adapter is trained for several. Default:
+                the one in the middle.
             teacher_probs: A teacher's probabilities, (N, vocabulary), at the N labelled text tokens in order. The loss of text
                 is then the KL divergence from them.
             teacher_probs_weight: The weight of that divergence in the loss of text, from 0 to 1. The labels have the rest. One
@@ -233,7 +251,8 @@ class UniCompressModel(HubModel):
         Raises:
             InputError: Placeholders and images disagree, placeholders are labelled as text tokens, pixels or the teacher's
                 tensors have a wrong shape, the stride does not divide an image's grid, images are to be generated while the
-                adapter is disabled, or an argument is unknown or would be ignored.
+                adapter is disabled, the adapter is not trained for `gen_codes_per_step`, or an argument is unknown or would be
+                ignored.
             UnsupportedError: The base cannot generate images, or `teacher_states` is given for a decompressor other than
                 "strip".
         """
@@ -243,14 +262,16 @@ class UniCompressModel(HubModel):
         if kwargs:
             self._check_known(kwargs)
         read, drawn = Images(pixel_values, image_sizes), Images(gen_pixel_values, gen_image_sizes, gen_latents)
+        length = None if gen_codes_per_step is None else int(gen_codes_per_step)
         enabled = self.read_layer.active_module() is not None
         if not enabled and (drawn.values is not None or teacher_probs is not None):
             raise InputError(
                 "gen_pixel_values or teacher_probs with the adapter disabled; expected an enabled adapter, since only it draws "
                 "in compact form and learns from a teacher. Enable it, or remove these arguments."
             )
+        stride = None
         if enabled or self.family.compresses_reading:
-            self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask)
+            stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask, length)
         else:
             self._check_base_inputs(image_sizes, gen_image_sizes)
         if labels is not None and enabled:
@@ -267,14 +288,15 @@ class UniCompressModel(HubModel):
                 kwargs["num_items_in_batch"] = num_items_in_batch
             if image_sizes is not None:
                 kwargs["image_sizes"] = image_sizes
-            return super().forward(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                labels=labels,
-                **kwargs,
-            )
+            with self.read_layer.at_stride(stride):
+                return super().forward(
+                    input_ids=input_ids,
+                    pixel_values=pixel_values,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    labels=labels,
+                    **kwargs,
+                )
         if labels is None:
             raise InputError(
                 "labels=None with images to draw; expected labels: this forward computes the loss, and returns no logits for "
@@ -286,22 +308,23 @@ class UniCompressModel(HubModel):
                 f"{', '.join(ignored)} with images to draw, a teacher or the fused loss; expected none, since this loss is "
                 "computed from text tokens and images alone. Remove these arguments."
             )
-        return joint_loss(
-            self.read_layer,
-            self.code_head,
-            input_ids,
-            labels,
-            read=read,
-            drawn=drawn,
-            gen_mask=gen_mask,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            num_items_in_batch=num_items_in_batch,
-            teacher_probs=teacher_probs,
-            teacher_probs_weight=teacher_probs_weight,
-            teacher_states=teacher_states,
-            teacher_states_weight=teacher_states_weight,
-        )
+        with self.read_layer.at_stride(stride):
+            return joint_loss(
+                self.read_layer,
+                self._code_head(length),
+                input_ids,
+                labels,
+                read=read,
+                drawn=drawn,
+                gen_mask=gen_mask,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                num_items_in_batch=num_items_in_batch,
+                teacher_probs=teacher_probs,
+                teacher_probs_weight=teacher_probs_weight,
+                teacher_states=teacher_states,
+                teacher_states_weight=teacher_states_weight,
+            )
 
     def generate(self, *args, **kwargs) -> torch.Tensor:
         """Generates text, or images with `generation_mode="image"`.
@@ -310,14 +333,16 @@ class UniCompressModel(HubModel):
 
         Args:
             *args: `input_ids`, (B, L); it may also be passed by name.
-            **kwargs: For text, all arguments of the base's `generate`. For images, those of `uc_adapters.generation.draw`.
+            **kwargs: For text, all arguments of the base's `generate`. For images, those of `uc_adapters.generation.draw`, and
+                `codes_per_step`, the number of codes in a step, if the adapter is trained for several.
 
         Returns:
             The tokens of the texts, or the base's own dense tokens of the images for its `decode_image_tokens`.
 
         Raises:
             InputError: The batch or a prompt is empty, the placeholders do not fit the images, a number is NaN or infinite,
-                `generation_mode` is unknown, or a prompt to draw comes without `generation_mode="image"`.
+                `generation_mode` is unknown, a prompt to draw comes without `generation_mode="image"`, or the adapter is not
+                trained for `codes_per_step`.
             AdapterNameError: The last adapter was deleted.
             UnsupportedError: The arguments ask for beam search of images, two adapters are active, or the base cannot generate
                 images.
@@ -333,6 +358,12 @@ class UniCompressModel(HubModel):
             raise UnsupportedError(
                 f"A {self.family.model_type} base cannot answer: {self.family.why_no_answers}. Draw with "
                 "generate(..., generation_mode='image')."
+            )
+        codes_per_step = kwargs.pop("codes_per_step", None)
+        if codes_per_step is not None and not (to_draw and self.read_layer.active_module() is not None):
+            raise InputError(
+                f"codes_per_step={codes_per_step!r} without an adapter that draws; expected generation_mode='image' and an "
+                "enabled adapter. Remove it."
             )
         read = Images(kwargs.get("pixel_values"), kwargs.get("image_sizes"))
         if self.read_layer.active_module() is None:
@@ -359,15 +390,16 @@ class UniCompressModel(HubModel):
                 )
             if read.values is None and self.family.geometry.image_size is None:
                 read = Images()  # `image_sizes` are those of the images to draw
-            self._check_inputs(input_ids, read, Images())
-            return draw(self.code_head, self.read_layer, input_ids, **kwargs)
-        self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
+            with self.read_layer.at_stride(self._check_inputs(input_ids, read, Images())):
+                return draw(self._code_head(codes_per_step), self.read_layer, input_ids, **kwargs)
+        stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
         check_finite(kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
         if mode is None or self.family.shared_vocabulary:
             self._check_no_drawing_prompt(input_ids)
-        return super().generate(input_ids, **self.read_layer.encode_for_generate(kwargs))
+        with self.read_layer.at_stride(stride):
+            return super().generate(input_ids, **self.read_layer.encode_for_generate(kwargs))
 
     def _warn_if_nothing_trains(self) -> None:
         """Warns if no weight trains. A trainer would otherwise run to its end without changing one."""
@@ -448,29 +480,43 @@ class UniCompressModel(HubModel):
             )
 
     def _check_inputs(
-        self, input_ids: torch.Tensor | None, read: Images, drawn: Images, gen_mask: torch.Tensor | None = None
-    ) -> None:
-        """Raises InputError unless the images to read and to draw fit the placeholders."""
+        self,
+        input_ids: torch.Tensor | None,
+        read: Images,
+        drawn: Images,
+        gen_mask: torch.Tensor | None = None,
+        codes_per_step: int | None = None,
+    ) -> int | None:
+        """Raises InputError unless the images to read and to draw fit the placeholders.
+
+        Returns:
+            The stride at which images are read, by their placeholders; None if the adapter has only one, or nothing tells it.
+        """
         family = self.family
         if drawn.values is not None:
             self._check_draws()
         read.check(family)
         drawn.check(family)
         if input_ids is None:
-            return
-        read_counts = [self._placeholders(family.read_grid(size)) for size in read.sizes(family)]
-        drawn_counts = [self.active_peft_config.num_gen_tokens(family.draw_grid(size)) for size in drawn.sizes(family)]
+            return None
+        read_grids = [family.read_grid(size) for size in read.sizes(family)]
         placeholders = int((input_ids == family.image_token_id).sum())
-        if placeholders and not (read_counts or drawn_counts):
+        drawn_grids = [family.draw_grid(size) for size in drawn.sizes(family)]
+        drawn_counts = [self.active_peft_config.num_gen_tokens(grid, codes_per_step) for grid in drawn_grids]
+        if placeholders and not (read_grids or drawn_grids):
             raise InputError(
                 f"{placeholders} image placeholders and no images; expected images for them. Pass all that "
                 "processor(text=..., images=...) or the collator returns."
             )
-        if placeholders != sum(read_counts) + sum(drawn_counts):
-            enabled = self.read_layer.active_module() is not None
-            counts = ", ".join(map(str, dict.fromkeys([*read_counts, *drawn_counts])))
+        enabled = self.read_layer.active_module() is not None
+        several = enabled and family.compresses_reading and len(self.active_peft_config.strides) > 1
+        strides = self.active_peft_config.strides if several and read_grids else (None,)
+        read_counts = {stride: [self._placeholders(grid, stride) for grid in read_grids] for stride in strides}
+        fitting = [s for s, counts in read_counts.items() if placeholders == sum(counts) + sum(drawn_counts)]
+        if not fitting:
+            counts = ", ".join(map(str, dict.fromkeys([*chain.from_iterable(read_counts.values()), *drawn_counts])))
             raise InputError(
-                f"{placeholders} image placeholders for {len(read_counts) + len(drawn_counts)} image(s); with the adapter "
+                f"{placeholders} image placeholders for {len(read_grids) + len(drawn_grids)} image(s); with the adapter "
                 f"{'enabled' if enabled else 'disabled'}, expected {counts} an image. Use the processor saved with the "
                 f"{'adapter' if enabled else 'base'}: AutoProcessor.from_pretrained(...). For a new adapter, make it "
                 "with model.compact_processor(processor)."
@@ -481,6 +527,7 @@ class UniCompressModel(HubModel):
                 f"gen_mask marks {marked} positions; expected {sum(drawn_counts)} for the images to draw. "
                 "Build batches with UniCompressCollator."
             )
+        return fitting[0]
 
 
 def get_uc_model(

@@ -207,7 +207,7 @@ class UniCompressPipeline(DiffusionPipeline):
         # On a CPU, images with a generator each are drawn one after another
         turns = total if isinstance(generator, list) and family.device.type == "cpu" else 1
         steps = count()
-        with self.progress_bar(total=turns * (model.active_peft_config.num_gen_tokens(grid) - 1)) as bar:
+        with self.progress_bar(total=turns * model.active_peft_config.num_gen_steps(grid)) as bar:
 
             def advance() -> None:
                 bar.update()

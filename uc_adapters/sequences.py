@@ -50,12 +50,12 @@ class Sequence:
         self._append(ids, ids, [False] * len(ids))
         self.end = end
 
-    def draw(self, ids: list[int], places: list[bool], separators: list[int], end: int) -> None:
-        """Appends a drawing. The placeholders with the indices `separators` are separators, which are never predicted."""
+    def draw(self, ids: list[int], places: list[bool], given: list[int], end: int) -> None:
+        """Appends a drawing. The placeholders with the indices `given` are never predicted."""
         labels = [token if place else -100 for token, place in zip(ids, places, strict=True)]
         placeholders = [index for index, place in enumerate(places) if place]
-        for separator in separators:
-            labels[placeholders[separator]] = -100
+        for place in given:
+            labels[placeholders[place]] = -100
         self._append(ids, labels, places)
         self.draws, self.end = True, end
 
@@ -78,13 +78,13 @@ class DrawnImage:
     Attributes:
         begin: The wrapper text with which the prompt ends.
         rest: The rest of the image's text: its placeholders and closing wrapper text.
-        separators: The indices of the separators among its placeholders.
+        given: The indices of learned global tokens and separators among its placeholders.
         content: Bytes that differ between images, for caption dropout.
     """
 
     begin: str
     rest: str
-    separators: list[int]
+    given: list[int]
     content: bytes
 
 
@@ -131,7 +131,7 @@ class SequenceWriter:
                 made[-1].read = completion.images
             if to_draw:
                 ids = self._behind(text, prompt, image.rest)
-                made[-1].draw(ids, [token == self.image_id for token in ids], image.separators, self.end)
+                made[-1].draw(ids, [token == self.image_id for token in ids], image.given, self.end)
             else:
                 made[-1].answer(*self._answer(text, prompt, completion.words))
         for sequence in made:

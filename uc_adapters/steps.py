@@ -74,12 +74,16 @@ class Steps:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Feeds inputs (B, n, D); returns the last hidden state (B, D)."""
+        return self.states(inputs, 1).squeeze(1)
+
+    def states(self, inputs: torch.Tensor, count: int) -> torch.Tensor:
+        """Feeds inputs (B, n, D); returns the last `count` hidden states (B, count, D)."""
         first, self.seen = self.seen, self.seen + inputs.shape[1]
         positions = self.positions[..., first : self.seen]
         if first == 0:
-            hidden = _last_hidden(self.family, inputs, self.mask[:, : self.seen], positions, self.cache)
+            hidden = _last_hidden(self.family, inputs, self.mask[:, : self.seen], positions, self.cache, count)
             return hidden.clone(memory_format=torch.contiguous_format)  # the strides of a slice depend on the prompt's length
-        hidden = self._language_model(self.family, inputs, self._mask_of(inputs), positions, self.cache)
+        hidden = self._language_model(self.family, inputs, self._mask_of(inputs), positions, self.cache, count)
         return hidden.clone() if self.compile_kwargs is not None else hidden  # the next step overwrites a CUDA graph's output
 
     def _mask_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
@@ -97,10 +101,10 @@ class Steps:
 
 
 def _last_hidden(
-    family: Family, inputs: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Cache
+    family: Family, inputs: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Cache, count: int
 ) -> torch.Tensor:
-    """Runs the language model on inputs (B, n, D); returns the hidden state of the last one, (B, D)."""
+    """Runs the language model on inputs (B, n, D); returns the hidden states of the last `count` ones, (B, count, D)."""
     output = family.language_model(
         inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}
     )
-    return output.last_hidden_state[:, -1]
+    return output.last_hidden_state[:, -count:]

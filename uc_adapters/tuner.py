@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from accelerate.utils import align_module_device
 from peft import LoraConfig
@@ -30,7 +32,8 @@ class UniCompressTuner(ReversibleLora):
 
         Raises:
             BaseModelError: The base has no known family, lacks a module, or has a part that `torch.compile` wrapped; the stride
-                does not divide its grid; or it is another base than the one the adapter was made for (`uc_adapters.identity`).
+                does not divide its grid, or there are several and images have any size; an image has fewer codes than
+                `codes_per_step`; or it is another base than the one the adapter was made for (`uc_adapters.identity`).
             ConfigError: `target_modules` matches an embedding, or nothing in the language model.
             AdapterNameError: PEFT cannot hold the name.
         """
@@ -233,11 +236,19 @@ def _path_segments(module: nn.Module) -> set[str]:
 
 
 def _check_grid(config: UniCompressConfig, geometry: Geometry) -> None:
-    if geometry.image_size is None:
-        return  # images have any size, and the processor chooses one that the stride divides
-    for side in {geometry.read_side, geometry.draw_side}:
-        if side % config.stride:
-            legal = [s for s in range(1, side + 1) if side % s == 0]
+    if geometry.image_size is None:  # the processor chooses sizes that the stride divides
+        if len(config.strides) > 1:
             raise BaseModelError(
-                f"stride={config.stride} does not divide the base's {side} x {side} grid; expected one of {legal}."
+                f"stride={config.stride} for a {geometry.model_type} base, whose images have any size; expected one integer: "
+                "its processor chooses sizes that the stride divides. Several are for bases whose images have one size."
             )
+        return
+    for side, stride in product({geometry.read_side, geometry.draw_side}, config.strides):
+        if side % stride:
+            legal = [s for s in range(1, side + 1) if side % s == 0]
+            raise BaseModelError(f"stride={stride} does not divide the base's {side} x {side} grid; expected one of {legal}.")
+    codes = geometry.draw_side**2
+    if max(config.strip_lengths) > codes:
+        raise BaseModelError(
+            f"codes_per_step={config.codes_per_step} for a base whose images have {codes} codes; expected 1 to {codes}."
+        )

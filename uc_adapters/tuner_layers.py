@@ -8,6 +8,8 @@ compresses its input. The drawing layer only stores weights; the drawing loop an
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +79,21 @@ class UniCompressLayer(nn.Module, BaseTunerLayer):
 class ReadLayer(UniCompressLayer):
     """The common base of the two layers for reading."""
 
+    stride: int | None = None
+    """The stride at which images are read now, if the adapter is trained for several. None: the one in the middle."""
+
     def __init__(self, base_layer: nn.Module, family: Family):
         super().__init__(base_layer, family)
         self.guard = family.base.register_forward_pre_hook(self._refuse_drawn, with_kwargs=True)
+
+    @contextmanager
+    def at_stride(self, stride: int | None) -> Iterator[None]:
+        """Reads images at this stride while the context is open."""
+        before, self.stride = self.stride, stride
+        try:
+            yield
+        finally:
+            self.stride = before
 
     def unload_and_optionally_merge_module(self, *args, **kwargs) -> nn.Module:
         self.guard.remove()
@@ -127,7 +141,7 @@ class FeatureReadLayer(ReadLayer):
         module = self.active_module()
         if module is not None:
             side = self.family.geometry.read_side
-            x = module(x.to(module.separator.dtype), (side, side)).to(x.dtype)  # (B, T, C) -> (B, N_g + 1 + T', C)
+            x = module(x.to(module.separator.dtype), (side, side), self.stride).to(x.dtype)  # (B, T, C) -> (B, N_g + 1 + T', C)
         return self.base_layer(x, *args, **kwargs)
 
     def image_embeddings(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> list[torch.Tensor]:
@@ -192,7 +206,8 @@ class CodeReadLayer(ReadLayer):
         """Compresses codes (B, T) to (B, N_g + 1 + T', D), in the language model's dtype."""
         module, family = self.active_module(), self.family
         dtype, embeddings = module.separator.dtype, family.embed_codes(codes)
-        return module(embeddings.to(dtype), family.codebook[codes].to(dtype), grid).to(embeddings.dtype)
+        entries = family.codebook[codes].to(dtype)
+        return module(embeddings.to(dtype), entries, grid, self.stride).to(embeddings.dtype)
 
     def _pack(self, embeddings: list[torch.Tensor]) -> CompactFeatures:
         """Packs images as the base's own encoder does: a list if images have any size, else one tensor."""
@@ -205,7 +220,7 @@ class CodeReadLayer(ReadLayer):
         if self.active_module() is None or isinstance(images, CompactFeatures):
             return None
         if images is not None:
-            input_ids, stride = kwargs.get("input_ids"), self.active_module().stride
+            input_ids, stride = kwargs.get("input_ids"), self.stride or self.active_module().default_stride
             grids = self.family.encoded_codes(images, input_ids, stride)  # N times (H, W)
             compact = [self._compress(codes.flatten()[None], tuple(codes.shape))[0] for codes in grids]
             self._check_repeats(input_ids, compact)

@@ -114,29 +114,28 @@ class ClsToken(nn.Module):
 class CellDecompressor(StripDecompressor):
     """Draws the codes of one s x s window from each hidden state, and attends to the global codes, too."""
 
-    def __init__(self, stride: int, code_width: int, width: int, out_width: int, layers: int):
-        super().__init__(stride, code_width, width, out_width, layers)
-        self.global_in = nn.Linear(code_width, width)
+    def __init__(
+        self, lengths: tuple[int], code_width: int, width: int, out_width: int, layers: int, global_width: None = None
+    ):
+        super().__init__(lengths, code_width, width, out_width, layers, code_width)
+        self.stride = math.isqrt(*lengths)
 
-    def order(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def order(self, x: torch.Tensor, grid: Grid, length: int) -> torch.Tensor:
         return raster_to_windows(x, self.stride, grid)
 
     def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         return windows_to_raster(x, self.stride, grid)
 
-    def step_positions(self, positions: Positions, grid: Grid) -> torch.Tensor:
+    def step_positions(self, positions: Positions, grid: Grid, length: int) -> torch.Tensor:
         return positions(compact_grid(grid, self.stride)) + 1  # positions count compact tokens
-
-    def memory(self, state: torch.Tensor, globals_: torch.Tensor) -> torch.Tensor:
-        return torch.cat([state, self.global_in(globals_)], 1)
 
 
 class CellAtDensePlaces(CellDecompressor):
     """Each window uses the mean of its codes' positions in the base's own sequence as its position id."""
 
-    def step_positions(self, positions: Positions, grid: Grid) -> torch.Tensor:
+    def step_positions(self, positions: Positions, grid: Grid, length: int) -> torch.Tensor:
         of_codes = torch.arange(math.prod(grid)).view(1, -1)  # (1, T), in raster order
-        of_windows = self.order(of_codes, grid)[0].float().mean(-1).round().long()  # (T',)
+        of_windows = self.order(of_codes, grid, length)[0].float().mean(-1).round().long()  # (T',)
         return torch.cat([of_windows, of_windows[-1:] + 1])
 
 

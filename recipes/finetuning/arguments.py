@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import SchedulerType
@@ -19,6 +19,8 @@ NEW_ADAPTER = {  # the defaults of a new adapter; an existing one keeps its own 
     "stride": 2,
     "num_global_tokens": 4,
     "decompressor": "strip",
+    "codes_per_step": None,
+    "drawing_global_tokens": False,
     "decompressor_layers": 2,
     "decompressor_width": 192,
     "codebook_weight": 1.0,
@@ -94,6 +96,8 @@ class FinetuneArguments:
     stride: int | None = field(default=None, metadata={"help": "Side of the windows that become one token."})
     num_global_tokens: int | None = field(default=None, metadata={"help": "Global tokens of an image (learned queries)."})
     decompressor: str | None = field(default=None, metadata={"help": "Turns compact tokens into codes: strip, phase, raster."})
+    codes_per_step: list[int] | None = field(default=None, metadata={"help": "Codes in a step; several: to choose among."})
+    drawing_global_tokens: bool | None = field(default=None, metadata={"help": "Global tokens before a drawing, too."})
     decompressor_layers: int | None = field(default=None, metadata={"help": "Layers of the decompressor."})
     decompressor_width: int | None = field(default=None, metadata={"help": "Width of the decompressor."})
     codebook_weight: float | None = field(default=None, metadata={"help": "Weight of the codes in the loss of stage 1."})
@@ -119,8 +123,8 @@ class FinetuneArguments:
 
     def differences(self, config: UniCompressConfig) -> list[str]:
         """The settings that these options name and an existing adapter's config does not have, one text each."""
-        asked = {name: getattr(self, name) for name in NEW_ADAPTER if getattr(self, name) is not None}
-        asked = {name: set(value) if isinstance(value, list) else value for name, value in asked.items()}
+        named = {name: getattr(self, name) for name in NEW_ADAPTER if getattr(self, name) is not None}
+        asked = {name: getattr(replace(config, **{name: value}), name) for name, value in named.items()}  # in the config's form
         has = {name: getattr(config, name) for name in asked}
         return [f"{name}: it has {has[name]!r}, asked for {asked[name]!r}" for name in asked if asked[name] != has[name]]
 

@@ -69,8 +69,9 @@ class RowCheck:
 
     def settings(self) -> tuple:
         """Everything, beside the row, on which the result of a check depends."""
-        config = self.collator.config
-        adapter = config.stride, config.num_global_tokens, config.decompressor, state_of(self.collator.processor)
+        config, processor = self.collator.config, state_of(self.collator.processor)
+        adapter = config.stride, config.num_global_tokens, config.decompressor
+        adapter = *adapter, config.codes_per_step, config.drawing_global_tokens, processor
         versions = [__version__, *map(version, ("transformers", "pillow"))]
         return *adapter, self.context, self.places is not tokens_of, self.teacher is not None, versions
 

@@ -23,11 +23,16 @@ from uc_adapters.pictures import to_pil
 
 @dataclass
 class Contender:
-    """A model with the processor that has its number of placeholders."""
+    """A model with the processor that has its number of placeholders.
+
+    `codes_per_step` is the number of codes in a step with which an adapter draws, if it is trained for several. Default: the
+    one in the middle.
+    """
 
     name: str
     model: torch.nn.Module
     processor: ProcessorMixin
+    codes_per_step: int | None = None
 
 
 def twin_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -103,6 +108,8 @@ def draw(contender: Contender, prompts: list[str], **sampling) -> tuple[list[Ima
     model = contender.model
     calls = calls_of(model)
     inputs = drawing_inputs(contender.processor, prompts, calls).to(model.device)
+    if contender.codes_per_step is not None:
+        sampling |= {"codes_per_step": contender.codes_per_step}
     start = time.perf_counter()
     tokens = calls.draw(model, inputs, **sampling)
     pixels = family_of(base_of(model)).to_pixels(tokens, calls.grid(model, inputs))
@@ -125,7 +132,7 @@ def drawn_steps(contender: Contender) -> int:
     grid = grid_of(contender)
     if not isinstance(contender.model, UniCompressModel):
         return family_of(contender.model).dense_placeholders(grid)
-    return contender.model.active_peft_config.num_gen_tokens(grid) - 1  # the separator is given, so that no step draws it
+    return contender.model.active_peft_config.num_gen_steps(grid, contender.codes_per_step)
 
 
 def draw_in_turn(

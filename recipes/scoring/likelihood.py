@@ -8,7 +8,7 @@ from scoring.contenders import Contender, grid_of
 from scoring.stock_calls import calls_of, drawing_inputs
 
 from uc_adapters import UniCompressCollator, UniCompressModel
-from uc_adapters.code_head import ExpansionHead
+from uc_adapters.code_head import ExpansionHead, StripHead
 from uc_adapters.families import family_of
 
 
@@ -47,7 +47,9 @@ def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[
     that this is their exact NLL.
     """
     model = contender.model
-    collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0)
+    length = contender.codes_per_step or model.active_peft_config.strip_length()
+    options = {"codes_per_step": length} if isinstance(model.code_head, StripHead) else {}
+    collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0, **options)
     rows = [
         {
             "messages": [

@@ -93,7 +93,8 @@ class Compact(Trainee):
     def drawing_loss(self, words: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         side, config = self.model.family.geometry.draw_side, self.model.active_peft_config
         batch = self._drawing_batch(words, latents, config.num_gen_tokens((side, side)))
-        batch["labels"][:, words.shape[1] + config.num_global_codes] = -100  # the separator is not learned
+        first = words.shape[1]  # learned global tokens and the separator are not learned to be drawn
+        batch["labels"][:, first + config.num_global_codes : first + config.num_drawing_globals + 1] = -100
         return self.model(**batch, **self.targets(words, latents)).loss
 
     def targets(self, words: torch.Tensor, latents: torch.Tensor) -> dict:

@@ -298,15 +298,20 @@ def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor
     assert len(seen) == drawn_globals + rows * columns
 
 
-def test_training_scores_drawn_strips_as_drawing_saw_them(model, compact, images):
+@pytest.mark.parametrize("codes_per_step", [None, 3, 8, 50])
+def test_training_scores_drawn_strips_as_drawing_saw_them(base, processor, images, codes_per_step):
     """Row ends and all: images of two ratios, each drawn alone, in one batch of training."""
+    model = attach(base, codes_per_step=codes_per_step)
+    compact, length = model.compact_processor(processor), codes_per_step or 4
     rows, seen = [], []
     for caption, ratio in (("a red 3 at the top left", "2:1"), ("a blue 7", "1:2")):
         prompt, record = to_draw(compact, caption, ratio), Record()
         tokens = draw(model, prompt, logits_processor=LogitsProcessorList([record]))
-        [(height, width)], codes = prompt["image_sizes"], torch.cat(record.codes)
+        [(height, width)] = prompt["image_sizes"]
+        codes = torch.cat(record.codes)[: height * width]  # without what fills up the last step
         assert torch.equal(tokens, model.family.to_tokens(codes[None], (height, width)))
-        seen.append(torch.stack(record.log_probs).view(-1, 4).sum(1))  # of each strip
+        strips = torch.cat(record.log_probs)[: height * width].split(length)
+        seen.append(torch.stack([strip.sum() for strip in strips]))
         latents = {"size": [8 * height, 8 * width], "values": model.family.codebook[codes].numpy().tobytes()}
         user, assistant = [{"type": "text", "text": caption}], [{"type": "image"}]
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]

@@ -219,9 +219,13 @@ def test_a_drawing_that_windows_cannot_cover_is_refused_by_phase_alone(pristine,
         draw(model, prompt_inputs(model.compact_processor(processor), size=(256, 192)))
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("edits", [False, True])
-def test_the_likelihood_by_forward_is_that_step_by_step(model, compact, pictures, size, edits):
+@pytest.mark.parametrize(
+    ("size", "edits", "codes_per_step"),
+    [*[(size, edits, None) for size in SIZES.values() for edits in (False, True)], ([*SIZES.values()][-1], False, 7)],
+)
+def test_the_likelihood_by_forward_is_that_step_by_step(pristine, processor, pictures, size, edits, codes_per_step):
+    model, length = attach(copy.deepcopy(pristine), codes_per_step=codes_per_step), codes_per_step or 4
+    compact = model.compact_processor(processor)
     inputs = edit_inputs(compact, pictures[1:2], size=size) if edits else prompt_inputs(compact, size=size)
     record = Record()
     codes = draw(model, inputs, logits_processor=LogitsProcessorList([record]))[0]
@@ -248,9 +252,9 @@ def test_the_likelihood_by_forward_is_that_step_by_step(model, compact, pictures
     steps, drawn = [], iter(torch.stack(record.log_probs).flatten().tolist())
     for count in counts:
         steps.append(0.0)  # the separator
-        for first in range(0, count, 4):
-            log_probs = [next(drawn) for _ in range(4)]
-            steps.append(sum(log_probs[: min(4, count - first)]))  # what fills up the last step is no code
+        for first in range(0, count, length):
+            log_probs = [next(drawn) for _ in range(length)]
+            steps.append(sum(log_probs[: min(length, count - first)]))  # what fills up the last step is no code
     assert next(drawn, None) is None
     torch.testing.assert_close(scored.log_probs[0, -places:], torch.tensor(steps), atol=1e-3, rtol=1e-4)
 

@@ -43,7 +43,7 @@ class Case:
         self.kind, self.grid = kind, (cells[0] * stride, cells[1] * stride)
         dense, compact = self.grid[0] * self.grid[1], cells[0] * cells[1]
         if kind == "strip":
-            self.module = StripDecompressor(stride, layers=layers, **SHAPE)
+            self.module = StripDecompressor((stride**2,), layers=layers, **SHAPE)
             self.length, self.block = stride**2, 1
             condition = torch.randn(batch, OUT_WIDTH)  # hidden states
         else:
@@ -80,7 +80,8 @@ class Case:
             seen.append(features)
             return (features @ self.head).argmax(-1)
 
-        codes = self.order(self.module.draw(self.codebook, *self.conditions, *self.of_grid, pick))
+        of_step = (self.length,) if self.kind == "strip" else (self.grid,)
+        codes = self.order(self.module.draw(self.codebook, *self.conditions, *of_step, pick))
         return codes, torch.cat([x.unflatten(0, (len(codes), -1)) for x in seen], 1), len(seen)
 
 
@@ -185,19 +186,19 @@ def test_a_stretched_position_is_near_those_that_it_lies_between(module):
 
 @given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
 def test_what_each_step_draws_is_undone_exactly(stride, rows, columns):
-    module, grid = StripDecompressor(stride, layers=1, **SHAPE), (rows * stride, columns * stride)
+    module, grid = StripDecompressor((stride**2,), layers=1, **SHAPE), (rows * stride, columns * stride)
     raster = torch.arange(2 * grid[0] * grid[1] * 3).view(2, -1, 3)
-    steps = module.order(raster, grid)
+    steps = module.order(raster, grid, stride**2)
     assert steps.shape == (2, rows * columns, stride**2, 3)
     assert torch.equal(module.unorder(steps, grid), raster)
-    assert torch.equal(module.order(module.unorder(steps, grid), grid), steps)
+    assert torch.equal(module.order(module.unorder(steps, grid), grid, stride**2), steps)
 
 
 @given(stride=st.integers(1, 3), rows=st.integers(1, 3), columns=st.integers(1, 3))
 def test_strips_cut_the_raster_and_change_nothing_of_its_order(stride, rows, columns):
-    module, grid = StripDecompressor(stride, layers=1, **SHAPE), (rows * stride, columns * stride)
+    module, grid = StripDecompressor((stride**2,), layers=1, **SHAPE), (rows * stride, columns * stride)
     raster = torch.arange(grid[0] * grid[1]).view(1, -1)
-    assert torch.equal(module.order(raster, grid).flatten(1), raster)
+    assert torch.equal(module.order(raster, grid, stride**2).flatten(1), raster)
 
 
 @given(stride=st.integers(1, 4), rows=st.integers(1, 5), columns=st.integers(1, 5), has_eol=st.booleans())
@@ -208,19 +209,20 @@ def test_a_strip_stands_where_its_last_code_stands_in_the_bases_own_sequence(str
         base += range(row * grid[1], (row + 1) * grid[1])
         base += [("end", row)] * has_eol
     code_places = torch.tensor([place for place, code in enumerate(base) if isinstance(code, int)] + [len(base)])
-    *steps, after = StripDecompressor(stride, layers=1, **SHAPE).step_positions(lambda _: code_places, grid).tolist()
+    module = StripDecompressor((stride**2,), layers=1, **SHAPE)
+    *steps, after = module.step_positions(lambda _: code_places, grid, stride**2).tolist()
     assert [base[place] for place in steps] == [(step + 1) * stride**2 - 1 for step in range(rows * columns)]
     assert after == len(base)  # what follows the image stands where it stands in the base's
 
 
-@given(stride=st.integers(2, 3), rows=st.integers(1, 7), columns=st.integers(1, 7))
-def test_the_last_strip_holds_what_is_left_of_a_grid(stride, rows, columns):
-    module, count = StripDecompressor(stride, layers=1, **SHAPE), rows * columns
+@given(length=st.integers(1, 9), rows=st.integers(1, 7), columns=st.integers(1, 7))
+def test_the_last_strip_holds_what_is_left_of_a_grid(length, rows, columns):
+    module, count = StripDecompressor((9, length), layers=1, **SHAPE), rows * columns
     raster = torch.arange(count).view(1, -1)
-    strips = module.order(raster, (rows, columns))
-    assert strips.shape == (1, -(-count // stride**2), stride**2)
+    strips = module.order(raster, (rows, columns), length)
+    assert strips.shape == (1, -(-count // length), length)
     assert torch.equal(module.unorder(strips, (rows, columns)), raster)
-    *steps, after = module.step_positions(lambda _: torch.arange(count + 1), (rows, columns)).tolist()
+    *steps, after = module.step_positions(lambda _: torch.arange(count + 1), (rows, columns), length).tolist()
     assert (len(steps), steps[-1], after) == (strips.shape[1], count - 1, count)
 
 
@@ -240,13 +242,13 @@ def test_features_start_from_the_hidden_state():
 
 
 def test_an_untrained_steps_input_is_the_mean_of_its_codes_embeddings():
-    module = StripDecompressor(2, layers=1, **SHAPE)
+    module = StripDecompressor((4,), layers=1, **SHAPE)
     embeddings, entries = torch.randn(3, 5, 4, OUT_WIDTH), torch.randn(3, 5, 4, CODE_WIDTH)
     assert torch.equal(module.embed(embeddings, entries), embeddings.mean(-2))
 
 
 def test_a_trained_input_tells_where_a_code_stood():
-    module = StripDecompressor(2, layers=1, **SHAPE)
+    module = StripDecompressor((4,), layers=1, **SHAPE)
     torch.nn.init.normal_(module.places_in.weight)
     embeddings, entries = torch.randn(3, 4, OUT_WIDTH), torch.randn(3, 4, CODE_WIDTH)
     swapped = [1, 0, 2, 3]

@@ -162,7 +162,7 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"""
         """Returns the texts of the `count` images of one drawing, a preview and the image, or the image alone.
 
         The first text begins with the wrapper tokens that end a drawing prompt. An image has as many placeholders as an image
-        to read.
+        to read, or N_g + 1 and one for each code if these are not compressed. The collator replaces them.
 
         Args:
             processor: The processor of the base or of an adapter.

@@ -95,8 +95,8 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
         patch = processor.image_processor.patch_size
         grids = (drawn["image_sizes"][first : first + count] // patch).tolist()
         wrapper = "".join(f"{processor.grid_bos_token}{h} {w}{processor.grid_eos_token}" for h, w in reversed(grids))
-        placeholders = getattr(processor, "placeholders", math.prod)  # the base's processor writes one for each code
-        first_text, *others = (processor.image_token * placeholders(grid) for grid in grids)
+        front = getattr(processor, "num_global_tokens", -1) + 1  # with the separator; the base's processor has neither
+        first_text, *others = (processor.image_token * (front + rows * columns) for rows, columns in grids)
         return [f"{wrapper}{processor.bos_token}{first_text}", *others]
 
     @staticmethod
@@ -202,7 +202,6 @@ image = pipeline(prompt=prompt, prior_token_ids=codes, height=1024, width=1024).
             copy.deepcopy(processor.image_processor),
             copy.deepcopy(processor.tokenizer),
             chat_template=processor.chat_template,
-            stride=stride,
             num_global_tokens=num_global_tokens,
             target_h=processor.target_h,
             target_w=processor.target_w,
@@ -219,7 +218,6 @@ class CompactGlmImageProcessor(GlmImageProcessor):
         image_processor: The base's image processor.
         tokenizer: The base's tokenizer.
         chat_template: The base's chat template.
-        stride: The adapter's stride. Default 2.
         num_global_tokens: The adapter's N_g. Default 4.
         target_h: Height of the pictures to draw if a call does not give it. Default: the base's own.
         target_w: Width likewise.
@@ -230,13 +228,12 @@ class CompactGlmImageProcessor(GlmImageProcessor):
         image_processor=None,
         tokenizer=None,
         chat_template=None,
-        stride: int = 2,
         num_global_tokens: int = 4,
         target_h: int = GlmImageProcessor.target_h,
         target_w: int = GlmImageProcessor.target_w,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.stride, self.num_global_tokens = stride, num_global_tokens
+        self.num_global_tokens = num_global_tokens
         self.target_h, self.target_w = target_h, target_w
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
@@ -251,10 +248,6 @@ class CompactGlmImageProcessor(GlmImageProcessor):
             read = per_prompt[:, :-1].flatten(0, 1)
             inputs.update(unpacked(self, {"pixel_values": inputs["pixel_values"], "image_grid_thw": read}))
         return inputs
-
-    def placeholders(self, grid: Grid) -> int:
-        """Returns the number of placeholders of an image to draw, with all global tokens."""
-        return self.num_global_tokens + 1 + -(-math.prod(grid) // self.stride**2)
 
 
 # AutoProcessor finds the class by the name in a saved folder; the first argument does not matter for that

@@ -87,6 +87,7 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         name=Path(name).name,
         source=name,
         config=config,
+        codes=ratios_of(config),
         base=hub_id(base) or (Path(base).name if base else None),
         on_hub=hub_id(base),
         version=__version__,
@@ -105,6 +106,19 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
     return str(new)
 
 
+def ratios_of(config: dict) -> str | None:
+    """Returns the numbers of codes in a step for which the adapter of a config's fields is trained, as a text.
+
+    None if its decompressor has no such number.
+    """
+    fields = ("stride", "decompressor", "codes_per_step")  # an older adapter lacks the last one
+    adapter = UniCompressConfig(**{name: config[name] for name in fields if name in config})
+    if adapter.decompressor != "strip":
+        return None
+    lengths = ", ".join(map(str, adapter.strip_lengths))
+    return lengths if len(adapter.strip_lengths) == 1 else f"{lengths} (default {adapter.strip_length()})"
+
+
 def token_counts(config: dict) -> list[tuple[str, int, int]]:
     """Returns what an image costs the language model: the name of each cost, the base's number, and the adapter's.
 
@@ -112,29 +126,29 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
         BaseModelError: The base's family needs a newer transformers.
     """
     check_present(config["base_geometry"]["model_type"])
-    geometry, stride, count = config["base_geometry"], config["stride"], config["num_global_tokens"]
-    drawn = UniCompressConfig(num_global_tokens=count, decompressor=config["decompressor"]).num_global_codes
+    geometry = config["base_geometry"]
+    fields = ("stride", "num_global_tokens", "decompressor", "codes_per_step")  # older ones lack the last
+    adapter = UniCompressConfig(**{name: config[name] for name in fields if name in config})
     family = FAMILIES[geometry["model_type"]]
     image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
 
-    def row(what: str, grid: Grid, more: int, has_eol: bool) -> tuple[str, int, int]:
-        rows, columns = grid
-        compact = rows * columns // stride**2
-        return what, rows * (columns + family.has_eol), more + compact + has_eol * (rows // stride)
+    def row(what: str, grid: Grid, compact: int) -> tuple[str, int, int]:
+        return what, grid[0] * (grid[1] + family.has_eol), compact
 
     # the separator and the row ends count when reading; when drawing they are known, and take no step
     table = []
     if family.compresses_reading:
         grid = family.example_grid or (geometry["read_side"],) * 2
-        table.append(row(f"tokens to read {image}", grid, count + 1, family.has_eol))
+        ends = grid[0] // adapter.read_stride() if family.has_eol else 0
+        table.append(row(f"tokens to read {image}", grid, adapter.num_image_tokens(grid) + ends))
     if family.why_no_drawing is None:
         grid = family.example_grid or (geometry["draw_side"],) * 2
         what = f"steps of the language model to draw {'one' if table else image}"
         preview = family.preview_grid(grid)
         if preview is not None:
-            table.append(row(f"{what}: its preview", preview, drawn, False))
+            table.append(row(f"{what}: its preview", preview, adapter.num_gen_steps(preview)))
             what = "and the image itself"
-        table.append(row(what, grid, drawn, False))
+        table.append(row(what, grid, adapter.num_gen_steps(grid)))
     return table
 
 

@@ -332,7 +332,7 @@ class HubModel(PeftModel):
         if processor is None:
             return None
         config = self.peft_config[adapter_name]
-        return family_of(self.get_base_model()).compact_processor(processor, config.stride, config.num_global_tokens)
+        return family_of(self.get_base_model()).compact_processor(processor, config.read_stride(), config.num_global_tokens)
 
 
 def _scalings(base: nn.Module, name: str) -> dict[str, float]:

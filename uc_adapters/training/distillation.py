@@ -31,7 +31,8 @@ from .joint import JointTrainer, NamingCollator
 
 def teacher_collator(collator: UniCompressCollator, processor: ProcessorMixin) -> UniCompressCollator:
     """Returns a collator that makes the dense base's batches from the rows of `collator`. `processor` is the base's own."""
-    dense = replace(collator, processor=processor, config=replace(collator.config, stride=1, num_global_tokens=0))
+    dense_form = {"stride": 1, "num_global_tokens": 0, "codes_per_step": None, "drawing_global_tokens": False}
+    dense = replace(collator, processor=processor, config=replace(collator.config, **dense_form), codes_per_step=None)
     dense.dropout = collator.dropout  # so that the same rows lose their captions
     return dense
 

@@ -99,7 +99,7 @@ class ReconstructionStage(nn.Module):
         self.trained = nn.ModuleDict()
         if reader.extractor is not None:
             self.trained["read_extractor"] = reader.extractor
-            self.trained["readout"] = FeatureReadout(geometry.read_width, geometry.read_side, config.stride)
+            self.trained["readout"] = FeatureReadout(geometry.read_width, geometry.read_side, config.read_stride())
         if model.code_head is not None:
             module = model.code_head.module
             if module.extractor is not None:
@@ -191,7 +191,7 @@ class ReconstructionStage(nn.Module):
         """Returns the squared error of the restored features relative to their variance. Predicting the mean would give 1."""
         with torch.no_grad():
             features = self.model.family.read_features(pixels).float()  # (B, T, read_width)
-        pooled = average_pool(features, self.model.active_peft_config.stride, grid)
+        pooled = average_pool(features, self.model.active_peft_config.read_stride(), grid)
         restored = self.trained["readout"](self.trained["read_extractor"](features, grid), pooled, grid)
         variance = over_processes(features.square().mean()) - over_processes(features.mean()).square()
         return (restored - features).square().mean() / variance
