@@ -31,6 +31,14 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freeze_what_stays():
+    """What a file's tests left behind stays as well: modules that were imported late, caches, models that files share."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def hub():
     """The Hub that all tests speak to, empty; ann may write to org."""

@@ -117,6 +117,8 @@ def test_without_global_tokens_a_static_cache_draws_the_same(base, short_process
 
 
 def test_compiled_it_draws_the_same_and_compiles_only_what_is_new(base, short_processor):
+    base.config.text_config.num_hidden_layers = 1  # a compiler takes long over each
+    base.model.language_model.layers = base.model.language_model.layers[:1]
     model, graphs = attach(base), Graphs()
     calls = [
         (0, [], None, 2),  # a step of one token, and a strip's codes

@@ -21,7 +21,7 @@ IMAGE_SIZE = 64
 QUARTER_SIZE = 32
 DIGIT_SIZE = 28
 MARGIN = (QUARTER_SIZE - DIGIT_SIZE) // 2
-BACKGROUND = np.array([16, 16, 16], dtype=np.float32)
+BACKGROUND = 16
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COLOURS = {
     "red": (235, 50, 50),
@@ -55,6 +55,13 @@ def _enlarged_scans(split: str) -> np.ndarray:
     scans, _ = load_scans(split)
     size = (DIGIT_SIZE, DIGIT_SIZE)
     return np.stack([np.asarray(Image.fromarray(scan).resize(size, Image.Resampling.BILINEAR)) for scan in scans])
+
+
+@cache
+def _tinted_scan(split: str, scan: int, colour: str) -> np.ndarray:
+    """A scan's pixels in its colour, (28, 28, 3) uint8. A training sees most of them many times."""
+    ink = _enlarged_scans(split)[scan][..., None]  # (28, 28, 1)
+    return (BACKGROUND + ink * (np.array(COLOURS[colour], dtype=np.float32) - BACKGROUND)).round().astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -107,15 +114,13 @@ class Scene:
 
     def render(self, split: str) -> np.ndarray:
         """The scene's pixels, (64, 64, 3) uint8."""
-        pixels = np.broadcast_to(BACKGROUND, (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
+        pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), BACKGROUND, dtype=np.uint8)
         for place, quarter in enumerate(self.quarters):
-            if quarter is None:
-                continue
-            ink = _enlarged_scans(split)[quarter.scan][..., None]  # (28, 28, 1)
-            top, left = (QUARTER_SIZE * index + MARGIN for index in divmod(place, 2))
-            window = pixels[top : top + DIGIT_SIZE, left : left + DIGIT_SIZE]
-            window += ink * (np.array(COLOURS[quarter.colour], dtype=np.float32) - window)
-        return pixels.round().astype(np.uint8)
+            if quarter is not None:
+                top, left = (QUARTER_SIZE * index + MARGIN for index in divmod(place, 2))
+                tinted = _tinted_scan(split, quarter.scan, quarter.colour)
+                pixels[top : top + DIGIT_SIZE, left : left + DIGIT_SIZE] = tinted
+        return pixels
 
     def image(self, split: str) -> Image.Image:
         """The scene as a PIL image."""

@@ -23,6 +23,7 @@ class Spec:
     make_processor: Callable[[], ProcessorMixin]
     make_model: Callable[[ProcessorMixin], PreTrainedModel]
     offloads_vision: bool = True  # whether accelerate can offload the bare base's vision tower
+    stride: int = 2  # of the adapters in the matrix
 
     @property
     def draws(self) -> bool:
@@ -45,8 +46,9 @@ SPECS = [
         lambda processor: shallow(tiny_emu3.make_model(processor, temporal_downsample_factor=4)),
     ),
     Spec("chameleon", tiny_chameleon.make_processor, tiny_chameleon.make_model),
-    # The base reads the weight of an embedding outside of the module, where accelerate does not load it
-    Spec("glm_image", tiny_glm_image.make_processor, tiny_glm_image.make_model, offloads_vision=False),
+    # The base reads the weight of an embedding outside of the module, where accelerate does not load it. It draws a preview of
+    # 256 codes first, whatever the image's size; test_glm_image.py has the stride of 2.
+    Spec("glm_image", tiny_glm_image.make_processor, tiny_glm_image.make_model, offloads_vision=False, stride=4),
 ]
 if hasattr(transformers, "Apertus1p5Config"):  # transformers 5.24 and later
     from tiny_world import tiny_apertus1p5

@@ -67,9 +67,9 @@ def pictures(images):
 
 
 @pytest.fixture(scope="module")
-def attached(pristine):
+def attached(spec, pristine):
     """Nothing may change it."""
-    return attach(copied(pristine))
+    return attach(copied(pristine), stride=spec.stride)
 
 
 @pytest.fixture
@@ -384,8 +384,8 @@ def test_two_active_adapters_are_refused(model, compact, pictures):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("decompressor", ["strip", "phase"])
-def test_a_prompt_draws_the_same_alone_and_beside_others(drawing, base, processor, decompressor, guidance_scale):
-    model = attach(base, decompressor=decompressor)
+def test_a_prompt_draws_the_same_alone_and_beside_others(spec, drawing, base, processor, decompressor, guidance_scale):
+    model = attach(base, decompressor=decompressor, stride=spec.stride)
     compact = model.compact_processor(processor)
     together = draw(model, prompts(model, compact, CAPTIONS), guidance_scale=guidance_scale)
     for row, caption in zip(together, CAPTIONS, strict=True):

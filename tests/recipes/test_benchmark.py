@@ -39,6 +39,7 @@ def shallow_pair(fresh, monkeypatch):
     monkeypatch.setattr(benchmark, "sides", sides)
 
 
+@pytest.mark.usefixtures("shallow_pair")
 def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
     files = {"json": str(tmp_path / "figures.json"), "chart": str(tmp_path / "figures.png")}
     arguments = {"repeats": 1, "warm_up": False, "batch_sizes": [1, 2], "alternatives": ["dynamic", "static"]}
@@ -175,6 +176,7 @@ def test_training_that_does_not_fit_says_so():
         benchmark.main(benchmark.BenchmarkArguments(train=True, repeats=1, warm_up=False, batch_sizes=[NEVER_FITS]))
 
 
+@pytest.mark.usefixtures("shallow_pair")
 def test_without_a_compiler_the_compiled_row_is_left_out_with_the_reason():
     arguments = benchmark.BenchmarkArguments(repeats=1, warm_up=False, alternatives=["compiled"], measure=["drawing"])
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):  # what CXX is read into

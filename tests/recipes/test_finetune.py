@@ -82,6 +82,13 @@ def test_the_losses_of_its_parts_are_logged_apart(base_folder, captioned, tmp_pa
     assert b"train/reconstruction" in written
 
 
+@pytest.fixture
+def few_shown(monkeypatch):
+    """Each is drawn apart."""
+    monkeypatch.setattr(stages, "SHOWN", 2)
+
+
+@pytest.mark.usefixtures("few_shown")
 def test_sample_pictures_are_drawn_and_change_nothing(base_folder, captioned, tmp_path):
     options = {"decompressor": "phase", "num_global_tokens": 0, "stage_1_steps": 2}  # it is drawn with in both stages
     options |= {"dataset": [str(captioned)], "training": {"max_steps": 2}}
@@ -94,6 +101,7 @@ def test_sample_pictures_are_drawn_and_change_nothing(base_folder, captioned, tm
         assert min(Image.open(pictures[0]).size) > 200
 
 
+@pytest.mark.usefixtures("few_shown")
 def test_sample_pictures_are_drawn_as_after_training(base_folder, captioned, tmp_path):
     pictures, options = [], {"dataset": [str(captioned)], "num_global_tokens": 0}  # stage 1 has nothing to learn
     for checkpointing in (False, True):  # in training mode, checkpointing would draw without a cache

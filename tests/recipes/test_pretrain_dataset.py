@@ -1,6 +1,7 @@
 """`pretrain_tiny.py --dataset`: a tiny base of captioned images that nobody prepared."""
 
 import json
+from functools import partial
 
 import pretrain_tiny
 import pytest
@@ -44,6 +45,15 @@ def pictures(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data") / "pictures", 48)
 
 
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Steps of fewer rows."""
+    monkeypatch.setattr(pretrain_tiny, "train_vq", partial(pretrain_tiny.train_vq, batch_size=4))
+    monkeypatch.setattr(pretrain_tiny, "train_vision", partial(pretrain_tiny.train_vision, batch_size=4))
+    monkeypatch.setattr(pretrain_tiny, "train_joint", partial(pretrain_tiny.train_joint, read_rows=4, draw_rows=4))
+
+
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("family", pretrain_tiny.FAMILIES)
 def test_a_base_of_captioned_images_loads_knows_their_words_and_draws(family, pictures, tmp_path):
     folder = str(tmp_path / "base")
