@@ -1,6 +1,6 @@
 """The variants of `ablate.py`: the paper's ablations (UniCompress, section 4), one change each, and the way to "strip".
 
-All axes but "drawing" start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as in
+All axes but the last two start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as in
 the paper. Modules that did not win are defined here, and not in the package.
 """
 
@@ -293,6 +293,7 @@ AXES: dict[str, dict[str, Variant]] = {
         ),
     },
     "codes in a step": {
+        "cell": START,
         "2": strip(distill=True, codes_per_step=2),
         "4": TAUGHT,
         "4, global tokens": strip(distill=True, codes_per_step=4, drawing_global_tokens=True),
