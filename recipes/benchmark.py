@@ -3,6 +3,7 @@
     python recipes/benchmark.py --shape tiny --batch_sizes 1 8                     # two minutes: the shipped base and adapter
     python recipes/benchmark.py --shape janus-pro-1b --repeats 1 --warm_up false   # 20 to 40 minutes on two cores, 14 GiB
     python recipes/benchmark.py --shape tiny --also phase raster                    # other decompressors, in the same run
+    python recipes/benchmark.py --shape janus-pro-1b --also 8 16 --measure drawing   # 8 and 16 codes in a step
     python recipes/benchmark.py --shape tiny --fused true                          # also the adapter with its LoRA merged
     python recipes/benchmark.py --shape janus-pro-7b --dtype bfloat16 --device cuda --batch_sizes 1 8 --alternatives compiled
     python recipes/benchmark.py --shape janus-pro-1b --train                       # a step of training: six minutes, 14 GiB
@@ -58,7 +59,9 @@ class BenchmarkArguments:
     decompressor: str = field(
         default="strip", metadata={"help": "Decompressor of an adapter with random weights; not with --shape tiny."}
     )
-    also: list[str] = field(default_factory=list, metadata={"help": "More decompressors to draw with, with random weights."})
+    also: list[str] = field(
+        default_factory=list, metadata={"help": "More adapters, with random weights: decompressors, or codes in a step."}
+    )
     fused: bool = field(default=False, metadata={"help": "Also draw and read with the adapter's LoRA merged."})
     train: bool = field(default=False, metadata={"help": "Time a training step instead: LoRA on dense tokens, and stage 2."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Use it on both sides. Needs --train true."})
@@ -86,7 +89,9 @@ class BenchmarkArguments:
         if self.shape == "tiny":
             self._require("decompressor", self.decompressor == "strip", "strip with --shape tiny, which is the shipped adapter")
         others = [kind for kind in DECOMPRESSORS if kind != self.decompressor]
-        self._require("also", set(self.also) <= set(others), f"some of {', '.join(others)}")
+        lengths = [kind for kind in self.also if kind.isdigit() and int(kind) >= 1]
+        expected = f"some of {', '.join(others)}, or numbers of codes in a step, from 1 on"
+        self._require("also", set(self.also) <= {*others, *lengths}, expected)
         self._require("alternatives", set(self.alternatives) <= set(ALTERNATIVES), f"some of {', '.join(ALTERNATIVES)}")
         self._require("measure", self.measure and set(self.measure) <= set(MEASURES), f"some of {', '.join(MEASURES)}")
         self._require("repeats", self.repeats >= 1, "1 or more")

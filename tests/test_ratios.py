@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel
+from uc_adapters.command import main
 from uc_adapters.errors import BaseModelError, ConfigError, InputError
 from uc_adapters.hub.card import token_counts
 from uc_adapters.joint_loss import CODES
 
+DIAL, STRIDES = (1, 3, 8), (1, 2, 4)
 each_length = pytest.mark.parametrize("codes_per_step", [1, 2, 3, 5, 8, 12, 63, 64])
 
 
@@ -120,7 +122,7 @@ def test_an_adapter_keeps_its_ratio(fresh, short_processor, tmp_path):
     loaded = UniCompressModel.from_pretrained(fresh(), tmp_path)
     assert loaded.active_peft_config.codes_per_step == 5
     assert torch.equal(draw(loaded, prompts), draw(model, prompts))
-    assert "5 codes a step" in (tmp_path / "README.md").read_text()
+    assert "in front of drawings, too, decompressor `strip`, codes in a step 5," in (tmp_path / "README.md").read_text()
 
 
 def test_learned_global_tokens_take_no_step(fresh, processor, images):
@@ -157,6 +159,23 @@ def test_learned_global_tokens_guide_every_step(fresh, processor, images):
     assert all(weight.grad.abs().sum() > 0 for weight in (module.global_tokens, module.decompressor.global_in.weight))
 
 
+def test_the_command_shows_and_takes_the_ratios(fresh, base_folder, short_processor, tmp_path, capsys):
+    model = attach(fresh(), codes_per_step=DIAL, stride=STRIDES)
+    model.save_pretrained(tmp_path / "dial", processor=short_processor)
+    adapter = str(tmp_path / "dial")
+    assert main(["info", adapter]) == 0
+    told = capsys.readouterr().out
+    assert "1, 2, 4 (default 2)" in told
+    assert "1, 3, 8 (default 3)" in told
+    assert "22, the base 64" in told
+    options = ["--base_model", str(base_folder), "--device", "cpu", "--output", str(tmp_path / "d.png")]
+    assert main(["draw", adapter, "a red 3", "--codes_per_step", "8", *options]) == 0
+    assert (tmp_path / "d.png").is_file()
+    capsys.readouterr()
+    assert main(["draw", adapter, "a red 3", "--codes_per_step", "5", *options]) == 1
+    assert "codes_per_step=5, for which the adapter is not trained; expected 1 or 3 or 8" in capsys.readouterr().err
+
+
 def test_a_teacher_teaches_every_ratio(shared, processor, short_processor, images):
     """The collator of the teacher writes the base's own sequence, whatever the adapter's is."""
     pytest.importorskip("trl")
@@ -172,9 +191,6 @@ def test_a_teacher_teaches_every_ratio(shared, processor, short_processor, image
     taught, alone = model(**collator(rows), **targets), model(**collator(rows))
     assert taught.loss.isfinite()
     assert taught.loss != alone.loss
-
-
-DIAL = (1, 3, 8)
 
 
 @pytest.mark.parametrize("codes_per_step", DIAL)
@@ -256,9 +272,6 @@ def test_a_ratio_is_refused_where_nothing_is_drawn_in_strips(fresh, short_proces
         draw(model, prompts, codes_per_step=8)
     with pytest.raises(InputError, match=r"codes_per_step=4 with the 'phase' decompressor"):
         draw(attach(fresh(), decompressor="phase"), prompts, codes_per_step=4)
-
-
-STRIDES = (1, 2, 4)
 
 
 def reading_row(image, question: str = "What digit is at the top left?") -> dict:

@@ -62,13 +62,15 @@ def draw(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"The base of {args.adapter} draws codes, and no pixels: {kind.why_no_pixels}. The adapter's card shows how."
         )
+    UniCompressConfig.from_pretrained(folder).strip_length(args.codes_per_step)  # raises InputError for one that is not trained
     model = _load_model(folder, args)
     model.merge_on_gpu()
     family = model.family
     turn = {"role": "user", "content": [{"type": "text", "text": args.prompt}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
     inputs = family.prompt_inputs(processor, [text]).to(family.device)
-    options = {name: value for name in ("guidance_scale", "temperature") if (value := getattr(args, name)) is not None}
+    names = ("guidance_scale", "temperature", "codes_per_step")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.negative_prompt is not None:
         options["negative_prompt_ids"] = processor.tokenizer(args.negative_prompt, return_tensors="pt").input_ids.to(
             family.device
@@ -116,9 +118,8 @@ def info(args: argparse.Namespace) -> None:
         ("adapter", args.adapter),
         ("base", f"{config.base_model_name_or_path or 'not named'}{commit} ({written['base_geometry']['model_type']})"),
         ("decompressor", f"{config.decompressor}, {config.decompressor_layers} layers, width {config.decompressor_width}"),
-        *([("codes per step", ratios_of(written))] if config.decompressor == "strip" else []),
-        ("stride", f"{config.stride}, with {config.num_global_tokens} global tokens"),
-        *([("global tokens", "in front of drawings, too")] if config.drawing_global_tokens else []),
+        *ratios_of(written).items(),
+        ("global tokens", f"{config.num_global_tokens}{', in front of drawings, too' if config.drawing_global_tokens else ''}"),
         ("LoRA", f"rank {config.r}, alpha {config.lora_alpha:g}" if config.target_modules else "none"),
         *((what, f"{compact}, the base {base}") for what, base, compact in token_counts(written)),
         ("size", f"{count:,} parameters, {megabytes:.1f} MB"),
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--seed", type=int, help="for the same pictures again")
     drawing.add_argument("--guidance_scale", type=float, help="strength of guidance; default: the base's own")
     drawing.add_argument("--temperature", type=float, help="below 1 for likelier codes; default: the base's own")
+    drawing.add_argument("--codes_per_step", type=int, help="codes in a step, if the adapter is trained for several")
     drawing.add_argument("--negative_prompt", help="what guidance leads away from")
     drawing.set_defaults(run=draw)
 

@@ -1,6 +1,6 @@
 """The variants of `ablate.py`: the paper's ablations (UniCompress, section 4), one change each, and the way to "strip".
 
-All axes but "drawing" start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as in
+All axes but the last two start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as in
 the paper. Modules that did not win are defined here, and not in the package.
 """
 
@@ -118,16 +118,15 @@ class CellDecompressor(StripDecompressor):
         self, lengths: tuple[int], code_width: int, width: int, out_width: int, layers: int, global_width: None = None
     ):
         super().__init__(lengths, code_width, width, out_width, layers, code_width)
-        self.stride = math.isqrt(*lengths)
 
     def order(self, x: torch.Tensor, grid: Grid, length: int) -> torch.Tensor:
-        return raster_to_windows(x, self.stride, grid)
+        return raster_to_windows(x, math.isqrt(length), grid)
 
     def unorder(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-        return windows_to_raster(x, self.stride, grid)
+        return windows_to_raster(x, math.isqrt(*self.lengths), grid)
 
     def step_positions(self, positions: Positions, grid: Grid, length: int) -> torch.Tensor:
-        return positions(compact_grid(grid, self.stride)) + 1  # positions count compact tokens
+        return positions(compact_grid(grid, math.isqrt(length))) + 1  # positions count compact tokens
 
 
 class CellAtDensePlaces(CellDecompressor):
@@ -235,6 +234,7 @@ def strip_of_last(**options) -> Variant:
 START = cell()
 DENSE = strip(stride=1, num_global_tokens=0)  # a step draws one of the base's own codes
 PAPER = Variant({"decompressor": "raster"})
+TAUGHT = strip(distill=True)
 AXES: dict[str, dict[str, Variant]] = {
     "global tokens": {
         "0": cell(num_global_tokens=0),
@@ -281,7 +281,7 @@ AXES: dict[str, dict[str, Variant]] = {
         "strip": strip(),
         "strip of the last code, one layer": strip_of_last(decompressor_layers=1),
         "strip of the last code, taught": strip_of_last(distill=True),
-        "strip, taught": strip(distill=True),
+        "strip, taught": TAUGHT,
         "strip, taught, three layers": strip(distill=True, decompressor_layers=3),
         "strip, taught, twice as wide": strip(distill=True, decompressor_width=384),
         "strip, taught, rank 16": strip(distill=True, r=16, lora_alpha=16),
@@ -291,6 +291,17 @@ AXES: dict[str, dict[str, Variant]] = {
         "strip of the last code, taught, LoRA on attention alone": strip_of_last(
             distill=True, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
         ),
+    },
+    "codes in a step": {
+        "cell": START,
+        "2": strip(distill=True, codes_per_step=2),
+        "4": TAUGHT,
+        "4, global tokens": strip(distill=True, codes_per_step=4, drawing_global_tokens=True),
+        "8": strip(distill=True, codes_per_step=8),
+        "8, global tokens": strip(distill=True, codes_per_step=8, drawing_global_tokens=True),
+        "8, four layers": strip(distill=True, codes_per_step=8, decompressor_layers=4),
+        "16": strip(distill=True, codes_per_step=16),
+        "4 of 1, 2, 4, 8 and 16": strip(distill=True, codes_per_step=[1, 2, 4, 8, 16]),
     },
 }
 """The variants by name, for each axis by name. A variant on several axes is trained once; `START` is on every axis."""

@@ -93,7 +93,7 @@ class FinetuneArguments:
     stage_1_steps: int = field(default=500, metadata={"help": "Optimizer steps of stage 1."})
     stage_1_batch_size: int = field(default=32, metadata={"help": "Images per batch and process; no accumulation."})
     stage_1_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of stage 1."})
-    stride: int | None = field(default=None, metadata={"help": "Side of the windows that become one token."})
+    stride: list[int] | None = field(default=None, metadata={"help": "Side of the windows that become one token; or several."})
     num_global_tokens: int | None = field(default=None, metadata={"help": "Global tokens of an image (learned queries)."})
     decompressor: str | None = field(default=None, metadata={"help": "Turns compact tokens into codes: strip, phase, raster."})
     codes_per_step: list[int] | None = field(default=None, metadata={"help": "Codes in a step; several: to choose among."})

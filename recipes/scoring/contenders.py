@@ -47,10 +47,13 @@ def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Cont
     return [dense] if adapter is None else [dense, with_adapter(dense, adapter, "adapter")]
 
 
-def with_adapter(dense: Contender, adapter: str, name: str) -> Contender:
-    """Loads an adapter on a bare base's weights."""
+def with_adapter(
+    dense: Contender, adapter: str, name: str, codes_per_step: int | None = None, stride: int | None = None
+) -> Contender:
+    """Loads an adapter on a bare base's weights, with the ratios at which it is to draw and to read."""
     model = UniCompressModel.from_pretrained(twin_of(dense.model), adapter).eval()
-    return Contender(name, model, load_processor(adapter))
+    processor = load_processor(adapter)
+    return Contender(name, model, processor if stride is None else model.compact_processor(processor, stride), codes_per_step)
 
 
 def check_sampling(temperature: float, guidance_scale: float, seed: int) -> None:

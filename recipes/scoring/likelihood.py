@@ -8,7 +8,7 @@ from scoring.contenders import Contender, grid_of
 from scoring.stock_calls import calls_of, drawing_inputs
 
 from uc_adapters import UniCompressCollator, UniCompressModel
-from uc_adapters.code_head import ExpansionHead, StripHead
+from uc_adapters.code_head import ExpansionHead
 from uc_adapters.families import family_of
 
 
@@ -47,9 +47,10 @@ def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[
     that this is their exact NLL.
     """
     model = contender.model
-    length = contender.codes_per_step or model.active_peft_config.strip_length()
-    options = {"codes_per_step": length} if isinstance(model.code_head, StripHead) else {}
-    collator = UniCompressCollator(contender.processor, model.active_peft_config, caption_dropout=0.0, **options)
+    config, length = model.active_peft_config, contender.codes_per_step
+    if len(config.strip_lengths) > 1:  # else the collator would choose one for each batch
+        length = config.strip_length(length)
+    collator = UniCompressCollator(contender.processor, config, caption_dropout=0.0, codes_per_step=length)
     rows = [
         {
             "messages": [

@@ -57,13 +57,16 @@ def random_janus(config: JanusConfig, dtype: torch.dtype, device: str) -> JanusF
 
 
 def sides(shape: str, decompressor: str, also: list[str], dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """Loads the bare base, and adapters on the same weights: "adapter", and one named after each decompressor of `also`.
+    """Loads the bare base, and adapters on the same weights: "adapter", and one named after each entry of `also`.
+
+    These are decompressors, or numbers of codes in a step of "strip".
 
     "tiny" is the shipped pair. The adapters of `also` have random weights, and so has everything of the other shapes.
     """
 
     def fresh(kind: str) -> UniCompressModel:
-        return get_uc_model(twin_of(base), UniCompressConfig(decompressor=kind))
+        fields = {"codes_per_step": int(kind)} if kind.isdigit() else {"decompressor": kind}
+        return get_uc_model(twin_of(base), UniCompressConfig(**fields))
 
     if shape == "tiny":
         base = AutoModelForImageTextToText.from_pretrained(CARDS / "tiny-janus", dtype=dtype).to(device).eval()

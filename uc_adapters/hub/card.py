@@ -87,7 +87,7 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
         name=Path(name).name,
         source=name,
         config=config,
-        codes=ratios_of(config),
+        ratios=ratios_of(config),
         base=hub_id(base) or (Path(base).name if base else None),
         on_hub=hub_id(base),
         version=__version__,
@@ -106,17 +106,22 @@ def render_card(config: dict, name: str, facts: CardFacts, existing: Sequence[st
     return str(new)
 
 
-def ratios_of(config: dict) -> str | None:
-    """Returns the numbers of codes in a step for which the adapter of a config's fields is trained, as a text.
+def ratios_of(config: dict) -> dict[str, str]:
+    """Returns the ratios for which the adapter of a config's fields is trained: "stride", and with "strip" "codes per step"."""
+    adapter = _ratio_fields(config)
+    ratios = {"stride": (adapter.strides, adapter.read_stride())}
+    if adapter.decompressor == "strip":
+        ratios["codes per step"] = adapter.strip_lengths, adapter.strip_length()
+    return {
+        name: ", ".join(map(str, trained)) + (f" (default {default})" if len(trained) > 1 else "")
+        for name, (trained, default) in ratios.items()
+    }
 
-    None if its decompressor has no such number.
-    """
-    fields = ("stride", "decompressor", "codes_per_step")  # an older adapter lacks the last one
-    adapter = UniCompressConfig(**{name: config[name] for name in fields if name in config})
-    if adapter.decompressor != "strip":
-        return None
-    lengths = ", ".join(map(str, adapter.strip_lengths))
-    return lengths if len(adapter.strip_lengths) == 1 else f"{lengths} (default {adapter.strip_length()})"
+
+def _ratio_fields(config: dict) -> UniCompressConfig:
+    """Returns a config with those fields of a saved config that set the number of tokens. An older one lacks some."""
+    fields = ("stride", "num_global_tokens", "decompressor", "codes_per_step")
+    return UniCompressConfig(**{name: config[name] for name in fields if name in config})
 
 
 def token_counts(config: dict) -> list[tuple[str, int, int]]:
@@ -127,8 +132,7 @@ def token_counts(config: dict) -> list[tuple[str, int, int]]:
     """
     check_present(config["base_geometry"]["model_type"])
     geometry = config["base_geometry"]
-    fields = ("stride", "num_global_tokens", "decompressor", "codes_per_step")  # older ones lack the last
-    adapter = UniCompressConfig(**{name: config[name] for name in fields if name in config})
+    adapter = _ratio_fields(config)
     family = FAMILIES[geometry["model_type"]]
     image = "an image" if family.example_grid is None else "an image of {} x {} codes".format(*family.example_grid)
 
