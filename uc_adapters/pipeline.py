@@ -207,7 +207,8 @@ class UniCompressPipeline(DiffusionPipeline):
         # On a CPU, images with a generator each are drawn one after another
         turns = total if isinstance(generator, list) and family.device.type == "cpu" else 1
         steps = count()
-        with self.progress_bar(total=turns * model.active_peft_config.num_gen_steps(grid)) as bar:
+        of_image = model.active_peft_config.num_gen_steps(grid, arguments.get("codes_per_step"))
+        with self.progress_bar(total=turns * of_image) as bar:
 
             def advance() -> None:
                 bar.update()

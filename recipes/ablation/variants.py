@@ -1,7 +1,7 @@
 """The variants of `ablate.py`: the paper's ablations (UniCompress, section 4), one change each, and the way to "strip".
 
-All axes but the last two start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as in
-the paper. Modules that did not win are defined here, and not in the package.
+All axes but the last two start from "cell": inside the loop, a step draws the codes of one s x s window, after global codes as
+in the paper. Modules that did not win are defined here, and not in the package.
 """
 
 from __future__ import annotations

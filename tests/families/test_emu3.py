@@ -298,10 +298,10 @@ def test_a_row_end_stands_behind_each_row_of_cells(base, processor, decompressor
     assert len(seen) == drawn_globals + rows * columns
 
 
-@pytest.mark.parametrize("codes_per_step", [None, 3, 8, 50])
-def test_training_scores_drawn_strips_as_drawing_saw_them(base, processor, images, codes_per_step):
+@pytest.mark.parametrize(("codes_per_step", "globals_"), [(None, False), (3, True), (8, False), (50, True)])
+def test_training_scores_drawn_strips_as_drawing_saw_them(base, processor, images, codes_per_step, globals_):
     """Row ends and all: images of two ratios, each drawn alone, in one batch of training."""
-    model = attach(base, codes_per_step=codes_per_step)
+    model = attach(base, codes_per_step=codes_per_step, drawing_global_tokens=globals_)
     compact, length = model.compact_processor(processor), codes_per_step or 4
     rows, seen = [], []
     for caption, ratio in (("a red 3 at the top left", "2:1"), ("a blue 7", "1:2")):

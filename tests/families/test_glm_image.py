@@ -224,7 +224,8 @@ def test_a_drawing_that_windows_cannot_cover_is_refused_by_phase_alone(pristine,
     [*[(size, edits, None) for size in SIZES.values() for edits in (False, True)], ([*SIZES.values()][-1], False, 7)],
 )
 def test_the_likelihood_by_forward_is_that_step_by_step(pristine, processor, pictures, size, edits, codes_per_step):
-    model, length = attach(copy.deepcopy(pristine), codes_per_step=codes_per_step), codes_per_step or 4
+    fields = {"codes_per_step": codes_per_step, "drawing_global_tokens": codes_per_step is not None}
+    model, length = attach(copy.deepcopy(pristine), **fields), codes_per_step or 4
     compact = model.compact_processor(processor)
     inputs = edit_inputs(compact, pictures[1:2], size=size) if edits else prompt_inputs(compact, size=size)
     record = Record()
@@ -251,7 +252,7 @@ def test_the_likelihood_by_forward_is_that_step_by_step(pristine, processor, pic
         )
     steps, drawn = [], iter(torch.stack(record.log_probs).flatten().tolist())
     for count in counts:
-        steps.append(0.0)  # the separator
+        steps += [0.0] * (config.num_drawing_globals + 1)  # learned global tokens and the separator
         for first in range(0, count, length):
             log_probs = [next(drawn) for _ in range(length)]
             steps.append(sum(log_probs[: min(length, count - first)]))  # what fills up the last step is no code

@@ -39,6 +39,14 @@ def shallow_pair(fresh, monkeypatch):
     monkeypatch.setattr(benchmark, "sides", sides)
 
 
+def test_further_adapters_draw_so_many_codes_in_a_step():
+    models = benchmark_models.sides("tiny", "strip", ["8", "phase"], torch.float32, "cpu")
+    steps = {name: model.active_peft_config.num_gen_steps((8, 8)) for name, model in models.items() if name != "base"}
+    assert steps == {"adapter": 16, "8": 8, "phase": 20}
+    with pytest.raises(SystemExit, match=r"--also \['0'\] .*numbers of codes in a step"):
+        benchmark.BenchmarkArguments(also=["0"])
+
+
 @pytest.mark.usefixtures("shallow_pair")
 def test_benchmark_measures_base_and_adapter_side_by_side(tmp_path, capsys):
     files = {"json": str(tmp_path / "figures.json"), "chart": str(tmp_path / "figures.png")}

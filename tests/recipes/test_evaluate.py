@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from evaluate_scenes import EvaluateArguments, main, score_scenes
-from helpers import rng
+from helpers import attach, rng
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +55,20 @@ def scores(base_folder, adapter_folder, tmp_path_factory):
         card=adapter / "README.md",
         steps=drawn_globals + 16,
     )
+
+
+def test_an_adapter_is_scored_at_the_ratios_that_are_asked_for(base_folder, fresh, processor, tmp_path):
+    model, adapter = attach(fresh(), stride=(1, 2, 4), codes_per_step=(4, 8)), str(tmp_path / "dial")
+    model.save_pretrained(adapter, processor=processor)
+    arguments = {"base": str(base_folder), "adapter": adapter, "scenes": 2, "seed": 1, "batch_size": 2}
+    found = main(EvaluateArguments(**arguments, codes_per_step=4, stride=4))
+    assert found["tokens"] == {"read": {"base": 64, "adapter": 9}, "drawn": {"base": 64, "adapter": 16}}
+    scenes = random_scenes(1, 2)
+    images, prompts = [scene.image("held-out") for scene in scenes], [scene.caption() for scene in scenes]
+    contender = Contender("adapter", model, model.compact_processor(processor), codes_per_step=4)
+    assert found["nats_per_image"]["adapter"] == pytest.approx(image_nats(contender, images, prompts).mean().item())
+    with pytest.raises(SystemExit, match="without --adapter"):
+        main(EvaluateArguments(base=str(base_folder), stride=4))
 
 
 def test_a_perfect_drawer_scores_one():

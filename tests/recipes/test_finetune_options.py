@@ -130,6 +130,8 @@ def trained(base_folder, captioned, tmp_path_factory):
     [
         ({"r": 8}, r"r: it has 2, asked for 8"),
         ({"stride": 4}, r"stride: it has 2, asked for 4"),
+        ({"stride": [4, 2]}, r"stride: it has 2, asked for \[2, 4\]"),
+        ({"codes_per_step": [8]}, r"codes_per_step: it has None, asked for 8"),
         (
             {"decompressor": "phase", "lora_alpha": 3},
             r"decompressor: it has 'strip', asked for 'phase'; lora_alpha: it has 64, asked for 3",
@@ -146,12 +148,17 @@ def test_options_that_an_adapter_has_otherwise_are_refused_with_the_difference(
 
 
 def test_options_that_it_has_alike_are_not_and_those_not_named_are_its_own(base_folder, captioned, trained, tmp_path, capsys):
-    own = dict.fromkeys(NEW_ADAPTER) | {"r": 2, "stride": 2}
+    own = dict.fromkeys(NEW_ADAPTER) | {"r": 2, "stride": [2]}
     folder = train(
         base_folder, tmp_path / "out", dataset=[str(captioned)], adapter=str(trained), training={"max_steps": 1}, **own
     )
     assert weights(folder).keys() == weights(trained).keys()
     assert f"stage 1: done before, in {trained}" in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_with_other_ratios(base_folder, captioned, trained):
+    with pytest.raises(SystemExit, match=r"codes_per_step: it has None, asked for \[2, 8\]"):
+        train(base_folder, trained, dataset=[str(captioned)], resume=True, codes_per_step=[2, 8])
 
 
 def test_another_learning_rate_goes_on_from_a_checkpoint(base_folder, captioned, trained, tmp_path):
