@@ -35,13 +35,16 @@ def captioned_rows(source: str, most: int, rng: np.random.Generator) -> Dataset:
         DatasetError: There is nothing to load, or there are too few such rows.
     """
     dataset = conversations(source)
-    captions = [_caption(messages) for messages in dataset["messages"]]
+    captions, origins = [_caption(messages) for messages in dataset["messages"]], dataset["origin"][:]
     drawn = [index for index, caption in enumerate(captions) if caption]
     if len(drawn) < LEAST_IMAGES:
         raise DatasetError(
             f"{source} has {len(drawn)} images with a caption to draw them from; expected {LEAST_IMAGES} or more, as columns "
             "image + text, or as messages: a user turn of text, then an assistant turn that is an image."
         )
+    left_out = set(origins) - {origins[index] for index in drawn}
+    if left_out:
+        tqdm.write(f"{len(left_out)} row(s) have no caption to draw an image from: left out (such as {min(left_out)}).")
     chosen = rng.permutation(drawn)[:most]
     return dataset.select(chosen).add_column("caption", [captions[index] for index in chosen])
 

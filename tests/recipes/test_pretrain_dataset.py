@@ -119,6 +119,14 @@ def test_of_conversations_those_that_draw_from_a_caption_are_taken(tmp_path):
     assert set(captioned_rows(str(tmp_path / "rows.jsonl"), 100, rng(0))["caption"]) == {"a teal dot"}
 
 
+def test_an_image_without_a_caption_is_left_out_and_named(tmp_path, capsys):
+    metadata = write_folder(tmp_path / "pictures", 50) / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"a teal no. 1, beside an ellipse"', '""'))
+    assert len(captioned_rows(str(tmp_path / "pictures"), 100, rng(0))) == 49
+    assert "1 row(s) have no caption to draw an image from: left out" in (told := capsys.readouterr().out)
+    assert "1.png" in told
+
+
 def test_the_vocabulary_is_digits_the_request_and_the_most_frequent_words():
     words = caption_words(["Teal, teal 12", "TEAL navy", "navy ivory"])
     assert words[-4:] == ["teal", "navy", ",", "ivory"]
