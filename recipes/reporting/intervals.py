@@ -52,3 +52,8 @@ def mean(values: np.ndarray) -> Estimate:
     rng = np.random.default_rng(0)
     interval = bootstrap((values,), np.mean, method="percentile", batch=at_once, rng=rng).confidence_interval
     return Estimate(float(values.mean()), float(interval.low), float(interval.high), len(values))
+
+
+def in_percent(estimate: dict[str, float]) -> str:
+    """A share, as the dict of its `Estimate`, as text with its interval."""
+    return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * estimate[name] for name in ("value", "low", "high")))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
+from reporting.intervals import mean, share
 from scoring.picture_features import MISSING
+from scoring.real_pictures import has_many
 from scoring.vqa import normalised
 
 if TYPE_CHECKING:
@@ -37,3 +40,24 @@ def likeness(encoder: SentenceTransformer, texts: list[str], others: list[str]) 
     """The cosine of each text and the other one in its place, (N,), from -1 to 1. Of two unlike words it is about 0.2."""
     encoded = [encoder.encode(each, normalize_embeddings=True, show_progress_bar=False) for each in (texts, others)]
     return (encoded[0] * encoded[1]).sum(1)
+
+
+def name_scores(
+    label: str, values: list[str], answers: list[str], truths: list[str], encoder: SentenceTransformer
+) -> dict[str, dict[str, float]]:
+    """How often answers name the right value of a label and, if it has many values, how alike they are to it.
+
+    Args:
+        label: The name of the label.
+        values: Its values.
+        answers: The answers, (N,).
+        truths: The right value for each.
+        encoder: What `load_encoder` returned. It compares the value that an answer names, or the whole answer if it names none.
+    """
+    names = sorted(set(values))
+    told = [named(answer, names) for answer in answers]
+    scores = {f"{label}_named": asdict(share([name == truth for name, truth in zip(told, truths, strict=True)]))}
+    if has_many(values):
+        said = [name or answer for name, answer in zip(told, answers, strict=True)]
+        scores[f"{label}_likeness"] = asdict(mean(likeness(encoder, said, truths).astype(float)))
+    return scores

@@ -27,9 +27,6 @@ class Seen(NamedTuple):
     features: torch.Tensor
     stages: list[torch.Tensor]
 
-    def cpu(self) -> Seen:
-        return Seen(self.features.cpu(), [stage.cpu() for stage in self.stages])
-
 
 class PictureFeatures(nn.Module):
     """Maps images (B, 3, H, W) uint8, of any size, to the 1,280 numbers (B, 1280) that the classifier decides by.

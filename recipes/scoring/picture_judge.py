@@ -7,23 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
-import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
-from reporting.intervals import Estimate, mean, share
+from reporting.intervals import mean, share
 from rows.conversations import decoded
 from rows.turns import CAPTION_REQUEST
 from scoring.contenders import Contender
-from scoring.names import likeness, load_encoder, named
+from scoring.names import load_encoder, name_scores
 from scoring.picture_features import PictureFeatures, perceptual_distance
-from scoring.real_pictures import RealPictures, frechet_distance, to_tensor
+from scoring.real_pictures import RealPictures, frechet_distance, nearest_scores, to_tensor
 from scoring.reconstruction import restored
 from scoring.vqa import Question, answer_questions
 from torchmetrics.image import PeakSignalNoiseRatio
 from tqdm.auto import tqdm
-
-FEW = 5  # a label with more values: is the right one among the five nearest, and how alike is a wrong name?
 
 
 class PictureJudge:
@@ -45,7 +42,6 @@ class PictureJudge:
         self.encoder = load_encoder(device)
         self.pictures, self.own, self.batch_size = pictures, list(own), batch_size
         self.labels: dict[str, list[str]] = {label: pictures[label] for label in labels}
-        self.many = {label for label, values in self.labels.items() if len(set(values)) > FEW}
         self.size: tuple[int, int] | None = None
         self._features: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._ranks: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
@@ -75,10 +71,8 @@ class PictureJudge:
         """The scores of what a contender drew: of every caption equally often, in their order."""
         scores: dict[str, dict | float] = {}
         for label, ranks in self._ranks[name].items():
-            ranks = torch.cat(ranks).reshape(-1, len(self.own)).numpy()  # (drawings of each caption, captions)
-            scores[f"{label}_nearest"] = asdict(_by_caption(ranks < 1))
-            if label in self.many:
-                scores[f"{label}_nearest_5"] = asdict(_by_caption(ranks < 5))
+            by_caption = torch.cat(ranks).reshape(-1, len(self.own))  # (drawings of each caption, captions)
+            scores |= nearest_scores(label, self.labels[label], by_caption)
         scores["frechet_distance"] = frechet_distance(self.real.features, torch.cat(self._features[name]))
         return scores
 
@@ -90,8 +84,8 @@ class PictureJudge:
             given_back = restored(contender, real)
             psnr.update(to_tensor(given_back).float(), to_tensor(real).float())
             one, other = self.real.look(given_back), self.real.look(real)
-            distances.append(perceptual_distance(one, other))
-            nearest.append(self.real.alike(one.features).argmax(1))
+            distances.append(perceptual_distance(one, other).cpu())
+            nearest.append(self.real.alike(one.features).argmax(1).cpu())
         return {
             "psnr": psnr.compute().item(),
             "perceptual_distance": asdict(mean(torch.cat(distances).double().numpy())),
@@ -104,18 +98,6 @@ class PictureJudge:
         questions = [Question(own, 1, [turn], []) for own in self.own]
         answers = answer_questions(contender, self.pictures, questions, self.batch_size, max_new_tokens)
         scores = {}
-        for label, of_pictures in self.labels.items():
-            names, truths = sorted(set(of_pictures)), [of_pictures[own] for own in self.own]
-            told = [named(answer, names) for answer in answers]
-            scores[f"{label}_named"] = asdict(share([name == truth for name, truth in zip(told, truths, strict=True)]))
-            if label in self.many:
-                said = [name or answer for name, answer in zip(told, answers, strict=True)]
-                scores[f"{label}_likeness"] = asdict(mean(likeness(self.encoder, said, truths)))
+        for label, values in self.labels.items():
+            scores |= name_scores(label, values, answers, [values[own] for own in self.own], self.encoder)
         return scores
-
-
-def _by_caption(right: np.ndarray) -> Estimate:
-    """The share of drawings that are right, (drawings of each caption, captions). Each caption is a trial."""
-    if len(right) == 1 or right.all() or not right.any():  # where all are alike, a bootstrap would have no interval
-        return share(right[0])
-    return mean(right.mean(0))

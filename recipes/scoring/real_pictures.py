@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from reporting.intervals import Estimate, mean, share
 from scoring.picture_features import PictureFeatures, Seen
-from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+
+FEW = 5  # of a label with more values, it is also told whether the right one is among the five nearest
 
 
 class RealPictures:
@@ -23,51 +25,72 @@ class RealPictures:
     """
 
     def __init__(self, batches: Iterable[list[Image.Image]], labels: dict[str, list[str]], network: PictureFeatures):
-        self.network = network
+        self.network, self.labels = network, labels
         self.features = torch.cat([self.look(batch).features for batch in batches])  # (N, F)
-        self.values, self._codes = {}, {}
-        for label, of_pictures in labels.items():
-            values, codes = np.unique(of_pictures, return_inverse=True)
-            self.values[label] = values.tolist()
-            self._codes[label] = torch.from_numpy(codes)
+        self._directions = F.normalize(self.features)
 
     def look(self, images: list[Image.Image]) -> Seen:
-        """What the network sees of a batch of images of one size, on the CPU."""
-        return self.network.look(to_tensor(images).to(next(self.network.parameters()).device)).cpu()
+        """What the network sees of a batch of images of one size."""
+        return self.network.look(to_tensor(images).to(next(self.network.parameters()).device))
 
     def alike(self, features: torch.Tensor) -> torch.Tensor:
         """The cosine of features (B, F) and those of each real picture, (B, N)."""
-        return F.normalize(features) @ F.normalize(self.features).T
+        return F.normalize(features) @ self._directions.T
 
-    def ranks(self, label: str, alike: torch.Tensor, own: Sequence[int]) -> torch.Tensor:
+    def ranks(self, label: str, alike: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
         """How many other values of a label have a picture nearer than any with the right value, (B,); 0 is best.
 
         Args:
             label: The name of the label.
-            alike: `alike` of the images, (B, N).
-            own: For each image, the real picture whose value is the right one.
+            alike: `alike` of some pictures, (B, N).
+            owners: For each, the real picture whose value is the right one.
         """
-        codes = self._codes[label]
-        nearest = torch.full((len(alike), len(self.values[label])), -torch.inf)
+        values, codes = np.unique(self.labels[label], return_inverse=True)
+        codes = torch.from_numpy(codes).to(alike.device)
+        nearest = torch.full((len(alike), len(values)), -torch.inf, device=alike.device)
         nearest = nearest.scatter_reduce(1, codes.expand(len(alike), -1), alike, "amax")  # (B, V)
-        return (nearest > nearest.gather(1, codes[list(own), None])).sum(1)
+        return (nearest > nearest.gather(1, codes[list(owners), None])).sum(1).cpu()
 
 
-class _Given(nn.Module):
-    """Takes features for pictures, so that torchmetrics compares what is already computed."""
+def has_many(values: list[str]) -> bool:
+    """Whether a label has so many values that a near miss says something."""
+    return len(set(values)) > FEW
 
-    num_features = PictureFeatures.num_features
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
+def nearest_scores(label: str, values: list[str], ranks: torch.Tensor) -> dict[str, dict[str, float]]:
+    """How often a label is that of the nearest real picture and, if it has many values, among the nearest five.
+
+    Args:
+        label: The name of the label.
+        values: Its values, one a real picture.
+        ranks: `RealPictures.ranks` of pictures of the same captions, (pictures of each caption, captions).
+    """
+    right = ranks.numpy()
+    scores = {f"{label}_nearest": asdict(_by_caption(right < 1))}
+    if has_many(values):
+        scores[f"{label}_nearest_{FEW}"] = asdict(_by_caption(right < FEW))
+    return scores
+
+
+def _by_caption(right: np.ndarray) -> Estimate:
+    """The share of pictures that are right, (pictures of each caption, captions). A caption is a trial."""
+    if len(right) == 1 or right.all() or not right.any():  # where all are alike, a bootstrap would have no interval
+        return share(right[0])
+    return mean(right.mean(0))
 
 
 def frechet_distance(real: torch.Tensor, drawn: torch.Tensor) -> float:
-    """The Fréchet distance of two sets of at least two features, (N, F) and (M, F)."""
-    metric = FrechetInceptionDistance(_Given())
-    metric.update(real, real=True)
-    metric.update(drawn, real=False)
-    return metric.compute().item()
+    """The Fréchet distance of two sets of at least two features, (N, F) and (M, F), as normal distributions.
+
+    The trace of the root of the covariances' product is the sum of the singular values of the product of their factors. So it
+    needs no root of a matrix, which is inexact where there are fewer pictures than features.
+    """
+    real, drawn = real.double(), drawn.double()
+    one, other = (
+        torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (real, drawn)
+    )  # covariance: R^T R
+    apart = (real.mean(0) - drawn.mean(0)).square().sum()
+    return (apart + one.square().sum() + other.square().sum() - 2 * torch.linalg.svdvals(one @ other.T).sum()).item()
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
