@@ -33,7 +33,7 @@ from rows.captions import check_rows, drawn_rows, labelled_pictures
 from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations
 from scoring.contenders import Contender, check_sampling, contenders, side_by_side, why_no_drawing
 from scoring.geneval import draw_prompts, free_folder, read_prompts
-from scoring.picture_features import PictureFeatures
+from scoring.picture_features import PACKAGES, PictureFeatures
 from scoring.picture_judge import PictureJudge
 from scoring.picture_metrics import load_clip, load_features, score_pictures
 from scoring.score_names import label_of, score_text
@@ -116,6 +116,7 @@ def main(args: EvaluateDatasetArguments) -> dict:
             scored = score_pictures(pair, drawn, features, clip, args.seed, args.batch_size, judge, samples, **sampling)
             scores["drawing"] = {"n": samples * len(drawn), **scored}
         if judge is not None:
+            scores["drawing"] |= side_by_side({contender.name: judge.nats(contender) for contender in pair})
             given_back = side_by_side({contender.name: judge.reconstructions(contender) for contender in pair})
             told = side_by_side({contender.name: judge.descriptions(contender, args.max_new_tokens) for contender in pair})
             scores["reconstruction"] = {"n": len(drawn), **given_back}
@@ -130,7 +131,7 @@ def main(args: EvaluateDatasetArguments) -> dict:
 
     scores = fitting_batch(score_all, args.batch_size)
     scores["settings"] = vars(args)
-    scores["environment"] = environment(args.device)
+    scores["environment"] = environment(args.device, PACKAGES if judge else ())
     print(markdown(scores))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
@@ -154,6 +155,8 @@ def check(args: EvaluateDatasetArguments) -> None:
     for option in ("batch_size", "samples", "max_new_tokens"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise SystemExit(f"--{option} {getattr(args, option)}: expected 1 or more.")
+    if args.labels and not args.dataset:
+        raise SystemExit(f"--labels {' '.join(args.labels)} without --dataset; expected the dataset with these columns.")
     if args.references and not args.labels:
         raise SystemExit(f"--references {' '.join(args.references)} without --labels; expected the columns to judge by, too.")
     if len({args.split, *(args.references or [])}) < 1 + len(args.references or []):

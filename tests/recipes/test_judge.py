@@ -182,7 +182,7 @@ def test_base_and_adapter_are_judged_side_by_side(base_folder, plain_folder, few
     assert scores["drawing"]["n"] == 2 * held_out
     assert scores["reconstruction"]["n"] == scores["reading"]["descriptions"] == held_out
     for part, expected in {
-        "drawing": {"concept_nearest", "concept_nearest_5", "style_nearest", "frechet_distance", "seconds"},
+        "drawing": {"concept_nearest", "concept_nearest_5", "style_nearest", "frechet_distance", "nats_per_image", "seconds"},
         "reconstruction": {"psnr", "perceptual_distance", "own_nearest"},
         "reading": {"concept_named", "concept_likeness", "style_named"},
     }.items():
@@ -222,6 +222,7 @@ def test_a_missing_package_is_named_with_its_extra_before_a_model_is_loaded(few,
     [
         ({"labels": ["colour"]}, DatasetError, r"has no column colour; it has the columns .*concept, style.*--labels"),
         ({"labels": ["concept"], "references": ["validation"]}, DatasetError, "has no split 'validation'"),
+        ({"dataset": None, "prompts": "p.jsonl", "output_dir": "x", "labels": ["concept"]}, SystemExit, "without --dataset"),
         ({"references": ["test"]}, SystemExit, "--references test without --labels"),
         ({"labels": ["concept"], "references": ["train"]}, SystemExit, "--references train: expected splits other than"),
         ({"labels": ["concept"], "references": ["test", "test"]}, SystemExit, "each once"),
@@ -229,7 +230,7 @@ def test_a_missing_package_is_named_with_its_extra_before_a_model_is_loaded(few,
 )
 def test_labels_and_references_that_are_not_there_are_named(few, arguments, error, message):
     with pytest.raises(error, match=message):
-        run(base="not-there", dataset=str(few), **arguments)
+        run(**{"base": "not-there", "dataset": str(few), **arguments})
 
 
 @pytest.mark.parametrize(
