@@ -29,14 +29,15 @@ import numpy as np
 import transformers
 from datasets import Dataset
 from reporting.environment import check_output, environment, is_here, make_current
+from reporting.intervals import estimate, mean
 from rows.captions import check_rows, drawn_rows, labelled_pictures
 from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations
 from scoring.contenders import Contender, check_sampling, contenders, side_by_side, why_no_drawing
 from scoring.geneval import draw_prompts, free_folder, read_prompts
 from scoring.picture_features import PACKAGES, PictureFeatures
-from scoring.picture_judge import PictureJudge
+from scoring.picture_judge import PictureJudge, Values
 from scoring.picture_metrics import load_clip, load_features, score_pictures
-from scoring.score_names import label_of, score_text
+from scoring.score_names import difference_text, label_of, score_text
 from scoring.vqa import Question, answer_questions, questions_of, vqa_scores
 from timing.stopwatch import fitting_batch
 from tqdm.auto import tqdm
@@ -110,17 +111,23 @@ def main(args: EvaluateDatasetArguments) -> dict:
     sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
 
     def score_all() -> dict:
-        scores: dict = {"dataset": args.dataset, "drawing": {}, "reconstruction": {}, "reading": {}, "geneval": {}}
+        scores: dict = {
+            "dataset": args.dataset,
+            "drawing": {},
+            "reconstruction": {},
+            "reading": {},
+            "differences": {},
+            "geneval": {},
+        }
         if drawn:
             samples = args.samples or 1
             scored = score_pictures(pair, drawn, features, clip, args.seed, args.batch_size, judge, samples, **sampling)
             scores["drawing"] = {"n": samples * len(drawn), **scored}
         if judge is not None:
-            scores["drawing"] |= side_by_side({contender.name: judge.nats(contender) for contender in pair})
-            given_back = side_by_side({contender.name: judge.reconstructions(contender) for contender in pair})
-            told = side_by_side({contender.name: judge.descriptions(contender, args.max_new_tokens) for contender in pair})
-            scores["reconstruction"] = {"n": len(drawn), **given_back}
-            scores["reading"] = {"descriptions": len(drawn), **told}
+            scores["reconstruction"], scores["reading"] = {"n": len(drawn)}, {"descriptions": len(drawn)}
+            for part, values in judged(judge, pair, args.max_new_tokens).items():
+                scores[part] |= side_by_side({name: estimated(of_contender) for name, of_contender in values.items()})
+                scores["differences"] |= differences(values)
         if questions:
             scores["reading"] |= {"n": len(questions), **score_answers(pair, rows, questions, args)}
         if prompts:
@@ -136,6 +143,29 @@ def main(args: EvaluateDatasetArguments) -> dict:
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def judged(judge: PictureJudge, pair: list[Contender], max_new_tokens: int) -> dict[str, dict[str, Values]]:
+    """What the judge says of each contender, by the part of the scores: {part: {contender: values}}."""
+    return {
+        "drawing": {contender.name: judge.drawings(contender.name) | judge.nats(contender) for contender in pair},
+        "reconstruction": {contender.name: judge.reconstructions(contender) for contender in pair},
+        "reading": {contender.name: judge.descriptions(contender, max_new_tokens) for contender in pair},
+    }
+
+
+def estimated(values: Values) -> dict[str, dict | float]:
+    """Each score with its interval, if it is not one number for all captions together."""
+    return {what: value if isinstance(value, float) else asdict(estimate(value)) for what, value in values.items()}
+
+
+def differences(values: dict[str, Values]) -> dict[str, dict]:
+    """By how much the adapter differs from the base, caption by caption. Empty if there is no adapter."""
+    if "adapter" not in values:
+        return {}
+    base, adapter = values["base"], values["adapter"]
+    arrays = [what for what, value in base.items() if not isinstance(value, float)]
+    return {what: asdict(mean(adapter[what].mean(0) - base[what].mean(0))) for what in arrays}
 
 
 def score_answers(pair: list[Contender], rows: Dataset, questions: list[Question], args: EvaluateDatasetArguments) -> dict:
@@ -212,7 +242,7 @@ def markdown(scores: dict) -> str:
     """A markdown table with one column for each contender and one row for each score."""
     parts = [scores[part] for part in ("drawing", "reconstruction", "reading")]
     table = [
-        (label_of(what), {name: score_text(what, value) for name, value in figures.items()})
+        (label_of(what), {name: score_text(what, value) for name, value in figures.items()} | difference(scores, what))
         for part in parts
         for what, figures in part.items()
         if isinstance(figures, dict)
@@ -222,13 +252,19 @@ def markdown(scores: dict) -> str:
         table.append(("GenEval prompts: seconds an image", seconds))
     names = list(table[0][1])
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(figures[name] for name in names) + " |" for label, figures in table]
+    lines += [f"| {label} | " + " | ".join(figures.get(name, "") for name in names) + " |" for label, figures in table]
     counts = {
         "drawings": scores["drawing"].get("n"),
         "descriptions": scores["reading"].get("descriptions"),
         "answers": scores["reading"].get("n"),
     }
     return "\n".join(lines) + "\n\n" + ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+
+
+def difference(scores: dict, what: str) -> dict[str, str]:
+    """The entry of a score in the table's last column."""
+    found = scores["differences"].get(what)
+    return {"adapter - base": difference_text(what, found)} if found else {}
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from reporting.environment import check_output, environment, in_words, is_here, make_current
-from reporting.intervals import mean, share
+from reporting.intervals import estimate, mean, share
 from rows.captions import caption_of, labelled_pictures
 from rows.conversations import DatasetError, decoded
-from scoring.names import load_encoder, name_scores
+from scoring.names import load_encoder, names_right
 from scoring.picture_features import PACKAGES, PictureFeatures, perceptual_distance
-from scoring.real_pictures import RealPictures, frechet_distance, nearest_scores
+from scoring.real_pictures import RealPictures, frechet_distance, nearest_right
 from scoring.score_names import label_of, score_text
 from tqdm.auto import tqdm
 from trl import TrlParser
@@ -171,8 +171,8 @@ def nearest(real: RealPictures, alike: torch.Tensor, owners: list[int]) -> dict[
     """How often the nearest real picture, or one of the nearest five, has the labels of `owners`."""
     scores = {}
     for label, values in real.labels.items():
-        scores |= nearest_scores(label, values, real.ranks(label, alike, owners)[None])
-    return scores
+        scores |= nearest_right(label, values, real.ranks(label, alike, owners)[None])
+    return {what: asdict(estimate(right)) for what, right in scores.items()}
 
 
 def judge_names(
@@ -181,8 +181,8 @@ def judge_names(
     """The scores of captions in place of answers about the pictures of `owners`."""
     scores = {}
     for label, values in labels.items():
-        scores |= name_scores(label, values, captions, [values[owner] for owner in owners], encoder)
-    return scores
+        scores |= names_right(label, values, captions, [values[owner] for owner in owners], encoder)
+    return {what: asdict(estimate(right)) for what, right in scores.items()}
 
 
 def markdown(scores: dict) -> str:

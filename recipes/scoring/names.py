@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
-from reporting.intervals import mean, share
 from scoring.picture_features import MISSING
 from scoring.real_pictures import has_many
 from scoring.vqa import normalised
@@ -42,10 +40,10 @@ def likeness(encoder: SentenceTransformer, texts: list[str], others: list[str]) 
     return (encoded[0] * encoded[1]).sum(1)
 
 
-def name_scores(
+def names_right(
     label: str, values: list[str], answers: list[str], truths: list[str], encoder: SentenceTransformer
-) -> dict[str, dict[str, float]]:
-    """How often answers name the right value of a label and, if it has many values, how alike they are to it.
+) -> dict[str, np.ndarray]:
+    """Whether answers name the right value of a label and, if it has many values, how alike they are to it.
 
     Args:
         label: The name of the label.
@@ -53,11 +51,14 @@ def name_scores(
         answers: The answers, (N,).
         truths: The right value for each.
         encoder: What `load_encoder` returned. It compares the value that an answer names, or the whole answer if it names none.
+
+    Returns:
+        An array (1, N) for each score.
     """
     names = sorted(set(values))
     told = [named(answer, names) for answer in answers]
-    scores = {f"{label}_named": asdict(share([name == truth for name, truth in zip(told, truths, strict=True)]))}
+    right = {f"{label}_named": np.array([[name == truth for name, truth in zip(told, truths, strict=True)]])}
     if has_many(values):
         said = [name or answer for name, answer in zip(told, answers, strict=True)]
-        scores[f"{label}_likeness"] = asdict(mean(likeness(encoder, said, truths).astype(float)))
-    return scores
+        right[f"{label}_likeness"] = likeness(encoder, said, truths).astype(float)[None]
+    return right

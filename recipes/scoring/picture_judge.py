@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from itertools import count
 
+import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
-from reporting.intervals import mean, share
 from rows.captions import caption_of
 from rows.conversations import decoded
 from rows.turns import CAPTION_REQUEST
 from scoring.contenders import Contender
 from scoring.likelihood import image_nats
-from scoring.names import load_encoder, name_scores
+from scoring.names import load_encoder, names_right
 from scoring.picture_features import PictureFeatures, perceptual_distance
-from scoring.real_pictures import RealPictures, frechet_distance, nearest_scores, to_tensor
+from scoring.real_pictures import RealPictures, frechet_distance, nearest_right, to_tensor
 from scoring.reconstruction import restored
 from scoring.vqa import Question, answer_questions
 from torchmetrics.image import PeakSignalNoiseRatio
 from tqdm.auto import tqdm
+
+Values = dict[str, np.ndarray | float]  # by score: an array (turns, captions), or a number for all captions together
 
 
 class PictureJudge:
@@ -70,16 +71,16 @@ class PictureJudge:
         for label in self.labels:
             self._ranks[name][label].append(self.real.ranks(label, alike, [self.own[caption] for caption in captions]))
 
-    def drawings(self, name: str) -> dict[str, dict | float]:
+    def drawings(self, name: str) -> Values:
         """The scores of what a contender drew: of every caption equally often, in their order."""
-        scores: dict[str, dict | float] = {}
+        scores: Values = {}
         for label, ranks in self._ranks[name].items():
             by_caption = torch.cat(ranks).reshape(-1, len(self.own))  # (drawings of each caption, captions)
-            scores |= nearest_scores(label, self.labels[label], by_caption)
+            scores |= nearest_right(label, self.labels[label], by_caption)
         scores["frechet_distance"] = frechet_distance(self.real.features, torch.cat(self._features[name]))
         return scores
 
-    def reconstructions(self, contender: Contender) -> dict[str, dict | float]:
+    def reconstructions(self, contender: Contender) -> Values:
         """The scores of the scored captions' real pictures, after the contender's tokenizer alone."""
         psnr = PeakSignalNoiseRatio(data_range=255.0)
         distances, nearest = [], []
@@ -91,24 +92,24 @@ class PictureJudge:
             nearest.append(self.real.alike(one.features).argmax(1).cpu())
         return {
             "psnr": psnr.compute().item(),
-            "perceptual_distance": asdict(mean(torch.cat(distances).double().numpy())),
-            "own_nearest": asdict(share((torch.cat(nearest) == torch.tensor(self.own)).tolist())),
+            "perceptual_distance": torch.cat(distances).double().numpy()[None],
+            "own_nearest": (torch.cat(nearest) == torch.tensor(self.own)).numpy()[None],
         }
 
-    def nats(self, contender: Contender) -> dict[str, dict]:
+    def nats(self, contender: Contender) -> Values:
         """The NLL of the scored captions' real pictures, in nats an image. It needs no judge."""
         captions = [caption_of(row) for row in self.pictures.select(self.own)]
         nats = []
         for first, real in zip(count(step=self.batch_size), self._batches(self.own, f"{contender.name}: nats"), strict=False):
             nats.append(image_nats(contender, real, captions[first : first + self.batch_size]))
-        return {"nats_per_image": asdict(mean(torch.cat(nats).double().cpu().numpy()))}
+        return {"nats_per_image": torch.cat(nats).double().cpu().numpy()[None]}
 
-    def descriptions(self, contender: Contender, max_new_tokens: int) -> dict[str, dict]:
+    def descriptions(self, contender: Contender, max_new_tokens: int) -> Values:
         """The scores of the contender's greedy answers to "Describe the image." about the scored captions' real pictures."""
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": CAPTION_REQUEST}]}
         questions = [Question(own, 1, [turn], []) for own in self.own]
         answers = answer_questions(contender, self.pictures, questions, self.batch_size, max_new_tokens)
-        scores = {}
+        scores: Values = {}
         for label, values in self.labels.items():
-            scores |= name_scores(label, values, answers, [values[own] for own in self.own], self.encoder)
+            scores |= names_right(label, values, answers, [values[own] for own in self.own], self.encoder)
         return scores

@@ -130,10 +130,8 @@ def score_pictures(
     judge: PictureJudge | None = None,
     samples: int = 1,
     **sampling,
-) -> dict[str, dict]:
-    """FID, CLIP score, the judge's scores and seconds per image of each contender.
-
-    All draw the same captions in turn, from the same seeds.
+) -> dict[str, dict[str, float]]:
+    """FID, CLIP score and seconds per image of each contender. All draw the same captions in turn, from the same seeds.
 
     Args:
         rows: At least two rows of `conversations`, each a caption and the image to draw for it.
@@ -141,7 +139,7 @@ def score_pictures(
         clip: What `load_clip` returned.
         seed: Seed of the sampling.
         batch_size: Captions drawn at once.
-        judge: A judge of the same captions.
+        judge: A judge of the same captions, which sees the drawings.
         samples: Drawings of each caption.
         **sampling: Arguments of `generate`.
     """
@@ -155,7 +153,6 @@ def score_pictures(
         if judge is not None:
             judge.update(contender.name, drawn, numbers[batch])
         seconds[contender.name] += taken
-    scores = {name: metric.compute() | {"seconds": seconds[name] / len(captions)} for name, metric in metrics.items()}
-    if judge is not None:
-        scores = {name: judge.drawings(name) | others for name, others in scores.items()}
-    return side_by_side(scores)
+    return side_by_side(
+        {name: metric.compute() | {"seconds": seconds[name] / len(captions)} for name, metric in metrics.items()}
+    )

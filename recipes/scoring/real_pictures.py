@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reporting.intervals import Estimate, mean, share
 from scoring.picture_features import PictureFeatures, Seen
 
 FEW = 5  # of a label with more values, it is also told whether the right one is among the five nearest
@@ -57,26 +55,21 @@ def has_many(values: list[str]) -> bool:
     return len(set(values)) > FEW
 
 
-def nearest_scores(label: str, values: list[str], ranks: torch.Tensor) -> dict[str, dict[str, float]]:
-    """How often a label is that of the nearest real picture and, if it has many values, among the nearest five.
+def nearest_right(label: str, values: list[str], ranks: torch.Tensor) -> dict[str, np.ndarray]:
+    """Whether a label is that of the nearest real picture and, if it has many values, among the nearest five.
 
     Args:
         label: The name of the label.
         values: Its values, one a real picture.
-        ranks: `RealPictures.ranks` of pictures of the same captions, (pictures of each caption, captions).
+        ranks: `RealPictures.ranks` of pictures, of any shape.
+
+    Returns:
+        A boolean array for each score, of the shape of `ranks`.
     """
-    right = ranks.numpy()
-    scores = {f"{label}_nearest": asdict(_by_caption(right < 1))}
+    right = {f"{label}_nearest": (ranks < 1).numpy()}
     if has_many(values):
-        scores[f"{label}_nearest_{FEW}"] = asdict(_by_caption(right < FEW))
-    return scores
-
-
-def _by_caption(right: np.ndarray) -> Estimate:
-    """The share of pictures that are right, (pictures of each caption, captions). A caption is a trial."""
-    if len(right) == 1 or right.all() or not right.any():  # where all are alike, a bootstrap would have no interval
-        return share(right[0])
-    return mean(right.mean(0))
+        right[f"{label}_nearest_{FEW}"] = (ranks < FEW).numpy()
+    return right
 
 
 def frechet_distance(real: torch.Tensor, drawn: torch.Tensor) -> float:

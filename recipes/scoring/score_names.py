@@ -45,3 +45,10 @@ def score_text(what: str, value: float | dict[str, float] | None) -> str:
     if what.endswith(NUMBERS):
         return "{value:.3f} ({low:.3f} to {high:.3f})".format(**value)
     return in_percent(value)
+
+
+def difference_text(what: str, value: dict[str, float]) -> str:
+    """A difference with its interval; that of two shares is in points of a hundred."""
+    if what.endswith(NUMBERS):
+        return score_text(what, value)
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value[name] for name in ("value", "low", "high")))

