@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,8 @@ from scoring.vqa import normalised
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+_words = lru_cache(10_000)(normalised)  # each name is compared with every answer
 
 
 def load_encoder(device: str) -> SentenceTransformer:
@@ -30,8 +33,8 @@ def load_encoder(device: str) -> SentenceTransformer:
 def named(answer: str, names: Iterable[str]) -> str | None:
     """The longest of the names that an answer holds as whole words, without regard to case and punctuation; None if none."""
     said = f" {normalised(answer)} "
-    held = [name for name in names if f" {normalised(name)} " in said]
-    return max(held, key=lambda name: len(normalised(name)), default=None)
+    held = [name for name in names if f" {_words(name)} " in said]
+    return max(held, key=lambda name: len(_words(name)), default=None)
 
 
 def likeness(encoder: SentenceTransformer, texts: list[str], others: list[str]) -> np.ndarray:

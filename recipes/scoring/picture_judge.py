@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import count
 
 import numpy as np
 import torch
@@ -100,7 +99,8 @@ class PictureJudge:
         """The NLL of the scored captions' real pictures, in nats an image. It needs no judge."""
         captions = [caption_of(row) for row in self.pictures.select(self.own)]
         nats = []
-        for first, real in zip(count(step=self.batch_size), self._batches(self.own, f"{contender.name}: nats"), strict=False):
+        firsts = range(0, len(self.own), self.batch_size)
+        for first, real in zip(firsts, self._batches(self.own, f"{contender.name}: nats"), strict=True):
             nats.append(image_nats(contender, real, captions[first : first + self.batch_size]))
         return {"nats_per_image": torch.cat(nats).double().cpu().numpy()[None]}
 

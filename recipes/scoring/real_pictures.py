@@ -26,6 +26,7 @@ class RealPictures:
         self.network, self.labels = network, labels
         self.features = torch.cat([self.look(batch).features for batch in batches])  # (N, F)
         self._directions = F.normalize(self.features)
+        self._codes = {label: torch.from_numpy(np.unique(values, return_inverse=True)[1]) for label, values in labels.items()}
 
     def look(self, images: list[Image.Image]) -> Seen:
         """What the network sees of a batch of images of one size."""
@@ -43,9 +44,8 @@ class RealPictures:
             alike: `alike` of some pictures, (B, N).
             owners: For each, the real picture whose value is the right one.
         """
-        values, codes = np.unique(self.labels[label], return_inverse=True)
-        codes = torch.from_numpy(codes).to(alike.device)
-        nearest = torch.full((len(alike), len(values)), -torch.inf, device=alike.device)
+        codes = self._codes[label].to(alike.device)
+        nearest = torch.full((len(alike), int(codes.max()) + 1), -torch.inf, device=alike.device)
         nearest = nearest.scatter_reduce(1, codes.expand(len(alike), -1), alike, "amax")  # (B, V)
         return (nearest > nearest.gather(1, codes[list(owners), None])).sum(1).cpu()
 
