@@ -28,7 +28,7 @@ from rows.captions import caption_of, labelled_pictures
 from rows.conversations import DatasetError, decoded
 from scoring.names import load_encoder, names_right
 from scoring.picture_features import PACKAGES, PictureFeatures, perceptual_distance
-from scoring.real_pictures import RealPictures, frechet_distance, nearest_right
+from scoring.real_pictures import GIVEN_OTHERS, RealPictures, frechet_distance
 from scoring.score_names import label_of, score_text
 from tqdm.auto import tqdm
 from trl import TrlParser
@@ -149,11 +149,12 @@ def judge_pictures(
 
     plain = real.features[judged]
     alike = real.alike(plain)
-    scores = {OTHER_CAPTION: nearest(real, alike, others)}
+    with_others_captions = nearest(real, alike, others)
     alike[range(len(judged)), judged] = -torch.inf
+    among_others = {what: found for what, found in nearest(real, alike, judged).items() if not what.endswith(GIVEN_OTHERS)}
     scores = {
-        AS_IT_IS: nearest(real, alike, judged) | {"frechet_distance": frechet_distance(real.features[rest], plain)},
-        **scores,
+        AS_IT_IS: among_others | {"frechet_distance": frechet_distance(real.features[rest], plain)},
+        OTHER_CAPTION: with_others_captions,
     }
     for name, batches in features.items():
         corrupted = torch.cat(batches)
@@ -168,11 +169,8 @@ def judge_pictures(
 
 
 def nearest(real: RealPictures, alike: torch.Tensor, owners: list[int]) -> dict[str, dict[str, float]]:
-    """How often the nearest real picture, or one of the nearest five, has the labels of `owners`."""
-    scores = {}
-    for label, values in real.labels.items():
-        scores |= nearest_right(label, values, real.ranks(label, alike, owners)[None])
-    return {what: asdict(estimate(right)) for what, right in scores.items()}
+    """How often the nearest real pictures have the labels of `owners`."""
+    return {what: asdict(share(right.tolist())) for what, right in real.right(alike, owners).items()}
 
 
 def judge_names(

@@ -17,7 +17,7 @@ from scoring.contenders import Contender
 from scoring.likelihood import image_nats
 from scoring.names import load_encoder, names_right
 from scoring.picture_features import PictureFeatures, perceptual_distance
-from scoring.real_pictures import RealPictures, frechet_distance, nearest_right, to_tensor
+from scoring.real_pictures import RealPictures, frechet_distance, to_tensor
 from scoring.reconstruction import restored
 from scoring.vqa import Question, answer_questions
 from torchmetrics.image import PeakSignalNoiseRatio
@@ -47,7 +47,7 @@ class PictureJudge:
         self.labels: dict[str, list[str]] = {label: pictures[label] for label in labels}
         self.size: tuple[int, int] | None = None
         self._features: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._ranks: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self._right: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
 
     @cached_property
     def real(self) -> RealPictures:
@@ -65,17 +65,17 @@ class PictureJudge:
         """Adds a batch of a contender's drawings: of the scored captions with these numbers."""
         self.size = drawn[0].size
         features = self.real.look(drawn).features
-        alike = self.real.alike(features)
         self._features[name].append(features)
-        for label in self.labels:
-            self._ranks[name][label].append(self.real.ranks(label, alike, [self.own[caption] for caption in captions]))
+        owners = [self.own[caption] for caption in captions]
+        for what, right in self.real.right(self.real.alike(features), owners).items():
+            self._right[name][what].append(right)
 
     def drawings(self, name: str) -> Values:
         """The scores of what a contender drew: of every caption equally often, in their order."""
-        scores: Values = {}
-        for label, ranks in self._ranks[name].items():
-            by_caption = torch.cat(ranks).reshape(-1, len(self.own))  # (drawings of each caption, captions)
-            scores |= nearest_right(label, self.labels[label], by_caption)
+        scores: Values = {
+            what: np.concatenate(right).reshape(-1, len(self.own))  # (drawings of each caption, captions)
+            for what, right in self._right[name].items()
+        }
         scores["frechet_distance"] = frechet_distance(self.real.features, torch.cat(self._features[name]))
         return scores
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scoring.picture_features import PictureFeatures, Seen
 
+GIVEN_OTHERS = "_nearest_given_others"
 FEW = 5  # of a label with more values, it is also told whether the right one is among the five nearest
 
 
@@ -36,40 +37,45 @@ class RealPictures:
         """The cosine of features (B, F) and those of each real picture, (B, N)."""
         return F.normalize(features) @ self._directions.T
 
-    def ranks(self, label: str, alike: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
-        """How many other values of a label have a picture nearer than any with the right value, (B,); 0 is best.
+    def right(self, alike: torch.Tensor, owners: Sequence[int]) -> dict[str, np.ndarray]:
+        """Whether the nearest real pictures have the labels that were asked for.
 
         Args:
-            label: The name of the label.
             alike: `alike` of some pictures, (B, N).
-            owners: For each, the real picture whose value is the right one.
+            owners: For each, the real picture whose labels were asked for.
+
+        Returns:
+            A boolean array (B,) for each score. For each label: whether the nearest picture has it; if the label has many
+            values, whether it is among the nearest five; and if there are other labels, whether the nearest of those pictures
+            has it whose other labels are right.
         """
+        right = {}
+        for label, values in self.labels.items():
+            ranks = self._ranks(label, alike, owners)
+            right[f"{label}_nearest"] = ranks < 1
+            if has_many(values):
+                right[f"{label}_nearest_{FEW}"] = ranks < FEW
+            if others := [other for other in self.labels if other != label]:
+                right[f"{label}{GIVEN_OTHERS}"] = self._ranks(label, alike, owners, others) < 1
+        return right
+
+    def _ranks(self, label: str, alike: torch.Tensor, owners: Sequence[int], given: Sequence[str] = ()) -> np.ndarray:
+        """How many other values of a label have a picture nearer than any with the right value, (B,).
+
+        Only those real pictures count that have the right values of the labels `given`.
+        """
+        for other in given:
+            codes = self._codes[other].to(alike.device)
+            alike = alike.masked_fill(codes != codes[list(owners), None], -torch.inf)
         codes = self._codes[label].to(alike.device)
         nearest = torch.full((len(alike), int(codes.max()) + 1), -torch.inf, device=alike.device)
         nearest = nearest.scatter_reduce(1, codes.expand(len(alike), -1), alike, "amax")  # (B, V)
-        return (nearest > nearest.gather(1, codes[list(owners), None])).sum(1).cpu()
+        return (nearest > nearest.gather(1, codes[list(owners), None])).sum(1).cpu().numpy()
 
 
 def has_many(values: list[str]) -> bool:
     """Whether a label has so many values that a near miss says something."""
     return len(set(values)) > FEW
-
-
-def nearest_right(label: str, values: list[str], ranks: torch.Tensor) -> dict[str, np.ndarray]:
-    """Whether a label is that of the nearest real picture and, if it has many values, among the nearest five.
-
-    Args:
-        label: The name of the label.
-        values: Its values, one a real picture.
-        ranks: `RealPictures.ranks` of pictures, of any shape.
-
-    Returns:
-        A boolean array for each score, of the shape of `ranks`.
-    """
-    right = {f"{label}_nearest": (ranks < 1).numpy()}
-    if has_many(values):
-        right[f"{label}_nearest_{FEW}"] = (ranks < FEW).numpy()
-    return right
 
 
 def frechet_distance(real: torch.Tensor, drawn: torch.Tensor) -> float:

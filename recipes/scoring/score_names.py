@@ -19,14 +19,11 @@ LABELS = {
 OF_LABELS = {
     "_nearest": "drawing: {} of the nearest real picture (95 %)",
     "_nearest_5": "drawing: {} among the nearest five (95 %)",
+    "_nearest_given_others": "drawing: {} of the nearest whose other labels are right (95 %)",
     "_named": "description: {} named (95 %)",
     "_likeness": "description: likeness of the {} (95 %)",
 }
-NUMBERS = (
-    "nats_per_image",
-    "perceptual_distance",
-    "_likeness",
-)  # the ends of those scores that have an interval and are no share
+NUMBERS = ("nats_per_image", "perceptual_distance", "_likeness")  # ends of the names of scores that are no shares
 
 
 def label_of(what: str) -> str:

@@ -18,8 +18,9 @@ from rows.conversations import DatasetError, decoded
 from scipy.linalg import sqrtm
 from scoring.contenders import contenders
 from scoring.names import named
+from scoring.picture_features import PictureFeatures
 from scoring.picture_judge import PictureJudge
-from scoring.real_pictures import frechet_distance, nearest_right
+from scoring.real_pictures import RealPictures, frechet_distance
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -90,7 +91,7 @@ def test_heavier_corruptions_score_lower(validation, kind):
     for what in ("perceptual_distance", "frechet_distance"):
         values = [case[what] if what == "frechet_distance" else case[what]["value"] for case in cases]
         assert values == sorted(set(values))
-    for what in ("own_nearest", "concept_nearest", "style_nearest"):
+    for what in ("own_nearest", "concept_nearest", "style_nearest", "style_nearest_given_others"):
         values = [case[what]["value"] for case in cases]
         assert values == sorted(values, reverse=True)
         assert values[0] > values[-1]
@@ -123,13 +124,24 @@ def test_real_pictures_as_drawings_are_their_own_nearest_and_those_of_others_are
     for label in LABELS:
         assert right[f"{label}_nearest"].tolist() == [[True] * 3]
         assert wrong[f"{label}_nearest"].tolist() == [[False] * 3]
+        assert right[f"{label}_nearest_given_others"].tolist() == [[True] * 3]
     assert "style_nearest_5" not in right  # one of two styles is always among the nearest five
     assert right["concept_nearest_5"].all()
 
 
+def test_a_style_counts_among_the_pictures_of_the_same_concept_where_the_concept_is_wrong():
+    """The drawing is nearest to an owl; of the foxes, which were asked for, it is nearest to the one in the right style."""
+    labels = {"concept": ["owl", "fox", "fox"], "style": ["flat", "flat", "round"]}
+    real = RealPictures([[Image.new("RGB", (8, 8))] * 3], labels, PictureFeatures())
+    right = real.right(torch.tensor([[0.9, 0.3, 0.7]]), owners=[2])
+    assert not right["concept_nearest"]
+    assert not right["style_nearest"]
+    assert right["style_nearest_given_others"]
+
+
 def test_a_caption_that_is_drawn_several_times_is_one_trial():
-    right = nearest_right("concept", ["fox", "owl"], torch.tensor([[0, 0, 9, 9], [0, 9, 9, 9]]))["concept_nearest"]
-    score, never = estimate(right), estimate(np.zeros((2, 4), dtype=bool))
+    score = estimate(np.array([[True, True, False, False], [True, False, False, False]]))
+    never = estimate(np.zeros((2, 4), dtype=bool))
     assert (score.value, score.n) == (3 / 8, 4)
     assert (never.value, never.n) == (0, 4)
     assert never.high == share([False] * 4).high  # Wilson's interval of four trials, not of eight
@@ -180,7 +192,16 @@ def test_base_and_adapter_are_judged_side_by_side(base_folder, plain_folder, few
     assert scores["drawing"]["n"] == 2 * held_out
     assert scores["reconstruction"]["n"] == scores["reading"]["descriptions"] == held_out
     for part, expected in {
-        "drawing": {"concept_nearest", "concept_nearest_5", "style_nearest", "frechet_distance", "nats_per_image", "seconds"},
+        "drawing": {
+            "concept_nearest",
+            "concept_nearest_5",
+            "concept_nearest_given_others",
+            "style_nearest",
+            "style_nearest_given_others",
+            "frechet_distance",
+            "nats_per_image",
+            "seconds",
+        },
         "reconstruction": {"psnr", "perceptual_distance", "own_nearest"},
         "reading": {"concept_named", "concept_likeness", "style_named"},
     }.items():
