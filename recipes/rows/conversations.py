@@ -148,6 +148,8 @@ def _check_labels(source: str, first: dict, labels: Sequence[str]) -> None:
     missing = [label for label in labels if label not in first]
     if missing:
         raise DatasetError(f"{source} has no column {_listed(missing)}; it has the columns {_listed(first)}. Change --labels.")
+    if len(set(labels)) < len(labels):
+        raise DatasetError(f"--labels {' '.join(labels)}: expected each column once.")
     taken = [label for label in labels if label in ROW]
     if taken:
         raise DatasetError(

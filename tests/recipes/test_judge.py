@@ -244,6 +244,7 @@ def test_a_missing_package_is_named_with_its_extra_before_a_model_is_loaded(few,
     ("arguments", "error", "message"),
     [
         ({"labels": ["colour"]}, DatasetError, r"has no column colour; it has the columns .*concept, style.*--labels"),
+        ({"labels": ["style", "style"]}, DatasetError, "--labels style style: expected each column once"),
         ({"labels": ["concept"], "references": ["validation"]}, DatasetError, "has no split 'validation'"),
         ({"dataset": None, "prompts": "p.jsonl", "output_dir": "x", "labels": ["concept"]}, SystemExit, "without --dataset"),
         ({"references": ["test"]}, SystemExit, "--references test without --labels"),
