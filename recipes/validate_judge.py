@@ -187,7 +187,7 @@ def markdown(scores: dict) -> str:
     """The table of the scores: a column for what was done to the pictures, a row for each score."""
     cases = list(scores["pictures"])
     found = {case: scores["pictures"][case] | scores["names"].get(case, {}) for case in cases}
-    rows = list(dict.fromkeys(what for of_case in found.values() for what in of_case))
+    rows = list(dict.fromkeys(what for case in reversed(cases) for what in found[case]))  # the last case has the most scores
     lines = [["", *cases], ["---"] * (1 + len(cases))]
     lines += [[label_of(what), *(score_text(what, found[case].get(what)) for case in cases)] for what in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
