@@ -250,7 +250,7 @@ def markdown(scores: dict) -> str:
     if scores["geneval"]:
         seconds = {name: score_text("seconds", value) for name, value in scores["geneval"]["seconds"].items()}
         table.append(("GenEval prompts: seconds an image", seconds))
-    names = list(table[0][1])
+    names = list(dict.fromkeys(name for _, figures in table for name in figures))
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {label} | " + " | ".join(figures.get(name, "") for name in names) + " |" for label, figures in table]
     counts = {

@@ -40,7 +40,8 @@ def score_text(what: str, value: float | dict[str, float] | None) -> str:
     if not isinstance(value, dict):
         return f"{value:.3g}"
     if what.endswith(NUMBERS):
-        return "{value:.3f} ({low:.3f} to {high:.3f})".format(**value)
+        form = "{value:.1f} ({low:.1f} to {high:.1f})" if what == "nats_per_image" else "{value:.3f} ({low:.3f} to {high:.3f})"
+        return form.format(**value)
     return in_percent(value)
 
 

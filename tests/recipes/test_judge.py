@@ -217,6 +217,7 @@ def test_base_and_adapter_are_judged_side_by_side(base_folder, plain_folder, few
     difference = scores["differences"]["concept_likeness"]["value"]
     assert difference == pytest.approx(named["adapter"]["value"] - named["base"]["value"])
     told = capsys.readouterr()
+    assert "| | base | adapter | adapter - base |" in told.out
     assert "| drawing: concept of the nearest real picture (95 %) |" in told.out
     assert "few for a Fréchet distance of 1280 features" in told.out + told.err
 
