@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 PACKAGES = ("torch", "transformers", "peft", "uc-adapters")
 
 
-def environment(device: str = "cpu") -> dict:
-    """The "hardware" as text, the "versions" by package and the "date" of a file of figures."""
-    versions = {package: version(package) for package in PACKAGES}
+def environment(device: str = "cpu", further: Sequence[str] = ()) -> dict:
+    """The "hardware" as text, the "versions" of PACKAGES and of `further` ones, and the "date" of a file of figures."""
+    versions = {package: version(package) for package in (*PACKAGES, *further)}
     return {"hardware": hardware(device), "versions": versions, "date": date.today().isoformat()}
 
 

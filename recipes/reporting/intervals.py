@@ -52,3 +52,15 @@ def mean(values: np.ndarray) -> Estimate:
     rng = np.random.default_rng(0)
     interval = bootstrap((values,), np.mean, method="percentile", batch=at_once, rng=rng).confidence_interval
     return Estimate(float(values.mean()), float(interval.low), float(interval.high), len(values))
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """The share or mean of values, (turns, N), boolean or not. N counts the trials: all turns of one are one."""
+    if values.dtype == bool and (len(values) == 1 or values.all() or not values.any()):
+        return share(values[0])  # where all are alike, a bootstrap would have no interval
+    return mean(values.mean(0))
+
+
+def in_percent(estimate: dict[str, float]) -> str:
+    """A share, as the dict of its `Estimate`, as text with its interval."""
+    return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * estimate[name] for name in ("value", "low", "high")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +82,7 @@ def conversations(
     forms: Forms | None = None,
     split: str = "train",
     columns: dict[str, str] | None = None,
+    labels: Sequence[str] = (),
 ) -> AnyDataset:
     """Opens a split of a Hub id, a folder or a file as rows with the columns of ROW.
 
@@ -95,6 +96,7 @@ def conversations(
         split: The split. Default "train", the only one that a file has.
         columns: The source's column for each of our names: {"text": "caption"}. Other columns keep their names. The form that
             is read has all of these columns.
+        labels: Further columns of the source, which stay beside those of ROW, as texts.
 
     Returns:
         messages: Turns of {"role", "content"}, the content always a list of {"type", "text"}.
@@ -108,33 +110,51 @@ def conversations(
         DatasetError: There is nothing to load, no such split or column, no row, or the columns are of no known form.
     """
     opened = open_source(source, split, streaming)
+    _check_labels(source, opened.first, labels)
     names, form = _form_of(source, opened, forms or FORMS, columns or {})
     read = {name: (columns or {}).get(name, name) for name in names}
-    picked = list(dict.fromkeys(read.values()))
+    picked = list(dict.fromkeys([*read.values(), *labels]))
     unread = [column for column in opened.first if column not in picked]
     if unread:
         tqdm.write(f"{source}: reads the columns {_listed(picked)}; leaves out {_listed(unread)}.")
     dataset, folder = opened.rows.select_columns(picked), opened.folder
+    features = Features({**ROW, **{label: Value("string") for label in labels}})
 
     def rows(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        made = {name: [] for name in ROW}
-        for index, values in zip(indices, zip(*(batch[column] for column in read.values()), strict=True), strict=True):
-            row = dict(zip(read, values, strict=True))
+        made = {name: [] for name in features}
+        for index, values in zip(indices, zip(*(batch[column] for column in picked), strict=True), strict=True):
+            source_row = dict(zip(picked, values, strict=True))
+            row = {name: source_row[column] for name, column in read.items()}
             images = [_encoded(image, folder) for image in images_of(row)]
             files = [name for image in images_of(row) if (name := _file_name(image))]
             origin = f"{source}, row {index}" + (f" ({', '.join(files)})" if files else "")
             for number, messages in enumerate(form.conversations(row)):
                 for name, value in zip(ROW, (messages, images, origin, number == 0, given(row), False), strict=True):
                     made[name].append(value)
+                for label in labels:
+                    made[label].append(None if source_row[label] is None else str(source_row[label]))
         return made
 
-    options = {"batched": True, "batch_size": 100, "with_indices": True, "remove_columns": picked, "features": ROW}
+    options = {"batched": True, "batch_size": 100, "with_indices": True, "remove_columns": picked, "features": features}
     if streaming:
         return dataset.map(rows, **options)
     # datasets notices a changed data file, but not a changed image that a data file names.
     paths = [*opened.files, *_paths(dataset, read, folder)]
     fingerprint = fingerprint_of(__version__, dataset._fingerprint, Hasher.hash(rows), [_stamp(path) for path in paths])
     return dataset.map(rows, **options, new_fingerprint=fingerprint, desc=f"read {source}")
+
+
+def _check_labels(source: str, first: dict, labels: Sequence[str]) -> None:
+    missing = [label for label in labels if label not in first]
+    if missing:
+        raise DatasetError(f"{source} has no column {_listed(missing)}; it has the columns {_listed(first)}. Change --labels.")
+    if len(set(labels)) < len(labels):
+        raise DatasetError(f"--labels {' '.join(labels)}: expected each column once.")
+    taken = [label for label in labels if label in ROW]
+    if taken:
+        raise DatasetError(
+            f"{source}: a label cannot be in a column called {_listed(taken)}; expected another name. Rename it."
+        )
 
 
 def column_names(pairs: list[str] | None) -> dict[str, str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from functools import partial
 
-import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
 from rows.captions import caption_of
 from rows.conversations import decoded
 from scoring.contenders import Contender, draw_in_turn, side_by_side
+from scoring.picture_judge import PictureJudge
+from scoring.real_pictures import to_tensor
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
@@ -105,10 +106,10 @@ class PictureMetrics:
 
     def update(self, captions: list[str], drawn: list[Image.Image], real: list[Image.Image]) -> None:
         """Adds a batch. Real images are cropped and scaled to the size of the drawings."""
-        pixels = _pixels(drawn).to(self.device)
+        pixels = to_tensor(drawn).to(self.device)
         if self.fid is not None:
             fitted = [ImageOps.fit(image, drawn[0].size, Image.Resampling.BICUBIC) for image in real]
-            self.fid.update(_pixels(fitted).to(self.device), real=True)
+            self.fid.update(to_tensor(fitted).to(self.device), real=True)
             self.fid.update(pixels, real=False)
         if self.clip is not None:
             self.clip.update(pixels, captions)
@@ -119,11 +120,6 @@ class PictureMetrics:
         return {name: metric.compute().item() for name, metric in scores.items() if metric is not None}
 
 
-def _pixels(images: list[Image.Image]) -> torch.Tensor:
-    """Images as a tensor, (B, 3, H, W) uint8."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-
-
 def score_pictures(
     pair: list[Contender],
     rows: Dataset,
@@ -131,18 +127,32 @@ def score_pictures(
     clip: tuple[ClipFeatures, CLIPProcessor] | None,
     seed: int,
     batch_size: int,
+    judge: PictureJudge | None = None,
+    samples: int = 1,
     **sampling,
 ) -> dict[str, dict[str, float]]:
     """FID, CLIP score and seconds per image of each contender. All draw the same captions in turn, from the same seeds.
 
     Args:
         rows: At least two rows of `conversations`, each a caption and the image to draw for it.
+        features: What `load_features` returned.
+        clip: What `load_clip` returned.
+        seed: Seed of the sampling.
+        batch_size: Captions drawn at once.
+        judge: A judge of the same captions, which sees the drawings.
+        samples: Drawings of each caption.
+        **sampling: Arguments of `generate`.
     """
     metrics = {contender.name: PictureMetrics(features, clip, contender.model.device) for contender in pair}
     seconds = dict.fromkeys(metrics, 0.0)
-    captions = [caption_of(row) for row in rows]
+    numbers = [*range(len(rows))] * samples
+    captions = [caption_of(row) for row in rows] * samples
     for batch, contender, drawn, taken in draw_in_turn(pair, captions, seed, batch_size, **sampling):
-        real = [decoded(row)["images"][0] for row in rows.select(range(len(rows))[batch])]
+        real = [decoded(row)["images"][0] for row in rows.select(numbers[batch])]
         metrics[contender.name].update(captions[batch], drawn, real)
+        if judge is not None:
+            judge.update(contender.name, drawn, numbers[batch])
         seconds[contender.name] += taken
-    return side_by_side({name: metric.compute() | {"seconds": seconds[name] / len(rows)} for name, metric in metrics.items()})
+    return side_by_side(
+        {name: metric.compute() | {"seconds": seconds[name] / len(captions)} for name, metric in metrics.items()}
+    )

@@ -8,18 +8,14 @@ from functools import cached_property
 import numpy as np
 import torch
 from reporting.intervals import Estimate, mean_share, share
-from scoring.contenders import Contender, answer, draw_in_turn, grid_of
+from scoring.contenders import Contender, answer, draw_in_turn
 from scoring.digit_features import digit_features, to_tensor
 from scoring.likelihood import image_nats
-from scoring.stock_calls import base_of
+from scoring.reconstruction import restored
 from tiny_world.digits import QUESTION_KINDS, Scene, judge, load_scans, right_by_aspect, right_quarters
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
-
-from uc_adapters import UniCompressModel
-from uc_adapters.families import family_of
-from uc_adapters.pictures import to_pil
 
 SPLIT = "held-out"
 _BATCH = 50  # batch size of everything that is not timed
@@ -159,31 +155,21 @@ def score_reconstruction(contender: Contender, scenes: list[Scene]) -> dict[str,
         "quarters": the share of quarters that the judge still reads; "psnr" in dB, of the squared error of all images
         together; "ssim"; "feature_distance" of the restored scenes from the real ones.
     """
-    model = contender.model
-    drawing = model.code_head if isinstance(model, UniCompressModel) else None
-    family, grid = family_of(base_of(model)), grid_of(contender)
-    restored = []
+    images = []
     for first in tqdm(range(0, len(scenes), _BATCH), desc=f"{contender.name}: reconstruction", leave=False):
-        truth = list(render(scenes[first : first + _BATCH]))
-        pixels = contender.processor.image_processor(truth, return_tensors="pt")["pixel_values"].to(model.device)
-        if drawing is None:
-            tokens = family.dense_codes(pixels)
-        else:
-            codes = drawing.compress(pixels)
-            tokens = drawing.expand(codes.globals, codes.steps, grid, lambda logits: logits.argmax(-1))
-        restored += to_pil(contender.processor, family.to_pixels(family.to_tokens(tokens, grid), grid))
-    restored, real = np.stack(restored), render(scenes)
-    right = sum(right_quarters(asked, seen) for asked, seen in zip(scenes, judge(restored), strict=True))
+        images += restored(contender, list(render(scenes[first : first + _BATCH])))
+    given_back, real = np.stack(images), render(scenes)
+    right = sum(right_quarters(asked, seen) for asked, seen in zip(scenes, judge(given_back), strict=True))
     psnr, ssim = PeakSignalNoiseRatio(data_range=255.0), StructuralSimilarityIndexMeasure(data_range=255.0)
     for first in range(0, len(scenes), _BATCH):
-        images = [to_tensor(x[first : first + _BATCH]).float() for x in (restored, real)]
+        images = [to_tensor(x[first : first + _BATCH]).float() for x in (given_back, real)]
         psnr.update(*images)
         ssim.update(*images)
     return {
         "quarters": right / (4 * len(scenes)),
         "psnr": psnr.compute().item(),
         "ssim": ssim.compute().item(),
-        "feature_distance": feature_distance(real, restored),
+        "feature_distance": feature_distance(real, given_back),
     }
 
 

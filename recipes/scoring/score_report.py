@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 from reporting.environment import in_words
+from reporting.intervals import in_percent
 from reporting.pictures import save_grid
 from scoring.scene_scores import DrawingScore, drawing_prompts, render
 from tiny_world.digits import QUESTION_KINDS, Scene
@@ -48,7 +49,7 @@ def _rows(scores: dict) -> Iterator[tuple[str, dict[str, str]]]:
         return {name: form.format(scale * value) for name, value in values.items()}
 
     def shares(key: str, what: str) -> dict[str, str]:
-        return {name: _share(estimates[what]) for name, estimates in scores[key].items() if what in estimates}
+        return {name: in_percent(estimates[what]) for name, estimates in scores[key].items() if what in estimates}
 
     yield "tokens to read an image", figures(scores["tokens"]["read"], "{}")
     if "drawing" in scores:
@@ -82,13 +83,5 @@ def save_drawings(scenes: list[Scene], seed: int, drawn: dict[str, DrawingScore]
     save_grid(rows, drawing_prompts(scenes, seed)[:PICTURES], path)
 
 
-def _share(estimate: dict) -> str:
-    return f"{100 * estimate['value']:.1f} % {_interval(estimate, 100)}"
-
-
 def _estimate(estimate: dict, scale: float = 1) -> str:
-    return f"{scale * estimate['value']:.1f} {_interval(estimate, scale)}"
-
-
-def _interval(estimate: dict, scale: float) -> str:
-    return f"({scale * estimate['low']:.1f} to {scale * estimate['high']:.1f})"
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(scale * estimate[name] for name in ("value", "low", "high")))

@@ -8,6 +8,7 @@ import ablate
 import draw_figures
 import numpy as np
 import pytest
+import validate_judge
 from helpers import attach, lora_weights
 from PIL import Image
 from scoring import score_report
@@ -21,6 +22,7 @@ TABLES = [
     ("docs/figures/training-cost.md", "docs/training-*.json", benchmark_report.markdown),
     ("docs/figures/quality.md", "docs/evaluation-*.json", score_report.markdown),
     ("docs/figures/ablations.md", "docs/ablation.json", ablate.markdown),
+    ("docs/figures/judge.md", "docs/judge-*.json", validate_judge.markdown),
 ]
 Rows = set[tuple[str, ...]]
 
