@@ -1,4 +1,4 @@
-"""Draws the two pictures of the README from the committed figures: docs/images/frontier.png and docs/images/token-flow.png.
+"""Draws pictures of the committed figures: frontier.png and token-flow.png for the README, and ratios.png for the docs.
 
     python recipes/draw_figures.py
 
@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from reporting.ratios import ratios
 
 DOCS = Path(__file__).parents[1] / "docs"
 INK, SOFT, PAPER = "#1f2937", "#6b7280", "#ffffff"
@@ -221,13 +222,15 @@ def _grid(axis, x: float, y: float, side: float, cells: int, colours: list[list[
 
 
 def main(output_dir: Path, dpi: int = 160) -> list[Path]:
-    """Writes both pictures and returns their paths."""
+    """Writes the pictures and returns their paths."""
     scores = json.loads((DOCS / "evaluation-tiny-janus.json").read_text())
     benchmark = json.loads((DOCS / "benchmark-janus-pro-1b.json").read_text())
+    runs = {file.stem: json.loads(file.read_text()) for file in (DOCS / "ratios").glob("*.json")}
     output_dir.mkdir(parents=True, exist_ok=True)
     written = []
     with mpl.rc_context(STYLE):
-        for name, figure in (("frontier", frontier(scores, benchmark)), ("token-flow", token_flow())):
+        figures = {"frontier": frontier(scores, benchmark), "token-flow": token_flow(), "ratios": ratios(runs)}
+        for name, figure in figures.items():
             written.append(output_dir / f"{name}.png")
             figure.savefig(written[-1], dpi=dpi, metadata={"Software": None})  # so that the same figures give the same bytes
     return written
@@ -235,5 +238,5 @@ def main(output_dir: Path, dpi: int = 160) -> list[Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=DOCS / "images", help="Folder to write the two pictures to.")
+    parser.add_argument("--output_dir", type=Path, default=DOCS / "images", help="Folder to write the pictures to.")
     print(*main(parser.parse_args().output_dir), sep="\n")
