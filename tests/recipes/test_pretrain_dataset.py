@@ -1,7 +1,7 @@
 """`pretrain_tiny.py --dataset`: a tiny base of captioned images that nobody prepared."""
 
 import json
-from functools import partial
+from dataclasses import replace
 
 import pretrain_tiny
 import pytest
@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from rows.conversations import DatasetError
 from rows.turns import CAPTION_REQUEST
 from tiny_world.caption_pool import CaptionPool, WordHead, caption_words, captioned_rows
-from tiny_world.tiny_janus import make_processor
+from tiny_world.shapes import SHAPES
+from tiny_world.tiny_janus import make_model, make_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 FEW = {"vq_steps": 1, "vision_steps": 1, "joint_steps": 1}  # test_tiny_emu3.py has the two phases of `vq_steps`
@@ -48,9 +49,9 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Steps of fewer rows."""
-    monkeypatch.setattr(pretrain_tiny, "train_vq", partial(pretrain_tiny.train_vq, batch_size=4))
-    monkeypatch.setattr(pretrain_tiny, "train_vision", partial(pretrain_tiny.train_vision, batch_size=4))
-    monkeypatch.setattr(pretrain_tiny, "train_joint", partial(pretrain_tiny.train_joint, read_rows=4, draw_rows=4))
+    for name, shape in SHAPES.items():
+        few = replace(shape, vq_rows=4, vision_rows=4, read_rows=4, draw_rows=4)
+        monkeypatch.setitem(SHAPES, name, few)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -75,6 +76,48 @@ def test_a_base_of_captioned_images_loads_knows_their_words_and_draws(family, pi
         inputs = processor(text=[text], images=[picture(0)], return_tensors="pt")
     assert tokenizer.unk_token_id not in inputs["input_ids"]
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+@torch.no_grad()
+def test_a_small_base_has_256_codes_an_image():
+    processor = make_processor(shape=SHAPES["small"])
+    model = make_model(processor, SHAPES["small"])
+    assert sum(parameter.numel() for parameter in model.parameters()) < 20_000_000
+    inputs = question_inputs(processor, [CAPTION_REQUEST], [picture(0)])
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 256
+    features = model.model.vision_model(inputs["pixel_values"]).last_hidden_state
+    codes = model.model.vqmodel.encode(inputs["pixel_values"]).image_tokens
+    assert features.shape[1] == codes.numel() == model.config.vision_config.num_image_tokens == 256
+    assert model.decode_image_tokens(codes.view(1, 256)).shape == (1, 64, 64, 3)
+
+
+def test_what_is_read_is_moved_and_tinted_a_little_and_white_stays_white(pictures, processor):
+    pool = CaptionPool(captioned_rows(str(pictures), 48, rng(0)), processor, rng(0))
+    rows = rng(1).integers(48, size=4)
+    pool.pixels[rows[0]] = 255
+    before, first, second = pool.pixel_values(rows), pool.seen(rows), pool.seen(rows)
+    assert first.shape == before.shape
+    assert not torch.equal(first, second)
+    assert torch.equal(first[0], before[0])
+    assert first.abs().max() <= 1
+    assert torch.equal(pool.pixel_values(rows), before)  # what is drawn does not move
+    nearest = (first[1:, None] - before[None, 1:]).square().mean((2, 3, 4)).argmin(1)
+    assert nearest.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": "huge"}, "--shape 'huge' with --family janus; expected tiny, or small with janus"),
+        ({"shape": "small", "family": "emu3"}, "--shape 'small' with --family emu3; expected tiny"),
+        ({"device": "tpu"}, "--device 'tpu' is not here; expected cpu"),
+    ],
+)
+def test_a_shape_or_a_device_that_is_not_there_is_refused(arguments, message, tmp_path):
+    work = tmp_path / "work"
+    with pytest.raises(SystemExit, match=message):
+        pretrain_tiny.main(pretrain_tiny.PretrainArguments(output_dir=str(tmp_path / "base"), work_dir=str(work), **arguments))
+    assert not work.exists()
 
 
 def test_images_are_what_the_processor_makes_of_them(tmp_path):
