@@ -101,8 +101,6 @@ def test_what_is_read_is_moved_and_tinted_a_little_and_white_stays_white(picture
     assert torch.equal(first[0], before[0])
     assert first.abs().max() <= 1
     assert torch.equal(pool.pixel_values(rows), before)  # what is drawn does not move
-    nearest = (first[1:, None] - before[None, 1:]).square().mean((2, 3, 4)).argmin(1)
-    assert nearest.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
