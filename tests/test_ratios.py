@@ -319,6 +319,23 @@ def test_batches_read_at_all_strides_whatever_the_processor_writes(shared, proce
     assert (fixed([reading_row(images[0])])["input_ids"] == image_id).sum() == 9
 
 
+def test_evaluation_is_at_the_ratios_in_the_middle(shared, processor, images):
+    model = shared(stride=STRIDES, codes_per_step=(4, 8))
+    config, compact = model.active_peft_config, model.compact_processor(processor, stride=4)
+    collate = UniCompressCollator(compact, config).without_chance()
+    assert (collate.caption_dropout, collate.codes_per_step, collate.stride) == (0.0, 8, 2)
+    fixed = UniCompressCollator(compact, config, codes_per_step=4, stride=1).without_chance()
+    assert (fixed.codes_per_step, fixed.stride) == (4, 1)
+    phase = UniCompressCollator(compact, UniCompressConfig(decompressor="phase")).without_chance()
+    assert (phase.codes_per_step, phase.stride) == (None, 2)
+
+
+def test_a_processor_of_no_trained_stride_is_refused(shared, processor, images):
+    config = shared(stride=STRIDES).active_peft_config
+    with pytest.raises(InputError, match=r"64 placeholders for an image; expected 69 or 21 or 9\. .*compact_processor"):
+        UniCompressCollator(processor, config)([reading_row(images[0])])
+
+
 def test_a_stride_that_was_not_trained_is_refused_with_the_legal_ones(fresh, processor, images):
     model = attach(fresh(), stride=(2, 4))
     with pytest.raises(InputError, match=r"stride=1, for which .* not trained; expected 2 or 4"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate, chain
@@ -130,7 +130,7 @@ class UniCompressCollator:
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
         contents = [image["values"] if isinstance(image, dict) else image.tobytes() for image in to_draw]
         length = self._chosen(self.codes_per_step, self.config.strip_lengths, contents)
-        stride = self._chosen(self.stride, self.config.strides, [row.tobytes() for row in chain.from_iterable(images)])
+        stride = self._chosen(self.stride, self.config.strides, (image.tobytes() for image in chain.from_iterable(images)))
         sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, length)
         for index, of_row in enumerate(learned):
             texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
@@ -146,6 +146,12 @@ class UniCompressCollator:
             if len(self.config.strip_lengths) > 1:
                 batch["gen_codes_per_step"] = torch.tensor(length)
         return batch, [row for row, _ in sequences]
+
+    def without_chance(self) -> UniCompressCollator:
+        """Returns a copy for evaluation. It drops no caption, and has one ratio: the one in the middle, if none is set."""
+        config = self.config
+        length = config.strip_length(self.codes_per_step) if config.decompressor == "strip" else None
+        return replace(self, caption_dropout=0.0, codes_per_step=length, stride=config.read_stride(self.stride))
 
     def _completions(self, row: dict[str, Any], images: int) -> list[Completion]:
         """Returns the completions of a row with `images` images.
@@ -185,7 +191,7 @@ class UniCompressCollator:
             )
         return learned
 
-    def _chosen(self, asked: int | None, trained: tuple[int, ...], contents: list[bytes]) -> int:
+    def _chosen(self, asked: int | None, trained: tuple[int, ...], contents: Iterable[bytes]) -> int:
         """Returns the ratio that is asked for, or else one of those that are trained, for images of these contents."""
         if asked is not None or len(trained) == 1:
             return trained[0] if asked is None else asked
@@ -218,7 +224,13 @@ class UniCompressCollator:
             return config.read_stride()
         side = config.base_geometry["read_side"]  # with several strides, images have one size
         count = self.writer.family.reading_text(self.processor, {}, 0).count(self.processor.image_token)
-        return next(stride for stride in config.strides if config.num_image_tokens((side, side), stride) == count)
+        counts = {config.num_image_tokens((side, side), stride): stride for stride in config.strides}
+        if count not in counts:
+            raise InputError(
+                f"The processor writes {count} placeholders for an image; expected {' or '.join(map(str, counts))}. Make it "
+                "with model.compact_processor(processor)."
+            )
+        return counts[count]
 
     def _as_read(self, text: str, stride: int) -> str:
         """Replaces the placeholders in the processor's text of an image by those of an image that is read at `stride`."""

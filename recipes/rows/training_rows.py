@@ -51,6 +51,13 @@ def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
     return int(sequence_positions(mask, [(batch["gen_mask"], deltas)]).max()) + 1
 
 
+def longest(collator: UniCompressCollator) -> UniCompressCollator:
+    """A copy that makes the longest batches: without dropped captions, at the ratios that compress least."""
+    config = collator.config
+    length = min(config.strip_lengths) if config.decompressor == "strip" else None
+    return replace(collator, caption_dropout=0.0, codes_per_step=length, stride=min(config.strides))
+
+
 @dataclass(frozen=True)
 class RowCheck:
     """Checks that a batch can be made of a row, has something to learn and fits into the base's context.
@@ -170,7 +177,7 @@ def training_rows(
         raise DatasetError(f"--dataset_weights {weights} for {len(sources)} dataset(s); expected one for each, all above 0.")
     if streaming and (encode or fill_in or part):
         raise DatasetError("streaming with fill_in, encode or part; expected none of these, because they need all rows.")
-    check = replace(check, collator=replace(check.collator, caption_dropout=0.0))
+    check = replace(check, collator=longest(check.collator))
     options = {"split": split, "columns": columns}
     if streaming:
         datasets = [_check_as_they_come(source, check, skip_bad_rows, options) for source in sources]

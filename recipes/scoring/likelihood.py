@@ -47,10 +47,8 @@ def compact_nats(contender: Contender, images: list[Image.Image], prompts: list[
     that this is their exact NLL.
     """
     model = contender.model
-    config, length = model.active_peft_config, contender.codes_per_step
-    if len(config.strip_lengths) > 1:  # else the collator would choose one for each batch
-        length = config.strip_length(length)
-    collator = UniCompressCollator(contender.processor, config, caption_dropout=0.0, codes_per_step=length)
+    collator = UniCompressCollator(contender.processor, model.active_peft_config, codes_per_step=contender.codes_per_step)
+    collator = collator.without_chance()
     rows = [
         {
             "messages": [

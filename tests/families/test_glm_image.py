@@ -320,6 +320,17 @@ def test_a_batch_draws_previews_but_for_edits(model, compact, pictures):
         assert torch.equal(batch["input_ids"][index, : len(prompt)], prompt)
 
 
+def test_a_batch_of_another_ratio_has_its_placeholders(pristine, processor, pictures):
+    """Its images have 256, 64 and 128 codes. Global tokens and separators are known."""
+    model = attach(copy.deepcopy(pristine), codes_per_step=7, drawing_global_tokens=True)
+    collator = UniCompressCollator(model.compact_processor(processor), model.active_peft_config, caption_dropout=0.0)
+    batch = collator([row(pictures[0]), row(pictures[1], pictures[2])])
+    assert batch["gen_mask"].sum(1).tolist() == [5 + 37 + 5 + 10, 5 + 19]
+    assert ((batch["labels"] != -100) & batch["gen_mask"]).sum(1).tolist() == [37 + 10, 19]
+    with torch.no_grad():
+        assert model(**batch).loss.isfinite()
+
+
 def test_a_dropped_caption_is_the_unconditional_prompt(model, compact, pictures):
     """But not that of an edit, which has no guidance."""
     edit = UniCompressCollator(compact, model.active_peft_config, caption_dropout=1.0)([row(pictures[0], pictures[1])])

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerCallback
@@ -68,9 +67,7 @@ class JointTrainer(ResumableTrainer, SFTTrainer):
         # So no weight is trainable until TRL is set up.
         model.requires_grad_(False)
         super().__init__(model, args, data_collator=NamingCollator(data_collator), **kwargs)
-        length = data_collator.config.strip_length(data_collator.codes_per_step)
-        options = {"caption_dropout": 0.0, "codes_per_step": length if data_collator.config.decompressor == "strip" else None}
-        self.eval_collator = NamingCollator(replace(data_collator, **options))
+        self.eval_collator = NamingCollator(data_collator.without_chance())
         self.add_callback(EpochCallback(data_collator))
         self.model.train_only("language model")
         self.model.register_forward_hook(self._record_scores)  # SFTTrainer does not pass the model's output on
