@@ -116,8 +116,8 @@ def upload(tab, *paths: Path) -> None:
 
 def test_both_draw_a_prompt_while_steps_and_seconds_count(tab, page):
     tab.evaluate(
-        "window.seen = []; const told = [...document.querySelectorAll('.told')];"
-        "new MutationObserver(() => window.seen.push(told.map(line => line.innerText).join(' | ')))"
+        "window.seen = []; const told = () => [...document.querySelectorAll('.told')];"  # the page may replace them
+        "new MutationObserver(() => window.seen.push(told().map(line => line.innerText).join(' | ')))"
         ".observe(document.body, {subtree: true, childList: true, characterData: true})"
     )
     start(tab, PROMPTS[0], seed=5)
