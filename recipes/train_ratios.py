@@ -90,6 +90,10 @@ class Scenes:
         """The same on a device. They are kept in 16 bits, and used in 64."""
         return Scenes(*(value.to(device).long() for value in vars(self).values()))
 
+    def part(self, rows: slice) -> Scenes:
+        """Some of the scenes."""
+        return Scenes(*(value[rows] for value in vars(self).values()))
+
     def batch(self, rows: torch.Tensor, dropped: torch.Tensor) -> Scenes:
         """The scenes of `rows` (B,), without the captions of those that are `dropped` (B,)."""
         ids = torch.where(dropped.unsqueeze(1), self.blank[rows], self.ids[rows])
@@ -163,77 +167,82 @@ class Training:
         # Filled before each step, since a recorded step reads the same memory every time
         self.rate, self.weight = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
         self.scenes: Scenes | None = None
+        # A ratio a scene: with a ratio a step, five ratios need five times as many steps
+        shares = np.array([2.0 ** -abs(place - len(lengths) // 2) for place in range(len(lengths))])
+        ends = np.round(args.batch_size * shares.cumsum() / shares.sum()).astype(int)
+        self.rows = {length: slice(first, end) for length, first, end in zip(lengths, [0, *ends], ends, strict=False)}
+        self.rows = {length: rows for length, rows in self.rows.items() if rows.stop > rows.start}  # of small batches
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=self.rate, weight_decay=0.01, capturable=args.graph, foreach=args.graph
         )
-        self.steps = dict.fromkeys(lengths)
+        self.recorded: Callable[[], dict[int, torch.Tensor]] | None = None
 
-    def loss(self, length: int) -> torch.Tensor:
-        """The loss of a step with `length` codes in a step of the language model, as in the joint loss."""
-        head, scenes = self.heads[length], self.scenes
+    def scores(self, length: int, scenes: Scenes) -> torch.Tensor:
+        """The negative log-probability of each step of scenes with `length` codes in a step, as in the joint loss, (B, T')."""
+        head = self.heads[length]
         with torch.no_grad():
             dense = self.teacher.embed_codes(scenes.codes)
             states = before_codes(self.teacher, scenes, dense, self.teacher_deltas)  # (B, T, D)
         none = scenes.codes[:, :0]
         codes = CompactCodes(none, head.step_codes(none, scenes.codes, self.grid), scenes.codes, self.grid)
         hidden = before_codes(head.family, scenes, head.embed(codes), self.deltas[length])
-        log_probs = head.score(hidden, codes, states, self.weight).log_probs
-        return -log_probs.sum() / (len(scenes.codes) * head.count_steps(self.grid))
+        return -head.score(hidden, codes, states, self.weight).log_probs[:, -head.count_steps(self.grid) :]
 
-    def update(self, length: int) -> torch.Tensor:
-        """Forward, backward, update; returns the loss."""
+    def losses(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The mean over the steps of all scenes, and that of each ratio. The scenes are shared out among the ratios."""
+        scored = {length: self.scores(length, self.scenes.part(rows)) for length, rows in self.rows.items()}
+        total, count = sum(x.sum() for x in scored.values()), sum(x.numel() for x in scored.values())
+        return total / count, {length: x.detach().mean() for length, x in scored.items()}
+
+    def update(self) -> dict[int, torch.Tensor]:
+        """Forward, backward, update; returns the loss of each ratio."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(length)
+        loss, of_ratios = self.losses()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
-        return loss.detach()
+        return of_ratios
 
-    def step(self, length: int) -> torch.Tensor:
+    def step(self) -> dict[int, torch.Tensor]:
         """The same, as a CUDA graph if there is to be one."""
         if not self.args.graph:
-            return self.update(length)
-        if self.steps[length] is None:
-            self.steps[length] = self._recorded(length)
-        return self.steps[length]()
+            return self.update()
+        if self.recorded is None:
+            self.recorded = self._recorded()
+        return self.recorded()
 
-    def _recorded(self, length: int) -> Callable[[], torch.Tensor]:
-        """Records a step. What the warm-up changes is put back."""
+    def _recorded(self) -> Callable[[], dict[int, torch.Tensor]]:
+        """Records a step. What the warm-up changes is put back: the weights, and the optimizer's states, which were zero."""
         kept = [weight.detach().clone() for weight in self.weights]
-        states = {
-            weight: {name: value.clone() for name, value in state.items()} for weight, state in self.optimizer.state.items()
-        }
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.update(length)
+                self.update()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph):
-            loss = self.update(length)
+            of_ratios = self.update()
         with torch.no_grad():
             for weight, before in zip(self.weights, kept, strict=True):
                 weight.copy_(before)
-                for name, value in self.optimizer.state[weight].items():
-                    value.copy_(states[weight][name]) if weight in states else value.zero_()
+                for value in self.optimizer.state[weight].values():
+                    value.zero_()
 
-        def replay() -> torch.Tensor:
+        def replay() -> dict[int, torch.Tensor]:
             graph.replay()
-            return loss
+            return of_ratios
 
         return replay
 
     def run(self, data: Scenes) -> list[dict[str, float]]:
         """Trains; returns the mean loss of each ratio every 50 steps."""
-        args, log, lengths = self.args, [], list(self.heads)
-        shares = np.array([2.0 ** -abs(place - len(lengths) // 2) for place in range(len(lengths))])
+        args, log = self.args, []
         rng = np.random.default_rng(args.seed)
         warm_up, sums = max(1, round(0.03 * args.max_steps)), {}
         rows = torch.arange(args.batch_size, device=args.device)
         dropped = torch.from_numpy(rng.random((args.max_steps, args.batch_size)) < DROPOUT).to(args.device)
-        chosen = rng.choice(lengths, args.max_steps, p=shares / shares.sum())
         for step in tqdm(range(args.max_steps), desc="train", mininterval=10):
             batch = data.batch((rows + step * args.batch_size) % len(data.codes), dropped[step])
             if self.scenes is None:
@@ -244,8 +253,8 @@ class Training:
             factor = (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * done))
             self.rate.fill_(args.learning_rate * factor)
             self.weight.fill_(1 - step / args.max_steps)
-            length = int(chosen[step])
-            sums.setdefault(length, []).append(self.step(length).clone())
+            for length, loss in self.step().items():
+                sums.setdefault(length, []).append(loss.clone())
             if (step + 1) % 50 == 0 or step + 1 == args.max_steps:
                 log.append({"step": step + 1} | {f"loss {k}": torch.stack(v).mean().item() for k, v in sorted(sums.items())})
                 sums = {}

@@ -13,6 +13,7 @@ from uc_adapters import UniCompressCollator, UniCompressConfig, UniCompressModel
 from uc_adapters.command import main
 from uc_adapters.errors import BaseModelError, ConfigError, InputError
 from uc_adapters.hub.card import token_counts
+from uc_adapters.images import pack_latents
 from uc_adapters.joint_loss import CODES
 
 DIAL, STRIDES = (1, 3, 8), (1, 2, 4)
@@ -205,7 +206,7 @@ def test_one_adapter_draws_and_scores_every_ratio(shared, short_processor, image
     rows = [drawing_row(caption, images[0], codes, model) for caption, codes in zip(CAPTIONS, dense, strict=True)]
     collate = UniCompressCollator(short_processor, model.active_peft_config, 0.0, codes_per_step=codes_per_step)
     batch = collate(rows)
-    assert batch["gen_codes_per_step"] == codes_per_step
+    assert batch["gen_codes_per_step"].tolist() == [codes_per_step] * 3
     with torch.no_grad():
         scores = model(**batch)
     steps = scores.kinds == CODES
@@ -233,6 +234,30 @@ def test_the_ratio_is_told(fresh, short_processor, images):
                 embedding[place] += torch.randn(embedding.shape[1])
             losses.append(model(**batch).loss.item())
             assert (losses[-1] != losses[-2]) is changes
+
+
+def test_drawings_of_several_ratios_in_one_batch_score_as_each_alone(shared, short_processor, images):
+    """Whatever the others of the batch have, and from pixels or from latents."""
+    model = shared(codes_per_step=DIAL, drawing_global_tokens=True)
+    rows = [drawing_row(caption, image) for caption, image in zip([*CAPTIONS, "a red 3"], images, strict=True)]
+    packed = pack_latents(model.family, short_processor, images)
+    rows_of_latents = [{**row, "latents": [latents]} for row, latents in zip(rows, packed, strict=True)]
+    for of_form in (rows, rows_of_latents):
+        collate = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)
+        for epoch in range(20):  # until an epoch has three ratios
+            collate.epoch = epoch
+            batch = collate(of_form)
+            if len(batch["gen_codes_per_step"].unique()) == 3:
+                break
+        with torch.no_grad():
+            together = model(**batch)
+            for index, row in enumerate(of_form):
+                one = collate([row])
+                assert one["gen_codes_per_step"] == batch["gen_codes_per_step"][index]
+                alone = model(**one).log_probs[0]
+                torch.testing.assert_close(together.log_probs[index, : len(alone)], alone, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match=r"gen_codes_per_step of 3 image\(s\) for 4 to draw"):
+        model(**batch | {"gen_codes_per_step": batch["gen_codes_per_step"][:3]})
 
 
 def test_batches_get_all_ratios_and_the_likely_ones_more_often(short_processor, shared, images):

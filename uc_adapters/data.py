@@ -52,9 +52,9 @@ class UniCompressCollator:
             case for classifier-free guidance. Default 0.1. See `epoch`.
         eos_token_id: The tokens that end generation, as in the base's `generation_config`. Default: the tokenizer's.
         codes_per_step: The number of codes in a step of the images to draw. Default: if the adapter is trained for several, one
-            of them for each batch. The one in the middle comes most often, and with each place away from it half as often. The
-            choice depends on the images of the batch and on `epoch` alone.
-        stride: The stride at which images are read, chosen likewise.
+            of them for each drawing. The one in the middle comes most often, and with each place away from it half as often.
+            The choice depends on the image and on `epoch` alone, however the rows are batched.
+        stride: The stride at which images are read. Default: chosen likewise, one for each batch.
 
     Raises:
         InputError: `caption_dropout` is outside [0, 1], the adapter is not trained for `codes_per_step` or `stride`, the
@@ -102,7 +102,7 @@ class UniCompressCollator:
             `gen_mask` (B, L) and `gen_pixel_values` (M, 3, H, W) if there are images to draw. B is the number of sequences.
             Rows with latents give `gen_latents` (M, T, C) in place of `gen_pixel_values`. If the base takes images of any size,
             there are also `image_sizes` (N, 2) and `gen_image_sizes` (M, 2), in pixels. If the adapter is trained for several
-            numbers of codes in a step, `gen_codes_per_step` () is that of the images to draw.
+            numbers of codes in a step, `gen_codes_per_step` (M,) is that of each image to draw.
         """
         return self.with_rows(rows)[0]
 
@@ -129,9 +129,9 @@ class UniCompressCollator:
         packed = to_draw and isinstance(to_draw[0], dict)
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
         contents = [image["values"] if isinstance(image, dict) else image.tobytes() for image in to_draw]
-        length = self._chosen(self.codes_per_step, self.config.strip_lengths, contents)
+        lengths = [self._chosen(self.codes_per_step, self.config.strip_lengths, [content]) for content in contents]
         stride = self._chosen(self.stride, self.config.strides, (image.tobytes() for image in chain.from_iterable(images)))
-        sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, length)
+        sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, lengths)
         for index, of_row in enumerate(learned):
             texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
             texts = [self._as_read(text, stride) for text in texts]
@@ -144,7 +144,7 @@ class UniCompressCollator:
         if drawn:
             batch |= {f"gen_{name}": value for name, value in drawn.items()} | {"gen_mask": gen_mask}
             if len(self.config.strip_lengths) > 1:
-                batch["gen_codes_per_step"] = torch.tensor(length)
+                batch["gen_codes_per_step"] = torch.tensor(lengths).repeat_interleave(torch.tensor(counts_drawn))
         return batch, [row for row, _ in sequences]
 
     def without_chance(self) -> UniCompressCollator:
@@ -200,14 +200,14 @@ class UniCompressCollator:
         return Random(digest).choices(trained, shares)[0]
 
     def _drawn_images(
-        self, drawn: dict[str, torch.Tensor], counts: list[int], contents: list[bytes], length: int
+        self, drawn: dict[str, torch.Tensor], counts: list[int], contents: list[bytes], lengths: list[int]
     ) -> Iterator[DrawnImage]:
-        """Yields the texts of the drawings, with `length` codes in a step.
+        """Yields the texts of the drawings. The lists have an entry for each: its number of images, content, codes in a step.
 
-        `counts` has the number of images of each drawing in `drawn`: two if it begins with a preview.
+        A drawing has two images in `drawn` if it begins with a preview.
         """
         token, config, first = self.processor.image_token, self.config, 0
-        for count, content in zip(counts, contents, strict=True):
+        for count, content, length in zip(counts, contents, lengths, strict=True):
             texts = self.writer.family.drawing_texts(self.processor, drawn, first, count)
             texts, first = [self._as_drawn(text, length) for text in texts], first + count
             ends = list(accumulate(text.count(token) for text in texts))

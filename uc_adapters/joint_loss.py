@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,6 +61,7 @@ def joint_loss(
     *,
     read: Images,
     drawn: Images,
+    drawn_heads: list[CodeHead],
     gen_mask: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -71,19 +73,20 @@ def joint_loss(
 ) -> JointOutput:
     """Scores the labels of a batch: text tokens with the base's head, image codes with the adapter's code head.
 
-    `UniCompressModel.forward` documents and checks the arguments. `read` and `drawn` are its images to read and to draw.
+    `UniCompressModel.forward` documents and checks the arguments. `read` and `drawn` are its images to read and to draw, and
+    `drawn_heads` has the code head of each of the latter.
     """
     family = read_layer.family
     if gen_mask is None:
         gen_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     read_mask = (input_ids == family.image_token_id) & ~gen_mask
     embeddings = read_layer.embed_prompt(input_ids, read.pixel_values, read.image_sizes, read_mask)  # (B, L, D)
-    batches = [] if drawn.values is None else list(_compress(head, drawn))
+    batches = [] if drawn.values is None else list(_compress(drawn_heads, drawn))
     if batches:
         inputs, position_deltas = {}, {}
-        for rows, codes in batches:
-            inputs.update(zip(rows, head.embed(codes), strict=True))  # (N + 1 + T', D) each
-            position_deltas.update(dict.fromkeys(rows, head.position_deltas(codes.grid)))  # (..., N + 1 + T' + 1) each
+        for rows, of_rows, codes in batches:
+            inputs.update(zip(rows, of_rows.embed(codes), strict=True))  # (N + 1 + T', D) each
+            position_deltas.update(dict.fromkeys(rows, of_rows.position_deltas(codes.grid)))  # (..., N + 1 + T' + 1) each
         inputs, position_deltas = ([by_row[row] for row in range(len(by_row))] for by_row in (inputs, position_deltas))
         embeddings = embeddings.masked_scatter(gen_mask.unsqueeze(-1), torch.cat(inputs).to(embeddings.dtype))
         if attention_mask is None:  # without it, transformers would take jumps in the position ids for packed sequences
@@ -103,9 +106,9 @@ def joint_loss(
     if batches:
         before = hidden[drawn_targets].split([len(image) for image in inputs])  # M times (N + 1 + T', D)
         drawn_scores = {}
-        for rows, codes in batches:
+        for rows, of_rows, codes in batches:
             states = None if teacher_states is None else teacher_states[rows, : codes.dense.shape[1]]
-            scored = head.score(torch.stack([before[row] for row in rows]), codes, states, teacher_states_weight)
+            scored = of_rows.score(torch.stack([before[row] for row in rows]), codes, states, teacher_states_weight)
             code_kinds = torch.full_like(scored.log_probs, CODES)
             code_kinds[:, : codes.globals.shape[1]] = GLOBAL_CODE
             parts = torch.stack([scored.log_probs, scored.entropy, scored.accuracy, code_kinds])  # (4, n, N + 1 + T')
@@ -126,17 +129,24 @@ def joint_loss(
     )
 
 
-def _compress(head: CodeHead, images: Images) -> Iterator[tuple[list[int], CompactCodes]]:
-    """Yields the codes to draw for the images of each size, with the indices of the images."""
-    family = head.family
+def _compress(heads: list[CodeHead], images: Images) -> Iterator[tuple[list[int], CodeHead, CompactCodes]]:
+    """Yields the codes to draw for the images of each size and number of codes in a step, with their indices and their head."""
+    family = heads[0].family
     if images.latents is None:
-        for rows, pixels, _ in family.by_size(images.pixel_values, images.image_sizes):
-            yield rows, head.compress(pixels)
-        return
-    sizes = images.sizes(family)
-    for size in dict.fromkeys(sizes):
-        rows, grid = [row for row, other in enumerate(sizes) if other == size], family.draw_grid(size)
-        yield rows, head.compress_latents(images.latents[rows, : grid[0] * grid[1]], grid)
+        by_size = family.by_size(images.pixel_values, images.image_sizes)
+    else:
+        sizes = images.sizes(family)
+        groups = {size: [row for row, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)}
+        by_size = ((rows, images.latents[rows, : math.prod(family.draw_grid(size))], size) for size, rows in groups.items())
+    for rows, values, size in by_size:
+        for length in dict.fromkeys(heads[row].codes_per_step for row in rows):
+            places = [place for place, row in enumerate(rows) if heads[row].codes_per_step == length]
+            chosen, head = [rows[place] for place in places], heads[rows[places[0]]]
+            of_length = values if len(places) == len(rows) else values[places]
+            if images.latents is None:
+                yield chosen, head, head.compress(of_length)
+            else:
+                yield chosen, head, head.compress_latents(of_length, family.draw_grid(size))
 
 
 def _touch(read_layer: ReadLayer, head: CodeHead | None) -> torch.Tensor:

@@ -70,9 +70,15 @@ class UniCompressModel(HubModel):
         Raises:
             UnsupportedError: Two adapters are active.
         """
-        return self._code_head(None)
+        return self.code_head_at(None)
 
-    def _code_head(self, codes_per_step: int | None) -> CodeHead | None:
+    def code_head_at(self, codes_per_step: int | None) -> CodeHead | None:
+        """Returns the same code head for another number of codes in a step. Default None: the one in the middle.
+
+        Raises:
+            InputError: The adapter is not trained for `codes_per_step`.
+            UnsupportedError: Two adapters are active.
+        """
         if self.family.why_no_drawing is not None:
             return None
         layer: UniCompressLayer = self.get_base_model().get_submodule(self.family.module_names["draw"])
@@ -203,7 +209,7 @@ class UniCompressModel(HubModel):
         gen_latents: torch.Tensor | None = None,
         gen_image_sizes: torch.Tensor | None = None,
         gen_mask: torch.Tensor | None = None,
-        gen_codes_per_step: torch.Tensor | int | None = None,
+        gen_codes_per_step: torch.Tensor | None = None,
         teacher_probs: torch.Tensor | None = None,
         teacher_probs_weight: torch.Tensor | float = 1.0,
         teacher_states: torch.Tensor | None = None,
@@ -231,8 +237,8 @@ class UniCompressModel(HubModel):
                 `uc_adapters.images.pack_latents` computes them once.
             gen_image_sizes: Height and width in pixels, (M, 2), if the base generates images of any size.
             gen_mask: (B, L), True at the placeholders of images to generate.
-            gen_codes_per_step: The number of codes in a step of these images, if the adapter is trained for several. Default:
-                the one in the middle.
+            gen_codes_per_step: The number of codes in a step of each of these images, (M,), if the adapter is trained for
+                several. Default: the one in the middle.
             teacher_probs: A teacher's probabilities, (N, vocabulary), at the N labelled text tokens in order. The loss of text
                 is then the KL divergence from them.
             teacher_probs_weight: The weight of that divergence in the loss of text, from 0 to 1. The labels have the rest. One
@@ -262,7 +268,7 @@ class UniCompressModel(HubModel):
         if kwargs:
             self._check_known(kwargs)
         read, drawn = Images(pixel_values, image_sizes), Images(gen_pixel_values, gen_image_sizes, gen_latents)
-        length = None if gen_codes_per_step is None else int(gen_codes_per_step)
+        lengths = None if gen_codes_per_step is None else gen_codes_per_step.tolist()
         enabled = self.read_layer.active_module() is not None
         if not enabled and (drawn.values is not None or teacher_probs is not None):
             raise InputError(
@@ -271,7 +277,7 @@ class UniCompressModel(HubModel):
             )
         stride = None
         if enabled or self.family.compresses_reading:
-            stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask, length)
+            stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, drawn, gen_mask, lengths)
         else:
             self._check_base_inputs(image_sizes, gen_image_sizes)
         if labels is not None and enabled:
@@ -308,14 +314,18 @@ class UniCompressModel(HubModel):
                 f"{', '.join(ignored)} with images to draw, a teacher or the fused loss; expected none, since this loss is "
                 "computed from text tokens and images alone. Remove these arguments."
             )
+        if lengths is None:
+            lengths = [None] * len(drawn.sizes(self.family))
+        heads = {length: self.code_head_at(length) for length in dict.fromkeys(lengths)}
         with self.read_layer.at_stride(stride):
             return joint_loss(
                 self.read_layer,
-                self._code_head(length),
+                self.code_head,
                 input_ids,
                 labels,
                 read=read,
                 drawn=drawn,
+                drawn_heads=[heads[length] for length in lengths],
                 gen_mask=gen_mask,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -391,7 +401,7 @@ class UniCompressModel(HubModel):
             if read.values is None and self.family.geometry.image_size is None:
                 read = Images()  # `image_sizes` are those of the images to draw
             with self.read_layer.at_stride(self._check_inputs(input_ids, read, Images())):
-                return draw(self._code_head(codes_per_step), self.read_layer, input_ids, **kwargs)
+                return draw(self.code_head_at(codes_per_step), self.read_layer, input_ids, **kwargs)
         stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
         check_finite(kwargs)
         if kwargs.get("attention_mask") is not None:
@@ -485,7 +495,7 @@ class UniCompressModel(HubModel):
         read: Images,
         drawn: Images,
         gen_mask: torch.Tensor | None = None,
-        codes_per_step: int | None = None,
+        lengths: list[int | None] | None = None,
     ) -> int | None:
         """Raises InputError unless the images to read and to draw fit the placeholders.
 
@@ -502,7 +512,14 @@ class UniCompressModel(HubModel):
         read_grids = [family.read_grid(size) for size in read.sizes(family)]
         placeholders = int((input_ids == family.image_token_id).sum())
         drawn_grids = [family.draw_grid(size) for size in drawn.sizes(family)]
-        drawn_counts = [self.active_peft_config.num_gen_tokens(grid, codes_per_step) for grid in drawn_grids]
+        lengths = [None] * len(drawn_grids) if lengths is None else lengths
+        if len(lengths) != len(drawn_grids):
+            raise InputError(
+                f"gen_codes_per_step of {len(lengths)} image(s) for {len(drawn_grids)} to draw; expected a number of codes for "
+                "each. Build batches with UniCompressCollator."
+            )
+        config = self.active_peft_config if drawn_grids else None
+        drawn_counts = [config.num_gen_tokens(grid, length) for grid, length in zip(drawn_grids, lengths, strict=True)]
         if placeholders and not (read_grids or drawn_grids):
             raise InputError(
                 f"{placeholders} image placeholders and no images; expected images for them. Pass all that "

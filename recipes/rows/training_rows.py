@@ -47,7 +47,10 @@ def places_of(model: UniCompressModel, batch: dict[str, Tensor]) -> int:
         return int(mask.sum(1).max())
     if family.why_no_drawing is not None:
         raise DatasetError(f"it has an image to draw, and the base cannot draw: {family.why_no_drawing}")
-    deltas = [model.code_head.position_deltas(family.draw_grid(size)).to(mask.device) for size in drawn.sizes(family)]
+    sizes, lengths = drawn.sizes(family), batch.get("gen_codes_per_step")
+    lengths = [None] * len(sizes) if lengths is None else lengths.tolist()
+    heads = [model.code_head_at(length) for length in lengths]
+    deltas = [head.position_deltas(family.draw_grid(size)).to(mask.device) for head, size in zip(heads, sizes, strict=True)]
     return int(sequence_positions(mask, [(batch["gen_mask"], deltas)]).max()) + 1
 
 
