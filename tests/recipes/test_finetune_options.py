@@ -13,6 +13,7 @@ from helpers import ANN
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
+from uc_adapters import UniCompressConfig
 from uc_adapters.errors import BaseModelError, HubError
 from uc_adapters.training.resumable import TrainingError, last_checkpoint
 
@@ -154,6 +155,15 @@ def test_options_that_it_has_alike_are_not_and_those_not_named_are_its_own(base_
     )
     assert weights(folder).keys() == weights(trained).keys()
     assert f"stage 1: done before, in {trained}" in capsys.readouterr().out
+
+
+def test_rows_of_a_dataset_train_several_ratios(base_folder, captioned, tmp_path):
+    options = {"codes_per_step": [2, 8], "stride": [1, 2], "drawing_global_tokens": True, "training": {"max_steps": 2}}
+    folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], distill=True, **options)
+    config = UniCompressConfig.from_pretrained(folder)
+    assert (config.codes_per_step, config.stride) == ([2, 8], [1, 2])
+    state = weights(folder)
+    assert any(name.endswith("decompressor.input_lengths") and value.any() for name, value in state.items())
 
 
 def test_a_run_is_not_resumed_with_other_ratios(base_folder, captioned, trained):
