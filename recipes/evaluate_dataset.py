@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 from datasets import Dataset
-from reporting.environment import check_output, environment, is_here, make_current
+from reporting.environment import check_device, check_output, environment, make_current
 from reporting.intervals import estimate, mean
 from rows.captions import check_rows, drawn_rows, labelled_pictures
 from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations
@@ -196,8 +196,7 @@ def check(args: EvaluateDatasetArguments) -> None:
     if args.limit is not None and args.limit < 2:
         raise SystemExit(f"--limit {args.limit}: expected 2 or more, because a single row has no interval.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
-    if not is_here(args.device):
-        raise SystemExit(f"--device {args.device!r}: expected cpu, or the device of a GPU that is there, such as cuda.")
+    check_device(args.device)
     check_output("json", args.json)
 
 

@@ -9,7 +9,7 @@
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the checkpoint's card says how long it took.
 Without `--dataset` it trains on scenes of real handwritten digits. With it, it trains on the captioned images of any dataset,
 a few thousand or more, such as a folder of images whose metadata.jsonl has {"file_name": ..., "text": ...}. Images become
-64 x 64. `--shape small` has 256 codes an image and 20 M parameters, and wants a GPU: a step takes a CPU core half a minute.
+64 x 64. `--shape small` has 256 codes an image and 19 M parameters, and wants a GPU: a step takes a CPU core half a minute.
 Each stage is saved in `work_dir`; `--resume true` starts after the last stage found there.
 """
 

@@ -35,6 +35,7 @@ from trl import TrlParser
 
 from uc_adapters import UniCompressConfig, UniCompressModel, get_uc_model
 from uc_adapters.code_head import CompactCodes, code_head_of
+from uc_adapters.data import ratio_shares
 from uc_adapters.families import Family, family_of
 from uc_adapters.generation import left_pad
 
@@ -168,7 +169,7 @@ class Training:
         self.rate, self.weight = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
         self.scenes: Scenes | None = None
         # A ratio a scene: with a ratio a step, five ratios need five times as many steps
-        shares = np.array([2.0 ** -abs(place - len(lengths) // 2) for place in range(len(lengths))])
+        shares = np.array(ratio_shares(lengths))
         ends = np.round(args.batch_size * shares.cumsum() / shares.sum()).astype(int)
         self.rows = {length: slice(first, end) for length, first, end in zip(lengths, [0, *ends], ends, strict=False)}
         self.rows = {length: rows for length, rows in self.rows.items() if rows.stop > rows.start}  # of small batches

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from reporting.environment import check_output, environment, in_words, is_here, make_current
+from reporting.environment import check_device, check_output, environment, in_words, make_current
 from reporting.intervals import estimate, mean, share
 from rows.captions import caption_of, labelled_pictures
 from rows.conversations import DatasetError, decoded
@@ -103,8 +103,7 @@ def check(args: ValidateJudgeArguments) -> None:
     """Exits on arguments that would fail after minutes."""
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
-    if not is_here(args.device):
-        raise SystemExit(f"--device {args.device!r}: expected cpu, or the device of a GPU that is there, such as cuda.")
+    check_device(args.device)
     check_output("json", args.json)
 
 

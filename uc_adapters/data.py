@@ -26,6 +26,11 @@ from .messages import malformed, normalised
 from .sequences import DrawnImage, Sequence, SequenceWriter
 
 
+def ratio_shares(trained: tuple[int, ...]) -> list[float]:
+    """Returns how often each ratio is trained, relative to the one in the middle: half as often with each place."""
+    return [2.0 ** -abs(place - len(trained) // 2) for place in range(len(trained))]
+
+
 @dataclass
 class UniCompressCollator:
     """Makes batches for `UniCompressModel` from rows in TRL's conversational vision format.
@@ -195,9 +200,8 @@ class UniCompressCollator:
         """Returns the ratio that is asked for, or else one of those that are trained, for images of these contents."""
         if asked is not None or len(trained) == 1:
             return trained[0] if asked is None else asked
-        shares = [2.0 ** -abs(place - len(trained) // 2) for place in range(len(trained))]
         digest = blake2b(f"{self.epoch} {trained} ".encode() + b"".join(contents), digest_size=8).digest()
-        return Random(digest).choices(trained, shares)[0]
+        return Random(digest).choices(trained, ratio_shares(trained))[0]
 
     def _drawn_images(
         self, drawn: dict[str, torch.Tensor], counts: list[int], contents: list[bytes], lengths: list[int]

@@ -43,6 +43,12 @@ def in_words(found: dict) -> str:
     return f"{found['hardware']}; {versions}; {found['date']}"
 
 
+def check_device(device: str) -> None:
+    """Exits if a device cannot be used."""
+    if not is_here(device):
+        raise SystemExit(f"--device {device!r}: expected cpu, or the device of a GPU that is there, such as cuda.")
+
+
 def make_current(device: str) -> None:
     """Makes a GPU the current one, so that calls that synchronise or measure without a device use it."""
     if torch.device(device).index is not None:  # "cuda" alone is the current one already

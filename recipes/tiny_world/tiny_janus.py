@@ -42,7 +42,7 @@ def make_processor(
 
 
 def make_model(processor: JanusProcessor, shape: Shape = SHAPES["tiny"]) -> JanusForConditionalGeneration:
-    """A JanusForConditionalGeneration with random weights: of shape "tiny" about 3 M parameters, of "small" 20 M."""
+    """A JanusForConditionalGeneration with random weights: of shape "tiny" about 3 M parameters, of "small" 19 M."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
     text_config = LlamaConfig(
