@@ -104,7 +104,8 @@ def train_vq(tiny: JanusPretraining | Emu3Pretraining, steps: int, shape: Shape)
         commitment = latents.new_zeros(())
         if step == warmup:
             with torch.no_grad():
-                many = [tiny.latents(pool.pixel_values(pool.draw(64))).flatten(0, 1) for _ in range(512 // latents.shape[1])]
+                batches = shape.kmeans_latents // (64 * latents.shape[1])
+                many = [tiny.latents(pool.pixel_values(pool.draw(64))).flatten(0, 1) for _ in range(batches)]
                 kmeans = MiniBatchKMeans(size, n_init=1, random_state=0, batch_size=4096).fit(torch.cat(many).cpu().numpy())
                 centres = torch.from_numpy(kmeans.cluster_centers_).float().to(codebook.device)
                 codebook.copy_(F.normalize(centres, dim=-1))

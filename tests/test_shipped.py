@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-import evaluate_scenes
 import pytest
 import torch
+from evaluate_scenes import EvaluateArguments
+from helpers import rng
 from safetensors import safe_open
-from scoring import contenders
+from scoring.contenders import contenders, drawn_steps, read_tokens
+from scoring.scene_scores import SPLIT, score_drawing, score_reading
 from scoring.stock_calls import calls_of, drawing_inputs
+from tiny_world.digits import random_scene
 
 from uc_adapters import UniCompressModel
 
@@ -18,7 +21,7 @@ LIMIT = 12 * 2**20
 
 @pytest.fixture(scope="module")
 def pair():
-    return contenders.contenders(BASE, ADAPTER)
+    return contenders(BASE, ADAPTER)
 
 
 @pytest.mark.parametrize("folder", [BASE, ADAPTER])
@@ -33,14 +36,20 @@ def test_the_adapters_file_holds_no_base_weight():
         assert all(".lora_" in name for name in file.keys())  # noqa: SIM118  (safe_open is no dict)
 
 
-def test_base_and_adapter_read_and_draw_held_out_digits():
+def test_base_and_adapter_read_and_draw_held_out_digits(pair):
     # 60 scenes: wide enough bounds for any seed; the figures of the README come from 500
-    scores = evaluate_scenes.main(evaluate_scenes.EvaluateArguments(base=BASE, adapter=ADAPTER, scenes=60, seed=77))
-    assert scores["reading"]["base"] >= 0.95
-    assert scores["drawing"]["base"] >= 0.85
-    assert scores["reading"]["adapter"] >= scores["reading"]["base"] - 0.03
-    assert scores["drawing"]["adapter"] >= scores["drawing"]["base"] - 0.04
-    assert scores["tokens"] == {"read": {"base": 64, "adapter": 21}, "drawn": {"base": 64, "adapter": 16}}
+    random, told = rng(77), EvaluateArguments(base=BASE)
+    scenes = [random_scene(random, SPLIT) for _ in range(60)]
+    sampling = {"do_sample": True, "temperature": told.temperature, "guidance_scale": told.guidance_scale}
+    reading = [score_reading(contender, scenes, 77).estimates["mean"].value for contender in pair]
+    drawn = score_drawing(pair, scenes, 77, 60, **sampling)
+    drawing = [drawn[contender.name].estimates["quarters"].value for contender in pair]
+    assert reading[0] >= 0.95
+    assert drawing[0] >= 0.85
+    assert reading[1] >= reading[0] - 0.03
+    assert drawing[1] >= drawing[0] - 0.04
+    assert [read_tokens(contender.processor) for contender in pair] == [64, 21]
+    assert [drawn_steps(contender) for contender in pair] == [64, 16]
 
 
 def test_a_prompt_draws_the_same_alone_and_in_a_batch(pair):

@@ -17,6 +17,7 @@ class Shape:
         width, layers, mlp: Of the language model. A head has 32 dimensions.
         vision_width, vision_layers: Of the vision tower.
         vq_rows, vision_rows, read_rows, draw_rows: The images in a batch of each stage.
+        kmeans_latents: The latents of real images that the codebook starts from.
         learning_rate: The peak learning rate of the vision tower and the language model.
     """
 
@@ -34,6 +35,7 @@ class Shape:
     vision_rows: int = 48
     read_rows: int = 24
     draw_rows: int = 32
+    kmeans_latents: int = 2**15
     learning_rate: float = 2e-3
 
 

@@ -1,7 +1,10 @@
 """An adapter on the tiny base as a repo folder, for every recipe that takes one; no test may change it."""
 
+from dataclasses import replace
+
 import pytest
 from helpers import attach
+from tiny_world.shapes import SHAPES
 from transformers import AutoModelForImageTextToText
 
 OF_THE_PACKAGE = (
@@ -34,3 +37,11 @@ def adapter_folder(request, base_folder, short_processor, tmp_path_factory):
 def plain_folder(base_folder, short_processor, tmp_path_factory):
     """Where it does not matter how codes are decompressed."""
     return saved(base_folder, short_processor, tmp_path_factory.mktemp("adapter"), "strip")
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """A base is pretrained on few images a step."""
+    few = {"vq_rows": 8, "vision_rows": 4, "read_rows": 8, "draw_rows": 8, "kmeans_latents": 2**12}
+    for name, shape in SHAPES.items():
+        monkeypatch.setitem(SHAPES, name, replace(shape, **few))

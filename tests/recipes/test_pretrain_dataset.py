@@ -1,7 +1,6 @@
 """`pretrain_tiny.py --dataset`: a tiny base of captioned images that nobody prepared."""
 
 import json
-from dataclasses import replace
 
 import pretrain_tiny
 import pytest
@@ -44,14 +43,6 @@ def write_folder(folder, count: int, size: tuple[int, int] = (80, 80)):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data") / "pictures", 48)
-
-
-@pytest.fixture
-def small_batches(monkeypatch):
-    """Steps of fewer rows."""
-    for name, shape in SHAPES.items():
-        few = replace(shape, vq_rows=4, vision_rows=4, read_rows=4, draw_rows=4)
-        monkeypatch.setitem(SHAPES, name, few)
 
 
 @pytest.mark.usefixtures("small_batches")
