@@ -12,13 +12,13 @@ quickstart: $(VENV)/installed
 demo: $(VENV)/demo-installed
 	$(BIN)/python recipes/demo/app.py
 
-# A process a core, each with one thread: the models are too small to share
+# A process a core
 test: $(VENV)/demo-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The same with the package's coverage, which takes a quarter longer
 coverage: $(VENV)/demo-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 # The site, in site/; a dead link or a docstring that cannot be rendered is an error
 docs: $(VENV)/docs-installed

@@ -1,39 +1,39 @@
-"""Processes of their own at the price of a fork: their server imports what they need once, and computes nothing.
+"""Processes of their own: forks, since to import torch anew costs seconds; and a fresh interpreter, where its hashes matter."""
 
-What runs in one is a function of a module, with arguments that can be pickled.
-"""
-
-import functools
 import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import forkserver
 
 import pytest
+import torch
+
+FORK = multiprocessing.get_context("fork")
 
 
-@functools.cache
-def server():
-    """The context of such processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["two_processes"])  # which imports all that trains
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        patch.setenv("PYTHONHASHSEED", "7")  # not as here
-        forkserver.ensure_running()
-    return context
+def start(task, *args):
+    """Runs a task in a fork with one thread: torch's others do not survive it."""
 
+    def run():
+        torch.set_num_threads(1)
+        task(*args)
 
-def run_elsewhere(task, *args):
-    """What a function returns in another process."""
-    with ProcessPoolExecutor(1, server()) as pool:
-        return pool.submit(task, *args).result()
+    process = FORK.Process(target=run)
+    process.start()
+    return process
 
 
 def exit_code(task, *args) -> int:
-    """How a process ends that runs a function; the negative number of the signal that killed it."""
-    process = server().Process(target=task, args=args)
-    process.start()
+    """How a fork ends that runs a task; the negative number of the signal that killed it."""
+    process = start(task, *args)
     process.join()
     return process.exitcode
+
+
+def run_elsewhere(task, *args):
+    """What a function of a module returns in another interpreter, with arguments that can be pickled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("PYTHONHASHSEED", "7")  # not as here
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(task, *args).result()

@@ -1,7 +1,6 @@
 """A failed save changes nothing; a killed one leaves a folder that loads, or that the seal refuses until it is saved again."""
 
 import copy
-import multiprocessing
 import os
 import re
 import resource
@@ -13,31 +12,18 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
 from copies import copied
 from helpers import assert_same, attach, lora_weights
+from other_processes import FORK, start
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from uc_adapters import CardFacts, UniCompressConfig, UniCompressModel
 from uc_adapters.errors import AdapterFileError, HubError
 from uc_adapters.hub import model as hub_model
 
-FORK = multiprocessing.get_context("fork")  # to import torch anew would cost seconds a process
 FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.")  # of Python's audit hooks: a save raises some dozens
 OTHER_USER = 65534  # "nobody"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-
-def start(task, *args):
-    """Runs a task in a process of its own, with one thread: torch's others do not survive the fork."""
-
-    def run():
-        torch.set_num_threads(1)
-        task(*args)
-
-    process = FORK.Process(target=run)
-    process.start()
-    return process
 
 
 def outcome_of(task, *args) -> str:

@@ -1,4 +1,5 @@
 import json
+from functools import partialmethod
 
 import ablate
 import pytest
@@ -100,6 +101,8 @@ def test_a_variant_that_stands_on_several_axes_runs_once():
 
 def test_ablate_scores_variants_goes_on_where_it_stopped_and_refuses_another_budget(base_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ablation_costs, "TURNS", 1)
+    few_images = partialmethod(ReconstructionStage.least_perplexity, images=8)
+    monkeypatch.setattr(ReconstructionStage, "least_perplexity", few_images)
     for axis, few in (("stride", ("2", "4")), ("LoRA rank", ("64",))):
         monkeypatch.setitem(AXES, axis, {name: AXES[axis][name] for name in few})
         for variant in AXES[axis].values():

@@ -7,7 +7,6 @@ import pytest
 import torch
 import two_processes
 from finetune_runs import train, write_captioned
-from other_processes import server
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -23,9 +22,8 @@ def captioned(tmp_path_factory):
 def of_two(base_folder, captioned, tmp_path_factory):
     """The folder of what two processes left behind."""
     folder = tmp_path_factory.mktemp("two")
-    server()
-    # As `torchrun --standalone --nproc_per_node 2` does it
-    options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test", "start_method": "forkserver"}
+    # As `torchrun --standalone --nproc_per_node 2` does it, but by forks
+    options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "test", "start_method": "fork"}
     torchrun = elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **options), two_processes.run)
     torchrun(str(base_folder), str(captioned), str(folder))
     return folder

@@ -110,6 +110,7 @@ def save(file: str, log: list[dict], weights: dict[str, torch.Tensor]) -> None:
 
 def run(base: str, dataset: str, output: str) -> None:
     """All trainings, in each of two processes."""
+    torch.set_num_threads(1)  # others do not survive a fork
     for kind, stage in RUNS:
         save(f"{output}/{kind}-{stage}.pt", *train(base, output, kind, stage, 2))
     training = {"per_device_train_batch_size": 1, "use_cpu": False, **RATES}  # no use_cpu: torchrun alone tells it
