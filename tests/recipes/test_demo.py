@@ -239,7 +239,8 @@ def test_another_adapter_is_taken_by_folder_and_by_id(tab, other_adapter, hub):
     for name in (str(other_adapter), "org/other"):
         tab.get_by_label("Hub id or folder").fill(name)
         tab.get_by_role("button", name="Load").click()
-        expect(tab.get_by_text("reads a picture in 9 tokens (base: 64) and draws one in 4 steps (base: 64)")).to_be_visible()
+        told_of_it = tab.get_by_text("reads a picture in 9 tokens (base: 64) and draws one in 4 steps (base: 64)")
+        expect(told_of_it).to_be_visible(timeout=PATIENCE)
     start(tab, PROMPTS[0])
     expect(tab.get_by_text("4 steps,", exact=False).last).to_be_visible(timeout=PATIENCE)
     tab.get_by_label("Hub id or folder").fill("org/none")
