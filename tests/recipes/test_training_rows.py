@@ -3,19 +3,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checked_rows import CONTEXT, fingerprint
 from datasets import Dataset, IterableDataset
 from finetune_runs import say, turn, write_rows
-from helpers import SHORT, rng, small_config
+from helpers import rng, small_config
 from other_processes import run_elsewhere
 from PIL import Image
 from rows.conversations import DatasetError, samples
 from rows.training_rows import RowCheck, training_rows
-from tiny_world.tiny_janus import make_processor
 from torch.utils.data import DataLoader
 
 from uc_adapters import UniCompressCollator
 
-CONTEXT = 100
 IMAGE = {"type": "image"}
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
 
@@ -287,12 +286,6 @@ def test_streams_are_read_shard_by_shard_by_several_workers(folder, collator):
     assert len(list(DataLoader(samples(rows), batch_size=1, collate_fn=collator, num_workers=2))) == 3
     with pytest.raises(DatasetError, match=r"row 1 \(good\.png\), shard 2 of 2: turn 2"):
         check(source, collator, streaming=True)
-
-
-def fingerprint(source: str) -> str:
-    """Of the checked rows, with parts of its own."""
-    collator = UniCompressCollator(make_processor(SHORT), small_config())
-    return training_rows([source], RowCheck(collator, CONTEXT))._fingerprint
 
 
 def test_another_process_does_not_check_again(folder, collator):
