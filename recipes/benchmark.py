@@ -62,7 +62,9 @@ class BenchmarkArguments:
     also: list[str] = field(
         default_factory=list, metadata={"help": "More adapters, with random weights: decompressors, or codes in a step."}
     )
-    fused: bool = field(default=False, metadata={"help": "Also draw and read with the adapter's LoRA merged."})
+    fused: bool = field(
+        default=False, metadata={"help": "Also draw and read with the adapter's LoRA merged; that of --also is merged, too."}
+    )
     train: bool = field(default=False, metadata={"help": "Time a training step instead: LoRA on dense tokens, and stage 2."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Use it on both sides. Needs --train true."})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Prompts at once. Training uses the first."})
@@ -232,7 +234,7 @@ def main(args: BenchmarkArguments) -> dict:
             "Pass --dtype bfloat16, or choose a smaller shape."
         )
     if args.fused:
-        models["fused"] = fused(models["adapter"])
+        models |= {kind: fused(models[kind]) for kind in args.also} | {"fused": fused(models["adapter"])}
     figures = environment(args.device) | {"settings": vars(args)}
     parts = Parts(figures, args.json, args.limit)
     if args.train:

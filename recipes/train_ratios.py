@@ -172,7 +172,12 @@ class Training:
         shares = np.array(ratio_shares(lengths))
         ends = np.round(args.batch_size * shares.cumsum() / shares.sum()).astype(int)
         self.rows = {length: slice(first, end) for length, first, end in zip(lengths, [0, *ends], ends, strict=False)}
-        self.rows = {length: rows for length, rows in self.rows.items() if rows.stop > rows.start}  # of small batches
+        untrained = [length for length, rows in self.rows.items() if rows.stop == rows.start]
+        if untrained:
+            raise SystemExit(
+                f"--batch_size {args.batch_size} leaves no scene in a step for {untrained} of --codes_per_step "
+                f"{' '.join(map(str, lengths))}; expected a larger batch."
+            )
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=self.rate, weight_decay=0.01, capturable=args.graph, foreach=args.graph
         )

@@ -244,11 +244,12 @@ def test_drawings_of_several_ratios_in_one_batch_score_as_each_alone(shared, sho
     rows_of_latents = [{**row, "latents": [latents]} for row, latents in zip(rows, packed, strict=True)]
     for of_form in (rows, rows_of_latents):
         collate = UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.0)
-        for epoch in range(20):  # until an epoch has three ratios
+        for epoch in range(100):  # until an epoch has three ratios
             collate.epoch = epoch
             batch = collate(of_form)
             if len(batch["gen_codes_per_step"].unique()) == 3:
                 break
+        assert len(batch["gen_codes_per_step"].unique()) == 3
         with torch.no_grad():
             together = model(**batch)
             for index, row in enumerate(of_form):
@@ -260,7 +261,7 @@ def test_drawings_of_several_ratios_in_one_batch_score_as_each_alone(shared, sho
         model(**batch | {"gen_codes_per_step": batch["gen_codes_per_step"][:3]})
 
 
-def test_batches_get_all_ratios_and_the_likely_ones_more_often(short_processor, shared, images):
+def test_batches_get_all_ratios_and_the_larger_ones_more_often(short_processor, shared, images):
     """By their images and the epoch alone, so that a resumed run and several workers see the same."""
     config = shared(codes_per_step=(1, 2, 4, 8, 16)).active_peft_config
     collate = UniCompressCollator(short_processor, config, caption_dropout=0.0)
@@ -272,9 +273,7 @@ def test_batches_get_all_ratios_and_the_likely_ones_more_often(short_processor, 
         for length, batch in zip(drawn[-4:], batches, strict=True):
             assert batch["gen_mask"].sum() == config.num_gen_tokens((8, 8), length)
     counts = [drawn.count(length) for length in config.strip_lengths]
-    assert min(counts) > 0
-    assert counts[2] > counts[1] > counts[0]
-    assert counts[2] > counts[3] > counts[4]
+    assert counts[4] > counts[3] > counts[2] > counts[1] > counts[0] > 0
     again = UniCompressCollator(short_processor, config, caption_dropout=0.0)
     again.epoch = 7
     assert [int(again([row])["gen_codes_per_step"]) for row in rows] == drawn[28:32]

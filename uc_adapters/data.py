@@ -27,8 +27,8 @@ from .sequences import DrawnImage, Sequence, SequenceWriter
 
 
 def ratio_shares(trained: tuple[int, ...]) -> list[float]:
-    """Returns how often each ratio is trained, relative to the one in the middle: half as often with each place."""
-    return [2.0 ** -abs(place - len(trained) // 2) for place in range(len(trained))]
+    """Returns how often each ratio is trained, relative to the others: in proportion to it, as the longer steps are harder."""
+    return [float(ratio) for ratio in trained]
 
 
 @dataclass
@@ -57,8 +57,8 @@ class UniCompressCollator:
             case for classifier-free guidance. Default 0.1. See `epoch`.
         eos_token_id: The tokens that end generation, as in the base's `generation_config`. Default: the tokenizer's.
         codes_per_step: The number of codes in a step of the images to draw. Default: if the adapter is trained for several, one
-            of them for each drawing. The one in the middle comes most often, and with each place away from it half as often.
-            The choice depends on the image and on `epoch` alone, however the rows are batched.
+            of them for each drawing, each as often as its number: 8 codes in a step come twice as often as 4, and each number
+            gets as many steps. The choice depends on the image and on `epoch` alone, however the rows are batched.
         stride: The stride at which images are read. Default: chosen likewise, one for each batch.
 
     Raises:

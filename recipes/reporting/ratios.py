@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 LOOKS = {  # for each line: its label, the runs of train_ratios.py on it, colour and marker
     "fixed": ("an adapter for each", ("fixed-16", "fixed-8", "fixed-4", "fixed-2", "fixed-1"), "#0f766e", "D"),
     "meta": ("the same, with global tokens", ("meta-8", "meta-4"), "#3f7f99", "s"),
-    "dial": ("a dial, a ratio a batch", ("dial",), "#c2410c", "o"),
-    "mixed": ("a dial, a ratio a drawing, 600 steps", ("dial-600",), "#7c3aed", "^"),
+    "dial": ("a dial", ("dial",), "#c2410c", "o"),
+    "batch": ("a dial, a ratio a batch", ("dial-batch",), "#a8a29e", "^"),
 }
 
 

@@ -95,6 +95,18 @@ def test_further_decompressors_draw_in_the_same_turns_and_are_told_beside(tmp_pa
     assert min(Image.open(chart).size) > 200
 
 
+@pytest.mark.usefixtures("shallow_pair")
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_further_adapters_are_merged_where_the_adapter_is(monkeypatch, fused):
+    seen = {}
+    monkeypatch.setattr(benchmark, "measure_speed", lambda models, *_: seen.update(models))
+    monkeypatch.setattr(benchmark, "markdown", str)
+    benchmark.main(benchmark.BenchmarkArguments(also=["phase"], fused=fused))
+    assert list(seen) == ["base", "adapter", "phase", *["fused"] * fused]
+    merged = {name for name, model in seen.items() if any(getattr(module, "merged", False) for module in model.modules())}
+    assert merged == ({"phase", "fused"} if fused else set())
+
+
 def test_the_fused_adapter_draws_as_the_adapter_and_leaves_it_alone(tiny):
     before = {name: weight.clone() for name, weight in tiny["adapter"].named_parameters()}
     fused = benchmark_models.fused(tiny["adapter"])

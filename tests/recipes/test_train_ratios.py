@@ -55,8 +55,10 @@ def test_it_trains_and_scores_every_ratio(base_folder, tmp_path):
     options = {"base": str(base_folder), "data": data, "device": "cpu", "graph": False}
     assert train_ratios.main(RatioArguments(**options, prepare=6)) is None
     folder = tmp_path / "dial"
-    options |= {"codes_per_step": [16, 64], "max_steps": 2, "batch_size": 2, "r": 2, "decompressor_width": 64}
+    options |= {"codes_per_step": [16, 64], "max_steps": 2, "batch_size": 5, "r": 2, "decompressor_width": 64}
     result = train_ratios.main(RatioArguments(**options, scenes=2, score_batch=2, output_dir=str(folder)))
     assert [result["scores"][length]["steps"] for length in ("16", "64")] == [4, 1]
     assert json.loads((folder / "scores.json").read_text()) == result
     assert (folder / "adapter_model.safetensors").is_file()
+    with pytest.raises(SystemExit, match=r"--batch_size 2 leaves no scene in a step for \[16\] of --codes_per_step 16 64"):
+        train_ratios.main(RatioArguments(**options | {"batch_size": 2}, scenes=0, output_dir=str(tmp_path / "small")))
