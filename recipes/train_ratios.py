@@ -35,7 +35,6 @@ from trl import TrlParser
 
 from uc_adapters import UniCompressConfig, UniCompressModel, get_uc_model
 from uc_adapters.code_head import CompactCodes, code_head_of
-from uc_adapters.data import ratio_shares
 from uc_adapters.families import Family, family_of
 from uc_adapters.generation import left_pad
 
@@ -168,9 +167,8 @@ class Training:
         # Filled before each step, since a recorded step reads the same memory every time
         self.rate, self.weight = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
         self.scenes: Scenes | None = None
-        # A ratio a scene: with a ratio a step, five ratios need five times as many steps
-        shares = np.array(ratio_shares(lengths))
-        ends = np.round(args.batch_size * shares.cumsum() / shares.sum()).astype(int)
+        # A ratio a scene, since a ratio a step would need more steps; each as often as its number, as in the collator
+        ends = np.round(args.batch_size * np.cumsum(lengths) / sum(lengths)).astype(int)
         self.rows = {length: slice(first, end) for length, first, end in zip(lengths, [0, *ends], ends, strict=False)}
         untrained = [length for length, rows in self.rows.items() if rows.stop == rows.start]
         if untrained:

@@ -26,11 +26,6 @@ from .messages import malformed, normalised
 from .sequences import DrawnImage, Sequence, SequenceWriter
 
 
-def ratio_shares(trained: tuple[int, ...]) -> list[float]:
-    """Returns how often each ratio is trained, relative to the others: in proportion to it, as the longer steps are harder."""
-    return [float(ratio) for ratio in trained]
-
-
 @dataclass
 class UniCompressCollator:
     """Makes batches for `UniCompressModel` from rows in TRL's conversational vision format.
@@ -201,7 +196,7 @@ class UniCompressCollator:
         if asked is not None or len(trained) == 1:
             return trained[0] if asked is None else asked
         digest = blake2b(f"{self.epoch} {trained} ".encode() + b"".join(contents), digest_size=8).digest()
-        return Random(digest).choices(trained, ratio_shares(trained))[0]
+        return Random(digest).choices(trained, weights=trained)[0]  # longer steps are harder to learn
 
     def _drawn_images(
         self, drawn: dict[str, torch.Tensor], counts: list[int], contents: list[bytes], lengths: list[int]
