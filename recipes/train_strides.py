@@ -5,7 +5,7 @@
 
 Needs: pip install -c constraints.txt -e ".[recipes]". Tested on CPU cores: an adapter takes a quarter of an hour of one core.
 
-These are the two stages of `finetune.py --distill` on scenes that are only read; `train_ratios.py` has those that are only drawn.
+These are the two stages of `finetune.py --distill` on scenes that are only read; `train_ratios.py` only draws.
 The adapter answers held-out questions at each of its strides. OUTPUT_DIR/scores.json has the shares of right answers.
 """
 
