@@ -52,6 +52,10 @@ class EvaluateDatasetArguments:
 
     base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
     adapter: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id. None: the base alone."})
+    codes_per_step: int | None = field(
+        default=None, metadata={"help": "Codes in a step of --adapter, if it is trained for several."}
+    )
+    stride: int | None = field(default=None, metadata={"help": "Stride at which --adapter reads, likewise."})
     dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or file."})
     split: str = field(default="train", metadata={"help": "Split of the dataset. A file or a plain folder only has train."})
     columns: list[str] | None = field(
@@ -102,7 +106,7 @@ def main(args: EvaluateDatasetArguments) -> dict:
         raise DatasetError(f"{args.dataset} has no captions with an image; expected some, for --labels judges what is drawn.")
     judge = judge_of(args, drawn) if args.labels else None
     features, clip = (load_features(args.features), load_clip(args.clip)) if drawn else (None, None)
-    pair = contenders(args.base, args.adapter, args.device)
+    pair = contenders(args.base, args.adapter, args.device, args.codes_per_step, args.stride)
     reason = why_no_drawing(pair[0])
     if reason is not None and (drawn or prompts):
         raise SystemExit(

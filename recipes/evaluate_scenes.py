@@ -79,9 +79,7 @@ def main(args: EvaluateArguments) -> dict:
     check(args)
     # Janus warns at every answer that max_new_tokens overrides max_length, which is only at its default (20)
     transformers.logging.set_verbosity_error()
-    pair = contenders(args.base, None)
-    if args.adapter is not None:
-        pair.append(with_adapter(pair[0], args.adapter, "adapter", args.codes_per_step, args.stride))
+    pair = contenders(args.base, args.adapter, codes_per_step=args.codes_per_step, stride=args.stride)
     pair += [with_adapter(pair[0], source, name) for source, name in zip(args.also or [], also_names(args), strict=True)]
     check_scene_size(family_of(pair[0].model).geometry.image_size)
     reason = why_no_drawing(pair[0])
@@ -115,8 +113,6 @@ def check(args: EvaluateArguments) -> None:
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
-    if args.adapter is None and (args.codes_per_step, args.stride) != (None, None):
-        raise SystemExit("--codes_per_step or --stride without --adapter, whose ratios they choose; expected one.")
     names = ["base", "adapter", *also_names(args)]
     if len(set(names)) < len(names):
         raise SystemExit(

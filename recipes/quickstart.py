@@ -3,9 +3,11 @@
     python recipes/quickstart.py
     python recipes/quickstart.py --image cat.jpg --question "What is on the table?"
     python recipes/quickstart.py --prompt "a red 3 at the top left" --seed 7
+    python recipes/quickstart.py --adapter work/dial --codes_per_step 8 --stride 4
     python recipes/quickstart.py --base deepseek-community/Janus-Pro-1B --adapter YOUR_ADAPTER --prompt "a fox" --device cuda
 
-Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the last line needs a GPU.
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on two CPU cores; the last line needs a GPU. An adapter that is
+trained for several ratios can be asked for each of them.
 """
 
 from __future__ import annotations
@@ -55,6 +57,10 @@ class QuickstartArguments:
 
     base: str = field(default=str(CARDS / "tiny-janus"), metadata={"help": "The dense base: folder or Hub id."})
     adapter: str = field(default=str(CARDS / "tiny-janus-uc4x"), metadata={"help": "The adapter: folder or Hub id."})
+    codes_per_step: int | None = field(
+        default=None, metadata={"help": "Codes in a step of --adapter, if it is trained for several."}
+    )
+    stride: int | None = field(default=None, metadata={"help": "Stride at which --adapter reads, likewise."})
     image: str | None = field(default=None, metadata={"help": "Your image to ask about."})
     question: str | None = field(default=None, metadata={"help": "The question about --image."})
     prompt: str | None = field(default=None, metadata={"help": "Your prompt to draw."})
@@ -236,7 +242,7 @@ def check_texts(args: QuickstartArguments) -> None:
 def load(args: QuickstartArguments) -> list[Contender]:
     """Loads base and adapter; exits with one line if that fails."""
     try:
-        return contenders(args.base, args.adapter, args.device)
+        return contenders(args.base, args.adapter, args.device, args.codes_per_step, args.stride)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--base {args.base} with --adapter {args.adapter}: {error}") from None
 

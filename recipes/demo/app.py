@@ -55,6 +55,8 @@ def build(page: Page, adapter: str) -> gr.Blocks:
             adapter = gr.Textbox(adapter, label="Hub id or folder", info="An adapter of this base", max_length=500)
             load = gr.Button("Load", size="sm")
             facts = gr.Markdown()
+            with gr.Row():
+                codes, stride = page.ratios(adapter.value)
         with gr.Tab("Draw"):
             prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=2)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
@@ -82,9 +84,9 @@ def build(page: Page, adapter: str) -> gr.Blocks:
                         answers.append(gr.Textbox(label=f"{name} answers", interactive=False, lines=2))
             pairs = [[str(PICTURES / name), text] for name, text in QUESTIONS.items()]
             gr.Examples(pairs, [picture, question], label="Pictures and questions")
-        load.click(page.describe, adapter, facts, **alone)
-        draw.click(page.draw, [prompt, seed, adapter], drawn, show_progress_on=drawn[::2], **alone)
-        ask.click(page.ask, [picture, question, adapter], answers, **alone)
+        load.click(page.describe, adapter, [facts, codes, stride], **alone)
+        draw.click(page.draw, [prompt, seed, adapter, codes], drawn, show_progress_on=drawn[::2], **alone)
+        ask.click(page.ask, [picture, question, adapter, stride], answers, **alone)
         upload.upload(page.upload, upload, picture)
     return blocks
 

@@ -6,6 +6,7 @@ import html
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 
 import gradio as gr
@@ -58,6 +59,12 @@ def progress(drawing: Drawing) -> str:
     return f"{bar} step {drawing.steps} of {drawing.total}, {drawing.seconds:.2f} s"
 
 
+def ratio(label: str, ratios: tuple[int, ...], default: int) -> gr.Dropdown:
+    """The choice among the ratios that an adapter is trained for. It is hidden if there is none to make."""
+    several = len(ratios) > 1
+    return gr.Dropdown(list(ratios), value=default if several else None, label=label, visible=several)
+
+
 class Page:
     """A base, the adapters that visitors chose, and what both do for a visitor.
 
@@ -87,33 +94,45 @@ class Page:
             warm_up(loaded)
         return loaded
 
-    def describe(self, adapter: str) -> str:
-        """Loads an adapter; what it saves, as Markdown."""
+    def ratios(self, adapter: str) -> list[gr.Dropdown]:
+        """The choices of an adapter: codes in a step, and stride."""
+        config = self.adapter(adapter.strip()).model.active_peft_config
+        lengths = config.strip_lengths if self.draws and config.decompressor == "strip" else (1,)
+        return [
+            ratio("Codes in a step", lengths, config.strip_length() if len(lengths) > 1 else 1),
+            ratio("Stride", config.strides, config.read_stride()),
+        ]
+
+    def describe(self, adapter: str) -> list:
+        """Loads an adapter; what it saves, as Markdown, and its choices."""
         with explained():
             loaded = self.adapter(adapter.strip())
             told = [f"reads a picture in **{read_tokens(loaded.processor)}** tokens (base: {read_tokens(self.base.processor)})"]
             if self.draws:
                 told.append(f"draws one in **{drawn_steps(loaded)}** steps (base: {drawn_steps(self.base)})")
-            return f"This adapter {' and '.join(told)}."
+            return [f"This adapter {' and '.join(told)}.", *self.ratios(adapter)]
 
-    def draw(self, prompt: str, seed: int | None, adapter: str) -> Iterator[list]:
+    def draw(self, prompt: str, seed: int | None, adapter: str, codes_per_step: int | None = None) -> Iterator[list]:
         """Yields the picture and the progress of the base, and those of the adapter."""
         with explained():
             if not self.draws:
                 raise UnsupportedError(f"This base cannot draw: {why_no_drawing(self.base)}. Ask it about a picture instead.")
             prompt = check_text("prompt", prompt, self.base)
-            pair = [self.base, self.adapter(adapter.strip())]
+            loaded = self.adapter(adapter.strip())
+            loaded.model.active_peft_config.strip_length(codes_per_step)  # the base would draw first
+            pair = [self.base, replace(loaded, codes_per_step=codes_per_step)]
             for drawings in race(pair, prompt, seed or 0, **self.sampling):
                 yield [part for drawing in drawings for part in (drawing.image, progress(drawing))]
 
-    def ask(self, picture: str | None, question: str, adapter: str) -> Iterator[list[str]]:
+    def ask(self, picture: str | None, question: str, adapter: str, stride: int | None = None) -> Iterator[list[str]]:
         """Yields the answer of the base, then the adapter's as well."""
         with explained():
             if picture is None:
                 raise InputError("There is no picture; expected one. Upload a picture, or take an example below.")
             question = check_text("question", question, self.base)
-            image, answers = open_picture(picture), ["", ""]
-            for index, contender in enumerate([self.base, self.adapter(adapter.strip())]):
+            image, answers, loaded = open_picture(picture), ["", ""], self.adapter(adapter.strip())
+            at_stride = replace(loaded, processor=loaded.model.compact_processor(loaded.processor, stride))
+            for index, contender in enumerate([self.base, at_stride]):
                 start = time.perf_counter()
                 (told,) = answer(contender, [image], [question], max_new_tokens=64)
                 answers[index] = f"{told}\n({time.perf_counter() - start:.2f} s)"

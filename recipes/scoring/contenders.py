@@ -40,18 +40,31 @@ def twin_of(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def contenders(base: str, adapter: str | None, device: str = "cpu") -> list[Contender]:
-    """Loads the bare base with transformers and, if there is one, the adapter on the same weights."""
+def contenders(
+    base: str, adapter: str | None, device: str = "cpu", codes_per_step: int | None = None, stride: int | None = None
+) -> list[Contender]:
+    """Loads the bare base with transformers and, if there is one, the adapter on the same weights, as `with_adapter` does.
+
+    Raises:
+        SystemExit: There are ratios and no adapter.
+    """
+    if adapter is None and (codes_per_step, stride) != (None, None):
+        raise SystemExit("--codes_per_step or --stride without --adapter, whose ratios they choose; expected one.")
     model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
     dense = Contender("base", model, load_processor(base))
-    return [dense] if adapter is None else [dense, with_adapter(dense, adapter, "adapter")]
+    return [dense] if adapter is None else [dense, with_adapter(dense, adapter, "adapter", codes_per_step, stride)]
 
 
 def with_adapter(
     dense: Contender, adapter: str, name: str, codes_per_step: int | None = None, stride: int | None = None
 ) -> Contender:
-    """Loads an adapter on a bare base's weights, with the ratios at which it is to draw and to read."""
+    """Loads an adapter on a bare base's weights, with the ratios at which it is to draw and to read.
+
+    Raises:
+        InputError: The adapter is not trained for one of them.
+    """
     model = UniCompressModel.from_pretrained(twin_of(dense.model), adapter).eval()
+    model.active_peft_config.strip_length(codes_per_step)  # before anything is read
     processor = load_processor(adapter)
     return Contender(name, model, processor if stride is None else model.compact_processor(processor, stride), codes_per_step)
 

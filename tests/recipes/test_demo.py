@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from argparse import Namespace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("gradio", reason='the demo page needs gradio: pip install -c constraints.txt -e ".[demo]"')
 pytest.importorskip("playwright", reason='the demo page is tested by playwright: pip install -c constraints.txt -e ".[test]"')
 
+import gradio as gr
 import torch
 import yaml
 from demo import app, make_space, screenshots
@@ -21,7 +23,7 @@ from demo.screenshots import PATIENCE, finish, opened, start
 from helpers import small_config
 from PIL import Image
 from playwright.sync_api import expect
-from scoring.contenders import draw
+from scoring.contenders import answer, draw
 from test_layout import graph
 from transformers import AutoModelForImageTextToText
 
@@ -246,6 +248,45 @@ def test_another_adapter_is_taken_by_folder_and_by_id(tab, other_adapter, hub):
     tab.get_by_label("Hub id or folder").fill("org/none")
     tab.get_by_role("button", name="Load").click()
     told(tab, "org/none")
+
+
+@pytest.fixture(scope="module")
+def dial(page, tmp_path_factory):
+    """An adapter of the shipped base for several ratios, with random weights."""
+    folder = tmp_path_factory.mktemp("dial")
+    model = get_uc_model(
+        AutoModelForImageTextToText.from_pretrained(BASE), small_config(stride=[1, 2, 4], codes_per_step=[4, 8, 32])
+    )
+    model.save_pretrained(folder, processor=page.base.processor)
+    return str(folder)
+
+
+def test_the_ratios_of_an_adapter_are_chosen(tab, dial):
+    tab.get_by_role("button", name="Adapter").click()
+    expect(tab.get_by_label("Codes in a step")).to_be_hidden()  # the shipped one has none to choose
+    tab.get_by_label("Hub id or folder").fill(dial)
+    tab.get_by_role("button", name="Load").click()
+    expect(tab.get_by_label("Codes in a step")).to_have_value("8", timeout=PATIENCE)
+    expect(tab.get_by_label("Stride")).to_have_value("2")
+    tab.get_by_label("Codes in a step").click()
+    tab.get_by_role("option", name="32").click()
+    start(tab, PROMPTS[0])
+    expect(tab.get_by_text("2 steps,", exact=False).last).to_be_visible(timeout=PATIENCE)
+    assert no_drawing_goes_on()
+
+
+def test_a_question_is_read_at_the_stride_that_is_chosen(page, dial, images, tmp_path):
+    images[0].save(tmp_path / "mine.png")
+    (loaded, question), told = (page.adapter(dial), "How many digits are there?"), {}
+    for stride in (1, 4):
+        told[stride] = list(page.ask(str(tmp_path / "mine.png"), question, dial, stride))[-1][1].split("\n")[0]
+        processor = loaded.model.compact_processor(page.base.processor, stride)
+        assert told[stride] == answer(replace(loaded, processor=processor), [images[0]], [question], 64)[0]
+    for ratio in ({"codes_per_step": 5}, {"codes_per_step": 0}):
+        with pytest.raises(gr.Error, match=r"codes_per_step=.*4 or 8 or 32"):
+            list(page.draw(PROMPTS[0], 0, dial, **ratio))
+    with pytest.raises(gr.Error, match=r"stride=3.*1 or 2 or 4"):
+        list(page.ask(str(tmp_path / "mine.png"), question, dial, 3))
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from tiny_world.digits import random_scene
 from tiny_world.tiny_words import DIGITS_AND_WORDS, word_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
+from uc_adapters.errors import InputError
+
 FEATURES = "scoring.digit_features:digit_features"
 QUESTION = "What digit is at the top left?"
 PROMPTS = [
@@ -166,6 +168,15 @@ def test_several_reference_answers_count_as_vqa_counts_them(models, questions, i
 def test_limit_takes_as_many_rows(base_folder, pictures):
     scores = run(base=str(base_folder), dataset=str(pictures), limit=3, features="none", clip="none")
     assert scores["drawing"]["n"] == 3
+
+
+def test_ratios_that_the_adapter_is_not_trained_for_are_refused_before_it_draws(models, pictures):
+    given = {**models, "dataset": pictures, "clip": "none", "features": "none"}
+    for ratio, told in (({"codes_per_step": 5}, "codes_per_step=5"), ({"stride": 3}, "stride=3")):
+        with pytest.raises(InputError, match=told):
+            run(**given, **ratio)
+    with pytest.raises(SystemExit, match="without --adapter"):
+        run(**{**given, "adapter": None}, stride=2)
 
 
 def test_prompts_are_drawn_into_the_folders_that_geneval_reads(models, tmp_path):

@@ -1,11 +1,13 @@
 """The scripts run from their arguments; what they reach is on the cards, not here."""
 
+import re
 from pathlib import Path
 
 import evaluate_scenes
 import finetune
 import pytest
 import quickstart
+from helpers import attach
 from PIL import Image
 from trl import TrlParser
 
@@ -21,6 +23,21 @@ def test_quickstart_writes_a_picture_and_a_table(base_folder, adapter_folder, tm
     table = capsys.readouterr().out
     assert "64" in table
     assert "21" in table
+
+
+def test_quickstart_reads_and_draws_at_the_ratios_that_are_asked_for(base_folder, fresh, processor, tmp_path, images, capsys):
+    adapter, picture = str(tmp_path / "dial"), tmp_path / "mine.png"
+    attach(fresh(), stride=(1, 2, 4), codes_per_step=(4, 8)).save_pretrained(adapter, processor=processor)
+    images[0].save(picture)
+    given = {"base": str(base_folder), "adapter": adapter, "device": "cpu", "output": str(tmp_path / "picture.png")}
+    asked = {"image": str(picture), "question": "How many digits are there?", "prompt": "a red 3"}
+    quickstart.main(quickstart.QuickstartArguments(**given, **asked, codes_per_step=4, stride=4))
+    table = capsys.readouterr().out
+    assert re.search(r"tokens an image, read +64 +9 ", table)
+    assert re.search(r"steps an image, drawn +64 +16 ", table)
+    for ratio, told in (({"codes_per_step": 5}, "codes_per_step=5.*4 or 8"), ({"stride": 3}, "stride=3.*1 or 2 or 4")):
+        with pytest.raises(SystemExit, match=told):
+            quickstart.main(quickstart.QuickstartArguments(**given, **asked, **ratio))
 
 
 def test_quickstart_reads_an_image_of_the_users(base_folder, plain_folder, tmp_path, images, capsys):
