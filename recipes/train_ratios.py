@@ -282,8 +282,16 @@ def score(contender: Contender, lengths: tuple[int, ...], args: RatioArguments) 
             "scenes": drawing.estimates["scenes"].value,
             "seconds_per_image": drawing.seconds,
         }
-        print(f"{length} codes in a step: {found[str(length)]}", flush=True)
     return found
+
+
+def markdown(result: dict) -> str:
+    """A row for each ratio of OUTPUT_DIR/scores.json."""
+    lines = ["| | steps | NLL (nats an image) | quarters right | whole scenes |", "|---|---|---|---|---|"]
+    for length, at in result["scores"].items():
+        nats = f"{at['nats']:.1f} ± {1.96 * at['nats_standard_error']:.1f}"
+        lines.append(f"| {length} codes a step | {at['steps']} | {nats} | {at['quarters']:.1%} | {at['scenes']:.1%} |")
+    return "\n".join(lines).replace("%", " %")
 
 
 def main(args: RatioArguments) -> dict | None:
@@ -321,6 +329,7 @@ def main(args: RatioArguments) -> dict | None:
     if args.scenes:
         result["scores"] = score(Contender("adapter", model, processor), config.strip_lengths, args)
         file.write_text(json.dumps(result, indent=2) + "\n")
+        print(markdown(result))
     return result
 
 

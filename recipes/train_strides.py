@@ -3,7 +3,7 @@
     python recipes/train_strides.py --stride 4 --output_dir work/strides/4
     python recipes/train_strides.py --stride 1 2 4 --output_dir work/strides/dial
 
-Needs: pip install -c constraints.txt -e ".[recipes]". Tested on CPU cores: an adapter takes a quarter of an hour of one core.
+Needs: pip install -c constraints.txt -e ".[recipes]". Tested on CPU cores: an adapter takes 20 to 40 minutes of a core.
 
 These are the two stages of `finetune.py --distill` on scenes that are only read; `train_ratios.py` only draws.
 The adapter answers held-out questions at each of its strides. OUTPUT_DIR/scores.json has the shares of right answers.
@@ -80,9 +80,16 @@ def score(adapter: Contender, stride: int, args: StrideArguments) -> dict:
     scenes = [random_scene(rng, SPLIT) for _ in range(args.scenes)]
     at = Contender(f"stride {stride}", adapter.model, adapter.model.compact_processor(adapter.processor, stride))
     estimates = score_reading(at, scenes, args.scenes_seed).estimates
-    found = {"tokens": read_tokens(at.processor), **{kind: asdict(estimate) for kind, estimate in estimates.items()}}
-    print(f"{at.name}: {found['tokens']} tokens, {found['mean']['value']:.1%} of the answers right", flush=True)
-    return found
+    return {"tokens": read_tokens(at.processor), **{kind: asdict(estimate) for kind, estimate in estimates.items()}}
+
+
+def markdown(result: dict) -> str:
+    """A row for each stride of OUTPUT_DIR/scores.json, with 95 % intervals."""
+    lines = ["| | tokens an image | answers right |", "|---|---|---|"]
+    for stride, at in result["scores"].items():
+        value, low, high = (100 * at["mean"][key] for key in ("value", "low", "high"))
+        lines.append(f"| stride {stride} | {at['tokens']} | {value:.1f} % ({low:.1f} to {high:.1f}) |")
+    return "\n".join(lines)
 
 
 def main(args: StrideArguments) -> dict:
@@ -94,6 +101,7 @@ def main(args: StrideArguments) -> dict:
         "scores": {str(stride): score(adapter, stride, args) for stride in adapter.model.active_peft_config.strides},
     }
     Path(args.output_dir, "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(markdown(result))
     return result
 
 

@@ -8,6 +8,8 @@ import ablate
 import draw_figures
 import numpy as np
 import pytest
+import train_ratios
+import train_strides
 import validate_judge
 from helpers import attach, lora_weights
 from PIL import Image
@@ -23,6 +25,8 @@ TABLES = [
     ("docs/figures/quality.md", "docs/evaluation-*.json", score_report.markdown),
     ("docs/figures/ablations.md", "docs/ablation.json", ablate.markdown),
     ("docs/figures/judge.md", "docs/judge-*.json", validate_judge.markdown),
+    ("docs/figures/ratios.md", "docs/ratios/*.json", train_ratios.markdown),
+    ("docs/figures/ratios.md", "docs/strides/*.json", train_strides.markdown),
 ]
 Rows = set[tuple[str, ...]]
 
