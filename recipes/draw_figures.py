@@ -225,11 +225,16 @@ def main(output_dir: Path, dpi: int = 160) -> list[Path]:
     """Writes the pictures and returns their paths."""
     scores = json.loads((DOCS / "evaluation-tiny-janus.json").read_text())
     benchmark = json.loads((DOCS / "benchmark-janus-pro-1b.json").read_text())
+    several = json.loads((DOCS / "benchmark-janus-pro-1b-ratios.json").read_text())
     runs = {file.stem: json.loads(file.read_text()) for file in (DOCS / "ratios").glob("*.json")}
     output_dir.mkdir(parents=True, exist_ok=True)
     written = []
     with mpl.rc_context(STYLE):
-        figures = {"frontier": frontier(scores, benchmark), "token-flow": token_flow(), "ratios": ratios(runs)}
+        figures = {
+            "frontier": frontier(scores, benchmark),
+            "token-flow": token_flow(),
+            "ratios": ratios(runs, several),
+        }
         for name, figure in figures.items():
             written.append(output_dir / f"{name}.png")
             figure.savefig(written[-1], dpi=dpi, metadata={"Software": None})  # so that the same figures give the same bytes
