@@ -97,9 +97,8 @@ class Page:
     def ratios(self, adapter: str) -> list[gr.Dropdown]:
         """The choices of an adapter: codes in a step, and stride."""
         config = self.adapter(adapter.strip()).model.active_peft_config
-        lengths = config.strip_lengths if self.draws and config.decompressor == "strip" else (1,)
         return [
-            ratio("Codes in a step", lengths, config.strip_length() if len(lengths) > 1 else 1),
+            ratio("Codes in a step", config.strip_lengths if self.draws else (), config.strip_length()),
             ratio("Stride", config.strides, config.read_stride()),
         ]
 
