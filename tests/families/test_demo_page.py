@@ -45,7 +45,9 @@ def test_a_base_that_cannot_draw_says_so_and_answers(pages, images, tmp_path):
     images[0].save(tmp_path / "scene.png")
     *_, answers = page.ask(str(tmp_path / "scene.png"), "How many digits are there?", adapter)
     assert len(answers) == 2
-    assert page.describe(adapter) == "This adapter reads a picture in **21** tokens (base: 64)."
+    facts, *choices = page.describe(adapter)
+    assert facts == "This adapter reads a picture in **21** tokens (base: 64)."
+    assert [choice.visible for choice in choices] == [False, False]
 
 
 def test_an_adapter_of_another_base_is_refused_with_a_sentence(pages):
