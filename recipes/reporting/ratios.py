@@ -10,6 +10,7 @@ LOOKS = {  # for each line: its label, the runs of train_ratios.py on it, colour
     "fixed": ("an adapter for each", ("fixed-16", "fixed-8", "fixed-4", "fixed-2", "fixed-1"), "#0f766e", "D"),
     "meta": ("the same, with global tokens", ("meta-8", "meta-4"), "#3f7f99", "s"),
     "dial": ("a dial", ("dial",), "#c2410c", "o"),
+    "long": ("a dial, twice the scenes", ("dial-2700",), "#a8a29e", "^"),
 }
 
 
