@@ -226,13 +226,17 @@ def test_unknown_words_are_warned_of_and_no_words_refused(tab):
     told(tab, "There is no picture; expected one")
 
 
+def random_adapter(page, folder: Path, **fields) -> Path:
+    """Writes an adapter of the shipped base with random weights."""
+    model = get_uc_model(AutoModelForImageTextToText.from_pretrained(BASE), small_config(**fields))
+    model.save_pretrained(folder, processor=page.base.processor)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def other_adapter(page, tmp_path_factory):
     """An adapter of the shipped base at stride 4, with random weights."""
-    folder = tmp_path_factory.mktemp("other")
-    model = get_uc_model(AutoModelForImageTextToText.from_pretrained(BASE), small_config(stride=4))
-    model.save_pretrained(folder, processor=page.base.processor)
-    return folder
+    return random_adapter(page, tmp_path_factory.mktemp("other"), stride=4)
 
 
 def test_another_adapter_is_taken_by_folder_and_by_id(tab, other_adapter, hub):
@@ -253,12 +257,7 @@ def test_another_adapter_is_taken_by_folder_and_by_id(tab, other_adapter, hub):
 @pytest.fixture(scope="module")
 def dial(page, tmp_path_factory):
     """An adapter of the shipped base for several ratios, with random weights."""
-    folder = tmp_path_factory.mktemp("dial")
-    model = get_uc_model(
-        AutoModelForImageTextToText.from_pretrained(BASE), small_config(stride=[1, 2, 4], codes_per_step=[4, 8, 32])
-    )
-    model.save_pretrained(folder, processor=page.base.processor)
-    return str(folder)
+    return str(random_adapter(page, tmp_path_factory.mktemp("dial"), stride=[1, 2, 4], codes_per_step=[4, 8, 32]))
 
 
 def test_the_ratios_of_an_adapter_are_chosen(tab, dial):
