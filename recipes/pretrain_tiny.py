@@ -55,7 +55,8 @@ class PretrainArguments:
     output_dir: str = field(default="work/tiny", metadata={"help": "The model folder to write."})
     shape: str = field(default="tiny", metadata={"help": "tiny, or small for a larger janus."})
     device: str = field(
-        default="cpu", metadata={"help": "Torch device. On a GPU, all but the VQ tokenizer trains in bfloat16."}
+        default="cpu",
+        metadata={"help": "Torch device. On a GPU, the VQ tokenizer trains in TF32, the rest in bfloat16."},
     )
     work_dir: str = field(default="work/pretrain_tiny", metadata={"help": "Where finished stages are kept."})
     resume: bool = field(default=False, metadata={"help": "Reuse the stages found in work_dir."})
@@ -227,6 +228,8 @@ def main(args: PretrainArguments) -> None:
     if not is_here(args.device):
         raise SystemExit(f"--device {args.device!r} is not here; expected cpu, or the device of a GPU, such as cuda.")
     make_current(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True  # every batch of a stage has one shape
     make, pretraining = FAMILIES[args.family]
     shape, of_shape = SHAPES[args.shape], {"shape": SHAPES[args.shape]} if args.family == "janus" else {}
     set_seed(args.seed)

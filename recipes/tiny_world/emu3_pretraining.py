@@ -65,7 +65,7 @@ class Emu3Pretraining:
         ids, mask, is_code = self._batch([self.pool.prompt(row, self.block) for row in rows], rows, "left")
         dropped = self.pool.dropped(len(rows))
         begin = (ids == tokenizer.boi_token_id).cumsum(1) == 0
-        lost = dropped[:, None] & begin & (ids != tokenizer.bos_token_id)
+        lost = torch.from_numpy(dropped)[:, None] & begin & (ids != tokenizer.bos_token_id)
         inputs = ids.masked_fill(lost, tokenizer.pad_token_id)
         hidden = self.model.model(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         drawn = (ids == tokenizer.image_wrapper_token_id).cumsum(1)[
@@ -73,7 +73,7 @@ class Emu3Pretraining:
         ] > 0  # from the position that predicts the first code
         code_loss = F.cross_entropy(self.model.lm_head(hidden[:, :-1][drawn]), ids[:, 1:][drawn])
         steps = hidden[:, :-1][is_code[:, 1:]].unflatten(0, (len(rows), -1))  # (B, 64, D), before each code
-        return code_loss, head.loss(steps[~dropped], rows[~dropped.numpy()])
+        return code_loss, head.loss(steps[~dropped], rows[~dropped])
 
     def _batch(self, texts: list[str], rows: np.ndarray, side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids (B, L) with the images' tokens at the placeholders, attention mask, and a mask of the codes, without EOL."""

@@ -64,7 +64,7 @@ class JanusPretraining:
         )
         ids, dropped = batch["input_ids"], self.pool.dropped(len(rows))
         kept = (ids == tokenizer.bos_token_id) | (torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1)
-        ids = ids.masked_fill(dropped[:, None] & ~kept, tokenizer.pad_token_id)
+        ids = ids.masked_fill(torch.from_numpy(dropped).to(ids.device)[:, None] & ~kept, tokenizer.pad_token_id)
         codes = self.pool.codes[rows]  # (B, T)
         prompt = model.get_input_embeddings()(ids)  # (B, P, D)
         drawn = model.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, T - 1, D)
@@ -74,4 +74,5 @@ class JanusPretraining:
             use_cache=False,
         ).last_hidden_state[:, prompt.shape[1] - 1 :]  # (B, T, D)
         code_loss = F.cross_entropy(model.model.generation_head(hidden).flatten(0, 1), codes.flatten())
-        return code_loss, head.loss(hidden[~dropped], rows[~dropped.cpu().numpy()])
+        told = np.flatnonzero(~dropped)  # known on the CPU, so that it need not wait for a GPU
+        return code_loss, head.loss(hidden[told], rows[told])

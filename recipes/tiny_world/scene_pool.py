@@ -68,9 +68,9 @@ class ImagePool(ABC):
         """A request to draw an image, in the chat template's form, up to the BOI token `begin`."""
         return f"<bos><|User|>: {self.caption(row)}\n\n<|Assistant|>:{begin}"
 
-    def dropped(self, count: int, share: float = 0.1) -> torch.Tensor:
-        """Which of `count` prompts are dropped, so that guidance has an unconditional model, (B,)."""
-        return torch.from_numpy(self.rng.random(count) < share).to(self.device)
+    def dropped(self, count: int, share: float = 0.1) -> np.ndarray:
+        """Which of `count` prompts are dropped, so that guidance has an unconditional model, (B,) bool."""
+        return self.rng.random(count) < share
 
 
 class NamingHead(nn.Module, ABC):
