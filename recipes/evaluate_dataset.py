@@ -32,7 +32,7 @@ from reporting.environment import check_device, check_output, environment, make_
 from reporting.intervals import estimate, mean
 from rows.captions import check_rows, drawn_rows, labelled_pictures
 from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations
-from scoring.contenders import Contender, check_sampling, contenders, side_by_side, why_no_drawing
+from scoring.contenders import Contender, check_sampling, contenders, sampling_of, side_by_side, why_no_drawing
 from scoring.geneval import draw_prompts, free_folder, read_prompts
 from scoring.picture_features import PACKAGES, PictureFeatures
 from scoring.picture_judge import PictureJudge, Values
@@ -79,7 +79,9 @@ class EvaluateDatasetArguments:
     output_dir: str | None = field(default=None, metadata={"help": "A new folder for the drawings of --prompts."})
     seed: int = field(default=0, metadata={"help": "Seed of the chosen rows and of the sampling."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
-    guidance_scale: float = field(default=5.0, metadata={"help": "Classifier-free guidance, base and adapter alike."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Classifier-free guidance, base and adapter alike. None: the base's own."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of drawings, base and adapter alike."})
     max_new_tokens: int = field(default=16, metadata={"help": "Maximum number of tokens of an answer."})
     device: str = field(default="cpu", metadata={"help": "Torch device of both models."})
@@ -112,7 +114,7 @@ def main(args: EvaluateDatasetArguments) -> dict:
         raise SystemExit(
             f"{args.adapter or args.base} cannot draw: {reason}. Expected a dataset of questions to read, and no --prompts."
         )
-    sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
+    sampling = sampling_of(args.temperature, args.guidance_scale)
 
     def score_all() -> dict:
         scores: dict = {

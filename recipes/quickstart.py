@@ -34,6 +34,7 @@ from scoring.contenders import (
     drawn_steps,
     load_processor,
     read_tokens,
+    sampling_of,
 )
 from scoring.scene_scores import SPLIT
 from tiny_world.digits import QUESTION_KINDS, judge, random_scene, right_quarters
@@ -66,7 +67,9 @@ class QuickstartArguments:
     prompt: str | None = field(default=None, metadata={"help": "Your prompt to draw."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Torch device."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature of drawings. Janus-Pro: 1."})
-    guidance_scale: float = field(default=2.0, metadata={"help": "Classifier-free guidance of drawings. Janus-Pro: 5."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Classifier-free guidance of drawings. None: the base's own."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the sampling."})
     output: str = field(default="quickstart.png", metadata={"help": "The picture to write."})
 
@@ -106,7 +109,7 @@ def draw_all(pair: list[Contender], drawings: list[Drawn], args: QuickstartArgum
     Returns:
         Each contender's mean seconds an image.
     """
-    sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
+    sampling = sampling_of(args.temperature, args.guidance_scale)
     for contender in pair:
         warm_up(contender)
     for index, drawn in enumerate(tqdm(drawings, desc="draw, in turn", leave=False)):

@@ -2,7 +2,7 @@
 
     make demo
     python recipes/demo/app.py --port 7861
-    python recipes/demo/app.py --base deepseek-community/Janus-Pro-1B --adapter YOUR_ADAPTER --temperature 1 --guidance_scale 5
+    python recipes/demo/app.py --base deepseek-community/Janus-Pro-1B --adapter YOUR_ADAPTER --temperature 1
 
 Needs: pip install -c constraints.txt -e ".[recipes,demo]". Tested on two CPU cores with the tiny pair.
 """
@@ -22,7 +22,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from demo.page import Page  # noqa: E402
 from demo.port import listening  # noqa: E402
-from scoring.contenders import check_sampling  # noqa: E402
+from scoring.contenders import check_sampling, sampling_of  # noqa: E402
 
 PROMPTS = [
     "a red 3 at the top left and a blue 7 at the bottom right",
@@ -123,7 +123,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", default=str(cards / "tiny-janus-uc4x"), help="the adapter: a folder or a Hub id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--temperature", type=float, default=0.7, help="of drawing; Janus-Pro: 1")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="of drawing; Janus-Pro: 5")
+    parser.add_argument("--guidance_scale", type=float, help="of drawing; default: the base's own")
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)), help="of the page")
     return parser.parse_args()
 
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     listening(args.port).close()  # before anything is loaded
     transformers.logging.set_verbosity_error()  # Janus warns at every answer of a max_length that nobody set
     try:
-        page = Page(args.base, args.device, temperature=args.temperature, guidance_scale=args.guidance_scale)
+        page = Page(args.base, args.device, **sampling_of(args.temperature, args.guidance_scale))
         page.adapter(args.adapter)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--base {args.base} with --adapter {args.adapter}: {error}") from None

@@ -76,7 +76,7 @@ class Page:
 
     def __init__(self, base: str, device: str, **sampling):
         (self.base,) = contenders(base, None, device)
-        self.sampling = {"do_sample": True, **sampling}
+        self.sampling = sampling
         self.adapter = lru_cache(maxsize=ADAPTERS)(self._load)
         if self.draws:
             warm_up(self.base)

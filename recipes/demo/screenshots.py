@@ -21,6 +21,7 @@ from demo import app  # noqa: E402
 from demo.page import Page  # noqa: E402
 from playwright.sync_api import Browser, expect, sync_playwright  # noqa: E402
 from playwright.sync_api import Page as Tab  # noqa: E402
+from scoring.contenders import sampling_of  # noqa: E402
 
 CARDS = ROOT / "model_cards"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -49,7 +50,7 @@ def chromium() -> Iterator[Browser]:
 
 def shipped() -> Page:
     """The tiny pair's base."""
-    return Page(str(CARDS / "tiny-janus"), "cpu", temperature=0.7, guidance_scale=2.0)
+    return Page(str(CARDS / "tiny-janus"), "cpu", **sampling_of(0.7, None))
 
 
 @contextmanager

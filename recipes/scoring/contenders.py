@@ -69,14 +69,21 @@ def with_adapter(
     return Contender(name, model, processor if stride is None else model.compact_processor(processor, stride), codes_per_step)
 
 
-def check_sampling(temperature: float, guidance_scale: float, seed: int) -> None:
-    """Exits if the sampling options are out of range."""
+def check_sampling(temperature: float, guidance_scale: float | None, seed: int) -> None:
+    """Exits if the sampling options are out of range. `guidance_scale` may be None, the base's own."""
     if not 0 < temperature < float("inf"):
         raise SystemExit(f"--temperature {temperature}: expected a number above 0, because drawings are sampled.")
-    if not 1 < guidance_scale < float("inf"):
+    if guidance_scale is not None and not 1 < guidance_scale < float("inf"):
         raise SystemExit(f"--guidance_scale {guidance_scale}: expected a number above 1, because drawings are guided.")
     if seed < 0:
         raise SystemExit(f"--seed {seed}: expected 0 or more.")
+
+
+def sampling_of(temperature: float, guidance_scale: float | None) -> dict:
+    """The arguments of `generate` that sample a drawing. If `guidance_scale` is None, `generate` takes the base's own."""
+    return {"do_sample": True, "temperature": temperature} | (
+        {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    )
 
 
 def load_processor(source: str) -> ProcessorMixin:

@@ -25,7 +25,7 @@ def pages(tmp_path_factory):
         for part in (base, processor):
             part.save_pretrained(folder)
         attach(base).save_pretrained(adapter, processor=processor, base_model=str(folder))
-        return Page(str(folder), "cpu", guidance_scale=2.0), str(adapter)
+        return Page(str(folder), "cpu", do_sample=True, guidance_scale=2.0), str(adapter)
 
     return {name: made(name) for name in ("emu3", "chameleon")}
 

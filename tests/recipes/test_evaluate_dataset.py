@@ -9,7 +9,7 @@ from helpers import rng
 from PIL import Image
 from rows.captions import is_drawn
 from rows.conversations import REFERENCED_FORMS, DatasetError, conversations
-from scoring.contenders import Contender, answer, contenders
+from scoring.contenders import Contender, answer, contenders, draw, sampling_of
 from scoring.digit_features import digit_features
 from scoring.geneval import read_prompts
 from scoring.picture_metrics import PictureMetrics, load_clip, score_pictures
@@ -141,6 +141,16 @@ def test_swapping_base_and_adapter_swaps_the_columns(models, pictures):
     other = score_pictures(swapped, rows, digit_features(), None, **sampling)["fid"]
     assert one["base"] != one["adapter"]
     assert other == {"base": one["adapter"], "adapter": one["base"]}
+
+
+def test_guidance_is_the_base_s_own_unless_one_is_named(models):
+    for contender in contenders(models["base"], models["adapter"]):
+        contender.model.generation_config.guidance_scale = 3.0
+        drawings = []
+        for guidance in (None, 3.0, 1.1):
+            torch.manual_seed(0)
+            drawings += draw(contender, ["a red 3"], **sampling_of(1.0, guidance))[0]
+        assert drawings[0] == drawings[1] != drawings[2]
 
 
 def test_answers_are_scored_by_both_and_what_the_base_says_is_right_for_the_base(models, questions, images):
