@@ -19,6 +19,8 @@ class Shape:
         vq_rows, vision_rows, read_rows, draw_rows: The images in a batch of each stage.
         kmeans_latents: The latents of real images that the codebook starts from.
         learning_rate: The peak learning rate of the vision tower and the language model.
+        guidance: The classifier-free guidance in the base's generation config. A base that knows its pictures by heart is sure
+            of every code, also without a caption, and more guidance leads it to codes that fit neither.
     """
 
     patch: int = 8
@@ -37,6 +39,7 @@ class Shape:
     draw_rows: int = 32
     kmeans_latents: int = 2**15
     learning_rate: float = 2e-3
+    guidance: float = 2.0
 
 
 SHAPES = {
@@ -57,5 +60,6 @@ SHAPES = {
         read_rows=48,
         draw_rows=128,
         learning_rate=1e-3,
+        guidance=1.1,
     ),
 }

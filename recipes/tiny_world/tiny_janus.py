@@ -89,7 +89,7 @@ def make_model(processor: JanusProcessor, shape: Shape = SHAPES["tiny"]) -> Janu
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        guidance_scale=2.0,
+        guidance_scale=shape.guidance,
         generation_kwargs={"boi_token_id": token_id(IMAGE_TOKENS["boi_token"])},
     )
     return model
