@@ -2,6 +2,7 @@
 
     python recipes/make_emoji_folder.py --output_dir work/emoji
     python recipes/make_emoji_folder.py --output_dir work/few-emoji --concepts 50
+    python recipes/make_emoji_folder.py --output_dir work/noto --styles noto
 
 Needs: pip install -c constraints.txt -e ".[pictures]", and npm, which fetches 21 MB. Tested on two CPU cores.
 `emoji_pictures/world.py` has the rule that chooses concepts and the pairs of concept and style that are held out. They are the
@@ -66,6 +67,7 @@ class EmojiFolderArguments:
     packages_dir: str = field(default="work/emoji-packages", metadata={"help": "Where the tarballs are, or are fetched to."})
     size: int = field(default=64, metadata={"help": "Pixels along one side of a picture."})
     concepts: int | None = field(default=None, metadata={"help": "The number of concepts, chosen by a hash. None: all."})
+    styles: list[str] | None = field(default=None, metadata={"help": f"The styles, of {', '.join(STYLES)}. None: all."})
 
 
 def main(args: EmojiFolderArguments, styles: dict[str, Package] = STYLES) -> None:
@@ -74,6 +76,9 @@ def main(args: EmojiFolderArguments, styles: dict[str, Package] = STYLES) -> Non
         raise SystemExit(f"--output_dir {folder} exists; expected a new folder. Name another, or remove it.")
     if args.size < 1:
         raise SystemExit(f"--size {args.size}; expected a number of pixels above 0.")
+    unknown = set(args.styles or ()) - set(styles)
+    if unknown:
+        raise SystemExit(f"--styles {' '.join(sorted(unknown))}; expected some of {', '.join(styles)}.")
     sets = {style: IconSet(style, *read_package(package, packages, "icons.json")) for style, package in styles.items()}
     metadata, keys = read_package(styles[NOTO], packages, "metadata.json", "chars.json")
     known = concepts(metadata["categories"], keys, sets)
@@ -83,13 +88,13 @@ def main(args: EmojiFolderArguments, styles: dict[str, Package] = STYLES) -> Non
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
         unfinished = Path(parent, folder.name)  # a folder that is not whole would look like a smaller dataset
-        splits = write(unfinished, chosen, sets, args.size)
+        splits = write(unfinished, chosen, {style: sets[style] for style in args.styles or styles}, args.size)
         unfinished.rename(folder)
     words = {word for rows in splits.values() for row in rows for word in split_words(row["text"]) if word.isalnum()}
     print(f"{folder}: {len(chosen)} concepts, {len(words)} words")
     for split, rows in splits.items():
         of_style = Counter(row["style"] for row in rows)
-        print(f"  {split}: {len(rows)} pictures ({', '.join(f'{style} {of_style[style]}' for style in sets)})")
+        print(f"  {split}: {len(rows)} pictures ({', '.join(f'{style} {of_style[style]}' for style in of_style)})")
     print(f"  fingerprint {fingerprint(folder)}")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ablate
 import draw_figures
+import evaluate_dataset
 import numpy as np
 import pytest
 import train_ratios
@@ -25,6 +26,7 @@ TABLES = [
     ("docs/figures/quality.md", "docs/evaluation-*.json", score_report.markdown),
     ("docs/figures/ablations.md", "docs/ablation.json", ablate.markdown),
     ("docs/figures/judge.md", "docs/judge-*.json", validate_judge.markdown),
+    ("docs/figures/pictures.md", "docs/pictures-*.json", evaluate_dataset.markdown),
     ("docs/figures/ratios.md", "docs/ratios/*.json", train_ratios.markdown),
     ("docs/figures/ratios.md", "docs/strides/*.json", train_strides.markdown),
 ]

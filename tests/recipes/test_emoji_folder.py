@@ -152,8 +152,21 @@ def test_a_smaller_world_is_a_part_of_the_larger(styles, packages, tmp_path):
     assert fingerprint(tmp_path / "all") == fingerprint(tmp_path / "again") != fingerprint(tmp_path / "one")
 
 
+def test_one_style_is_a_part_of_all(styles, packages, tmp_path):
+    for name, chosen in {"blob": ["blob"], "all": None}.items():
+        main(arguments(tmp_path / name, packages, styles=chosen), styles)
+    every, blob = rows_of(tmp_path / "all"), rows_of(tmp_path / "blob")
+    of_style = {split: [row for row in rows if row["style"] == "blob"] for split, rows in every.items()}
+    assert blob == {split: rows for split, rows in of_style.items() if rows}
+
+
 @pytest.mark.parametrize(
-    ("options", "expected"), [({"concepts": 4}, "--concepts 4; expected 1 to 3"), ({"size": 0}, "--size 0")]
+    ("options", "expected"),
+    [
+        ({"concepts": 4}, "--concepts 4; expected 1 to 3"),
+        ({"size": 0}, "--size 0"),
+        ({"styles": ["noto", "oil"]}, "--styles oil; expected some of noto"),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(styles, packages, tmp_path, options, expected):
     with pytest.raises(SystemExit, match=expected):

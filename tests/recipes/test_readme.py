@@ -51,7 +51,7 @@ def test_the_snippets_run_as_pasted(published, repository):
         for snippet in SNIPPETS:
             exec(compile(snippet, "README.md", "exec"), names)
     assert Image.open(repository / "drawing.png").size == (64, 64)
-    assert re.search(r"^\d\n", told.getvalue())  # the digit that was read
+    assert re.search(r"^[a-z ]+ , [a-z]+ style\n", told.getvalue())  # what was drawn is read: a thing and a style
     saved = AutoProcessor.from_pretrained(repository / "janus-pro-1b-uc4x")
     assert saved.num_image_tokens == names["processor"].num_image_tokens == 149
     model = names["model"]
@@ -62,8 +62,8 @@ def test_the_snippets_run_as_pasted(published, repository):
 
 
 def test_the_first_snippet_is_about_the_shipped_pair():
-    assert "model_cards/tiny-janus-uc4x" in SNIPPETS[0]
-    assert 'base_model="model_cards/tiny-janus"' in SNIPPETS[0]
+    assert "model_cards/emoji-janus-uc4x" in SNIPPETS[0]
+    assert 'base_model="model_cards/emoji-janus"' in SNIPPETS[0]
 
 
 def test_it_is_short():
