@@ -254,10 +254,7 @@ def main(args: QuickstartArguments) -> None:
     check_texts(args.base, [drawn.prompt for drawn in drawings], [reading.question for reading in readings])
     torch.manual_seed(args.seed)
     pair = load(args)
-    if args.device == "cpu":
-        pair[1].model.merge_adapter()  # a drawing of the shipped pair takes a third longer with LoRA beside it
-    else:
-        pair[1].model.merge_on_gpu()
+    pair[1].model.merge_if_room()
     read_all(pair, readings)
     seconds = draw_all(pair, drawings, args) if drawings else {}
     for reading in readings:

@@ -28,6 +28,7 @@ from torch import nn
 
 from uc_adapters import UniCompressModel
 from uc_adapters.errors import UnsupportedError
+from uc_adapters.lora import free_memory
 
 DTYPES = [torch.float32, torch.bfloat16]
 FORMS = {
@@ -360,7 +361,31 @@ def test_disabled_it_is_the_base_after_any_walk(pristine, walked, short_question
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == trains
 
 
-def test_on_a_cpu_nothing_is_merged_to_draw(base):
+@pytest.mark.parametrize("copies", [2, 4])
+def test_it_merges_where_half_of_the_free_memory_is_enough(base, monkeypatch, recwarn, copies):
     model = attach(base)
-    model.merge_on_gpu()
-    assert not any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer))
+    lora = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    needed = sum(weight.nbytes for layer in lora for weight in layer.parameters(recurse=False))
+    monkeypatch.setattr("uc_adapters.lora.free_memory", lambda device: copies * needed)
+    model.merge_if_room()
+    model.merge_if_room()  # needs nothing more
+    assert merged(model) and not recwarn
+
+
+def test_without_room_nothing_is_merged(base, monkeypatch):
+    model = attach(base)
+    monkeypatch.setattr("uc_adapters.lora.free_memory", lambda device: 1000)
+    with pytest.warns(UserWarning, match=r"unmerged.*GB more.*cpu memory are free.*merge_adapter\(\)"):
+        model.merge_if_room()
+    assert not merged(model)
+
+
+def test_this_machine_has_free_memory():
+    assert 10**6 < free_memory(torch.device("cpu")) < 10**15
+
+
+def test_in_training_mode_it_draws_unmerged(base):
+    model = attach(base).train()
+    with pytest.warns(UserWarning, match=r"unmerged.*training mode"):
+        model.merge_if_room()
+    assert not merged(model)

@@ -64,7 +64,7 @@ def draw(args: argparse.Namespace) -> None:
         )
     UniCompressConfig.from_pretrained(folder).strip_length(args.codes_per_step)  # raises InputError for one that is not trained
     model = _load_model(folder, args)
-    model.merge_on_gpu()
+    model.merge_if_room()
     family = model.family
     turn = {"role": "user", "content": [{"type": "text", "text": args.prompt}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)

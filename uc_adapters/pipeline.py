@@ -189,7 +189,7 @@ class UniCompressPipeline(DiffusionPipeline):
         model, family = self.model, self.model.family
         if model.code_head is None:
             raise InputError("The adapter is disabled; expected an enabled one. The base draws by its own generate.")
-        model.merge_on_gpu()
+        model.merge_if_room()
         inputs = self._inputs(prompts, num_images_per_prompt, height, width)
         grid = family.prompt_grids(total, inputs.get("image_sizes"))[0]  # all images are of one size
         chosen = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}

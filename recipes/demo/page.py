@@ -89,7 +89,7 @@ class Page:
         if not adapter:
             raise InputError("The adapter is empty; expected a Hub id such as org/name, or a folder.")
         loaded = with_adapter(self.base, adapter, "adapter")
-        loaded.model.merge_on_gpu()
+        loaded.model.merge_if_room()
         if self.draws:
             warm_up(loaded)
         return loaded

@@ -150,7 +150,7 @@ def test_a_merged_adapter_draws_the_same(base, model, prompts, drawn):
 
 @needs_gpu
 def test_on_a_gpu_it_merges_to_draw(model, prompts, drawn):
-    model.merge_on_gpu()
+    model.merge_if_room()
     assert model.get_base_model().model.language_model.layers[0].mlp.up_proj.merged
     model.unmerge_adapter()
 
