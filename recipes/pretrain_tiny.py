@@ -261,6 +261,8 @@ def main(args: PretrainArguments) -> None:
         checkpoint = work / f"{name}.safetensors"
         if name == "joint":
             tiny.vqmodel.eval()
+            for parameter in tiny.vqmodel.parameters():  # the codes that are learned are those of the saved tokenizer
+                parameter.data = parameter.data.bfloat16().float()
             pool.encode(tiny.latents, tiny.vqmodel.quantize.embedding.weight)
         if args.resume and checkpoint.exists():
             model.load_state_dict(load_file(checkpoint, device=str(model.device)))

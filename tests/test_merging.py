@@ -369,7 +369,8 @@ def test_it_merges_where_half_of_the_free_memory_is_enough(base, monkeypatch, re
     monkeypatch.setattr("uc_adapters.lora.free_memory", lambda device: copies * needed)
     model.merge_if_room()
     model.merge_if_room()  # needs nothing more
-    assert merged(model) and not recwarn
+    assert merged(model)
+    assert not recwarn
 
 
 def test_without_room_nothing_is_merged(base, monkeypatch):

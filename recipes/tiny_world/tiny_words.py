@@ -61,7 +61,7 @@ def word_tokenizer(
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.normalizer = _LOWERCASE
     backend.pre_tokenizer = _SPLIT
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **special_tokens,

@@ -15,6 +15,8 @@ from tiny_world.shapes import SHAPES
 from tiny_world.tiny_janus import make_model, make_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from uc_adapters.families import family_of
+
 FEW = {"vq_steps": 1, "vision_steps": 1, "joint_steps": 1}  # test_tiny_emu3.py has the two phases of `vq_steps`
 COLOURS = ["crimson", "teal", "ivory", "navy"]
 CAPTION = "A CRIMSON no. 7, beside an ellipse!"
@@ -67,6 +69,18 @@ def test_a_base_of_captioned_images_loads_knows_their_words_and_draws(family, pi
         inputs = processor(text=[text], images=[picture(0)], return_tensors="pt")
     assert tokenizer.unk_token_id not in inputs["input_ids"]
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_it_learns_the_codes_that_the_saved_tokenizer_makes(pictures, tmp_path, monkeypatch):
+    pools = []
+    monkeypatch.setattr(pretrain_tiny, "train_joint", lambda tiny, steps, shape: pools.append(tiny.pool) or {})
+    folder = str(tmp_path / "base")
+    arguments = {"dataset": str(pictures), "output_dir": folder, "work_dir": str(tmp_path / "work")}
+    pretrain_tiny.main(pretrain_tiny.PretrainArguments(**arguments, **FEW))
+    saved = family_of(AutoModelForImageTextToText.from_pretrained(folder))
+    (pool,) = pools
+    assert torch.equal(saved.dense_codes(pool.pixel_values(torch.arange(48))), pool.codes)
 
 
 @torch.no_grad()
