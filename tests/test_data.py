@@ -207,6 +207,16 @@ def test_which_captions_are_dropped_does_not_depend_on_batches_nor_on_random_num
     assert dropped(short_processor, collate(rows)) != at_once
 
 
+def test_each_occurrence_of_a_row_has_its_own_chance(short_processor, drawing_row):
+    rows = [drawing_row | {"occurrence": number} for number in range(200)]
+    collate = UniCompressCollator(short_processor, small_config(), caption_dropout=0.25)
+    collate.epoch = 0
+    coins = dropped(short_processor, collate(rows))
+    assert 0.15 < sum(coins) / len(coins) < 0.35
+    assert dropped(short_processor, collate(rows[::-1])) == coins[::-1]
+    assert len(set(dropped(short_processor, collate([drawing_row] * 8)))) == 1  # untold repeats share one chance
+
+
 @pytest.mark.parametrize(
     "workers", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=["none", "new", "persistent"]
 )

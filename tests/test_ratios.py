@@ -279,6 +279,14 @@ def test_batches_get_all_ratios_and_the_larger_ones_more_often(short_processor, 
     assert [int(again([row])["gen_codes_per_step"]) for row in rows] == drawn[28:32]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_in_your_own_trainer_an_image_has_another_ratio_in_another_pass(short_processor, shared, images, share):
+    collate = UniCompressCollator(short_processor, shared(codes_per_step=(4, 8)).active_peft_config, caption_dropout=share)
+    rows = [drawing_row("a red 3", image) for image in images]
+    passes = [[int(collate([row])["gen_codes_per_step"]) for row in rows] for _ in range(30)]
+    assert all(len(set(of_row)) == 2 for of_row in zip(*passes, strict=True))
+
+
 @pytest.mark.parametrize("value", [2, 0, 3.0, "3", True, -3])
 def test_a_ratio_that_was_not_trained_is_refused_with_the_legal_ones(shared, short_processor, value):
     model, prompts = shared(codes_per_step=DIAL), drawing_inputs(short_processor, CAPTIONS)

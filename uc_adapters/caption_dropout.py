@@ -13,7 +13,7 @@ from .errors import InputError
 class CaptionDropout:
     """Chooses a share of the prompts to drop; the choice changes with every epoch.
 
-    The choice depends on a prompt's content and on `epoch` alone. So a trainer that sets `epoch` drops the same prompts,
+    The choice depends on what is known of a prompt and on `epoch` alone. So a trainer that sets `epoch` drops the same prompts,
     however the rows are batched, split among processes and workers, or resumed. If no trainer sets it, a new epoch begins when
     a prompt comes a second time.
 
@@ -42,19 +42,23 @@ class CaptionDropout:
         self._epoch.fill_(epoch)
 
     def drops(self, prompt: bytes) -> bool:
-        """Returns whether to drop a prompt. `prompt` holds its text and the content of the image to draw."""
-        if not self.share:
-            return False
-        epoch = self._counted_epoch(prompt) if self.epoch is None else f"{self.epoch} "
-        digest = blake2b(epoch.encode() + prompt, digest_size=8).digest()
+        """Returns whether to drop a prompt: its text, the content of the image to draw, and the row's occurrence."""
+        if self.epoch is None:
+            self._count(prompt)
+        digest = blake2b(f"{self.now} ".encode() + prompt, digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.share
 
-    def _counted_epoch(self, prompt: bytes) -> str:
-        """Returns the counted epoch and the worker's seed. Each worker counts for itself, and a new worker starts at zero."""
+    @property
+    def now(self) -> str:
+        """The epoch that a trainer has set; else the counted one and the worker's seed, since each worker counts for itself."""
+        if self.epoch is not None:
+            return str(self.epoch)
+        worker = get_worker_info()
+        return f"{self._counted} {worker.seed if worker else ''}"
+
+    def _count(self, prompt: bytes) -> None:
         key = blake2b(prompt, digest_size=8).digest()
         if key in self._seen:
             self._counted += 1
             self._seen.clear()
         self._seen.add(key)
-        worker = get_worker_info()
-        return f"{self._counted} {worker.seed if worker else ''} "

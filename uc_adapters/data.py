@@ -43,7 +43,8 @@ class UniCompressCollator:
     The content of a turn may be a plain string. `<image>` in it marks the position of an image, see
     `uc_adapters.messages.normalised`. A row may also have `given`, the number of leading turns that are context only. And it
     may have `latents`, one entry of `uc_adapters.images.pack_latents` for each image (None for one that is only read), so that
-    the images to draw are not encoded again.
+    the images to draw are not encoded again. And `occurrence`, whatever tells a row that comes several times in an epoch apart
+    from its repeats: without it, all of them lose their caption, or none. `JointTrainer` adds it.
 
     Args:
         processor: The adapter's processor: `AutoProcessor.from_pretrained(adapter)`, or `model.compact_processor(processor)`.
@@ -53,7 +54,8 @@ class UniCompressCollator:
         eos_token_id: The tokens that end generation, as in the base's `generation_config`. Default: the tokenizer's.
         codes_per_step: The number of codes in a step of the images to draw. Default: if the adapter is trained for several, one
             of them for each drawing, each as often as its number: 8 codes in a step come twice as often as 4, and each number
-            gets as many steps. The choice depends on the image and on `epoch` alone, however the rows are batched.
+            gets as many steps. The choice depends on the image, its row's `occurrence` and `epoch` alone, however the rows are
+            batched.
         stride: The stride at which images are read. Default: chosen likewise, one for each batch.
 
     Raises:
@@ -119,18 +121,23 @@ class UniCompressCollator:
         counts = [max(completion.images for completion in of_row) for of_row in learned]  # each row's first images are read
         firsts = [sum(counts[:index]) for index in range(len(rows))]
         read = self._pixels([image for of_row, count in zip(images, counts, strict=True) for image in of_row[:count]])
+        repeats = [str(row.get("occurrence", "")).encode() for row in rows]
         drawn_completions = [
-            ((row.get("latents") or row_images)[completion.images], completion.images == 0)
-            for row, row_images, of_row in zip(rows, images, learned, strict=True)
+            ((row.get("latents") or row_images)[completion.images], completion.images == 0, repeat)
+            for row, row_images, of_row, repeat in zip(rows, images, learned, repeats, strict=True)
             for completion in of_row
             if completion.words is None
         ]
-        to_draw, alone = zip(*drawn_completions, strict=True) if drawn_completions else ((), ())
+        to_draw, alone, repeats_drawn = zip(*drawn_completions, strict=True) if drawn_completions else ((), (), ())
         packed = to_draw and isinstance(to_draw[0], dict)
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
-        contents = [image["values"] if isinstance(image, dict) else image.tobytes() for image in to_draw]
+        contents = [
+            (image["values"] if isinstance(image, dict) else image.tobytes()) + repeat
+            for image, repeat in zip(to_draw, repeats_drawn, strict=True)
+        ]
         lengths = [self._chosen(self.codes_per_step, self.config.strip_lengths, [content]) for content in contents]
-        stride = self._chosen(self.stride, self.config.strides, (image.tobytes() for image in chain.from_iterable(images)))
+        read_contents = chain((image.tobytes() for image in chain.from_iterable(images)), repeats)
+        stride = self._chosen(self.stride, self.config.strides, read_contents)
         sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, lengths)
         for index, of_row in enumerate(learned):
             texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
@@ -195,7 +202,7 @@ class UniCompressCollator:
         """Returns the ratio that is asked for, or else one of those that are trained, for images of these contents."""
         if asked is not None or len(trained) == 1:
             return trained[0] if asked is None else asked
-        digest = blake2b(f"{self.epoch} {trained} ".encode() + b"".join(contents), digest_size=8).digest()
+        digest = blake2b(f"{self.dropout.now} {trained} ".encode() + b"".join(contents), digest_size=8).digest()
         return Random(digest).choices(trained, weights=trained)[0]  # longer steps are harder to learn
 
     def _drawn_images(

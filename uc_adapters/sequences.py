@@ -79,7 +79,7 @@ class DrawnImage:
         begin: The wrapper text with which the prompt ends.
         rest: The rest of the image's text: its placeholders and closing wrapper text.
         given: The indices of learned global tokens and separators among its placeholders.
-        content: Bytes that differ between images, for caption dropout.
+        content: Bytes that differ between images, and between occurrences of a row, for caption dropout.
     """
 
     begin: str

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import DECOMPRESSORS, assert_same, attach, base_weights, draw, drawing_inputs, logits, lora_weights
 from tiny_world.scenes_dataset import scenes_dataset
 from trl import SFTConfig, SFTTrainer
 
 from uc_adapters import UniCompressCollator, UniCompressModel
+from uc_adapters.training import JointTrainer
 
 OPTIONS = {
     "per_device_train_batch_size": 2,
@@ -126,6 +128,30 @@ def test_options_of_the_trainer(base, make_trainer, options):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0
     assert_same(base_weights(model), before)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_repeats_of_a_row_in_an_epoch_lose_their_captions_apart(base, short_processor, tmp_path, streaming):
+    scenes = scenes_dataset(8, 1)
+    drawn = next(row for row in range(8) if scenes[row]["messages"][-1]["content"][0]["type"] == "image")
+    rows = Dataset.from_list([scenes[drawn]]).select([0] * 64)
+    model = stage_2(base)
+
+    def dropped(seed: int) -> list[bool]:
+        trainer = JointTrainer(
+            model,
+            SFTConfig(output_dir=str(tmp_path), max_steps=1, seed=seed, **OPTIONS | {"per_device_train_batch_size": 8}),
+            train_dataset=rows.to_iterable_dataset() if streaming else rows,
+            processing_class=short_processor,
+            data_collator=UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.5),
+        )
+        trainer.data_collator.collator.epoch = 0
+        pad = short_processor.tokenizer.pad_token_id
+        return [row[2] == pad for batch in trainer.get_train_dataloader() for row in batch["input_ids"]]
+
+    assert 16 < sum(dropped(1)) < 48
+    assert dropped(1) == dropped(1)
+    assert dropped(1) != dropped(2)
 
 
 def test_a_bfloat16_base_trains_float32_adapters(base, make_trainer):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import datasets
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -28,6 +30,24 @@ class NamingCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return self.collator(rows) | {"origins": [row["origin"] for row in rows if "origin" in row]}
+
+
+class Occurrences(Dataset):
+    """The rows of a dataset, each with its `occurrence`, since a mixture may repeat a row within an epoch.
+
+    Args:
+        rows: The rows.
+        seed: Of the run, so that a run on the same rows with another seed drops other captions.
+    """
+
+    def __init__(self, rows: datasets.Dataset, seed: int):
+        self.rows, self.seed = rows, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index] | {"occurrence": f"{self.seed} {index}"}
 
 
 class EpochCallback(TrainerCallback):
@@ -71,6 +91,18 @@ class JointTrainer(ResumableTrainer, SFTTrainer):
         self.add_callback(EpochCallback(data_collator))
         self.model.train_only("language model")
         self.model.register_forward_hook(self._record_scores)  # SFTTrainer does not pass the model's output on
+
+    def get_train_dataloader(self):
+        """Returns a loader whose rows know their place in the dataset."""
+        rows, seed = self.train_dataset, self.args.seed
+        if isinstance(rows, datasets.IterableDataset):
+            self.train_dataset = rows.map(lambda _, index: {"occurrence": f"{seed} {index}"}, with_indices=True)
+        else:
+            self.train_dataset = Occurrences(rows, seed)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Returns a loader for evaluation by labels alone, without caption dropout and without a teacher."""
