@@ -20,8 +20,8 @@ DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "world_size"),
 )
-
-
+# Those of a run's settings that decide in which order it takes the rows
+ORDER = ("dataset", "split", "dataset_weights", "eval_share", "streaming", "skip_bad_rows", "seed", "data_seed")
 BITS = ("8bit", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -100,6 +100,7 @@ def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume:
         if training.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings, indent=2) + "\n")
+            _say_if_order_is_the_same(settings)
         return
     if not file.is_file():
         raise TrainingError(
@@ -112,6 +113,20 @@ def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume:
             f"--resume true, but the run in {folder} began with other settings ({'; '.join(other)}). Resume it with its own. "
             "To train its weights with the new ones, start a run in another --output_dir with "
             f"--adapter {last_checkpoint(folder) or folder}."
+        )
+
+
+def _say_if_order_is_the_same(settings: dict) -> None:
+    """Prints a line if a run goes on from an adapter with the rows, and the order of rows, of that adapter's own run."""
+    adapter = Path(settings["adapter"] or "")
+    run = adapter.parent if adapter.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else adapter
+    if settings["adapter"] is None or not (run / RUN_FILE).is_file():
+        return
+    last = json.loads((run / RUN_FILE).read_text())
+    if all(last.get(name) == settings[name] for name in ORDER):
+        print(
+            f"The rows come in the order of the run of {adapter}, and the same ones lose their captions, since data and --seed "
+            f"{settings['seed']} are the same. Name another --seed to go on with other batches."
         )
 
 

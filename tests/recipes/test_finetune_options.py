@@ -157,6 +157,15 @@ def test_options_that_it_has_alike_are_not_and_those_not_named_are_its_own(base_
     assert f"stage 1: done before, in {trained}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("seed", "place", "said"), [(42, ".", True), (42, "checkpoint-4", True), (7, ".", False)])
+def test_going_on_with_the_batches_of_the_last_run_is_said(
+    base_folder, captioned, trained, tmp_path, capsys, seed, place, said
+):
+    adapter, options = str(trained / place), {"max_steps": 1, "seed": seed}
+    train(base_folder, tmp_path / "out", dataset=[str(captioned)], adapter=adapter, training=options)
+    assert (f"in the order of the run of {adapter}" in capsys.readouterr().out) == said
+
+
 def test_rows_of_a_dataset_train_several_ratios(base_folder, captioned, tmp_path):
     options = {"codes_per_step": [2, 8], "stride": [1, 2], "drawing_global_tokens": True, "training": {"max_steps": 2}}
     folder = train(base_folder, tmp_path / "out", dataset=[str(captioned)], distill=True, **options)
