@@ -28,14 +28,17 @@ class DecoderLayer(nn.Module):
         self.cross_attention = Attention(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, memory, past=None, mask=None):
-        """Runs the layer on x (B, L, W). `memory` and `past` are keys and values. Returns the new x, and the past plus x."""
+    def forward(self, x, memory, past=None, mask=None, attended=None):
+        """Runs the layer on x (B, L, W). `memory` and `past` are keys and values. Returns the new x, and the past plus x.
+
+        `attended` is what cross-attention gives, if it is known.
+        """
         y = self.norms[0](x)
         keys, values = self.self_attention.keys_values(y)
         if past is not None:
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
         x = x + self.self_attention(y, (keys, values), mask)
-        x = x + self.cross_attention(self.norms[1](x), memory)
+        x = x + (self.cross_attention(self.norms[1](x), memory) if attended is None else attended)
         return x + self.mlp(self.norms[2](x)), (keys, values)
 
 
@@ -103,6 +106,9 @@ class BlockDecoder(nn.Module):
             The codes in the decoder's order, (B, L).
         """
         memories = [layer.cross_attention.keys_values(memory) for layer in self.layers]
+        attended: list = [None] * len(self.layers)
+        if memory.shape[1] == 1:  # attention to one token gives that token to every query, so once is enough
+            attended = [layer.cross_attention(memory, memories[index]) for index, layer in enumerate(self.layers)]  # (B, 1, W)
         pasts: list = [None] * len(self.layers)
         drawn: list[torch.Tensor] = []
         for first in range(0, len(positions), block):
@@ -113,7 +119,7 @@ class BlockDecoder(nn.Module):
                 before = self.start.expand(len(condition), block, -1)
             x = before + positions[here] + condition[:, here]
             for index, layer in enumerate(self.layers):
-                x, pasts[index] = layer(x, memories[index], pasts[index])
+                x, pasts[index] = layer(x, memories[index], pasts[index], attended=attended[index])
             features = self.out(self.norm(x))  # (B, block, D)
             codes = pick(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (B, block)
             drawn.append(codes)
