@@ -51,7 +51,7 @@ def test_the_snippets_run_as_pasted(published, repository):
         for snippet in SNIPPETS:
             exec(compile(snippet, "README.md", "exec"), names)
     assert Image.open(repository / "drawing.png").size == (64, 64)
-    assert re.search(r"^[a-z ]+ , [a-z]+ style\n", told.getvalue())  # what was drawn is read: a thing and a style
+    assert re.search(r"^[a-z ]+, [a-z]+ style\n", told.getvalue())  # what was drawn is read: a thing and a style
     saved = AutoProcessor.from_pretrained(repository / "janus-pro-1b-uc4x")
     assert saved.num_image_tokens == names["processor"].num_image_tokens == 149
     model = names["model"]
