@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -158,15 +159,16 @@ class ReversibleLora(LoraModel):
         warning: no room, a quantised or offloaded base, one in training mode.
         """
         try:
-            layers = self._mergeable_layers(None)
-            device = next(self.model.parameters()).device
-            weights = [weight for layer in layers for weight in layer.get_base_layer().parameters(recurse=False)]
-            needed, free = sum(weight.nbytes for weight in weights), free_memory(device)
-            if needed > free / 2:
-                raise UnsupportedError(
-                    f"Merging takes {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB of {device.type} memory are free; "
-                    "expected at most half of it. Free memory, or call merge_adapter() to merge nevertheless."
-                )
+            needed: Counter[torch.device] = Counter()
+            for layer in self._mergeable_layers(None):
+                for weight in layer.get_base_layer().parameters(recurse=False):
+                    needed[weight.device] += weight.nbytes
+            for device, count in needed.items():
+                if count > (free := free_memory(device)) / 2:
+                    raise UnsupportedError(
+                        f"Merging takes {count / 1e9:.1f} GB more, and {free / 1e9:.1f} GB of {device} memory are free; "
+                        "expected at most half of it. Free memory, or call merge_adapter() to merge nevertheless."
+                    )
             self.merge_adapter()
         except UnsupportedError as error:
             warnings.warn(f"Drawing with LoRA unmerged, which is slower. {error}", stacklevel=2)
