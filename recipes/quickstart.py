@@ -1,4 +1,4 @@
-"""Compares base and adapter in two minutes: draws prompts, reads pictures, prints a table, writes quickstart.png.
+"""Compares base and adapter in two to three minutes: draws prompts, reads pictures, prints a table, writes quickstart.png.
 
     python recipes/quickstart.py
     python recipes/quickstart.py --prompt "rocket, noto style" --seed 7

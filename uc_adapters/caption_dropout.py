@@ -45,6 +45,8 @@ class CaptionDropout:
         """Returns whether to drop a prompt: its text, the content of the image to draw, and the row's occurrence."""
         if self.epoch is None:
             self._count(prompt)
+        if not self.share:
+            return False
         digest = blake2b(f"{self.now} ".encode() + prompt, digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.share
 

@@ -46,8 +46,10 @@ class Occurrences(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index] | {"occurrence": f"{self.seed} {index}"}
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The rows of a batch, which datasets reads and decodes at once."""
+        rows = self.rows.__getitems__(indices)
+        return [row | {"occurrence": f"{self.seed} {index}"} for row, index in zip(rows, indices, strict=True)]
 
 
 class EpochCallback(TrainerCallback):
