@@ -32,7 +32,7 @@ from reporting.environment import check_device, check_output, environment, make_
 from reporting.intervals import estimate, mean
 from rows.captions import check_rows, drawn_rows, labelled_pictures
 from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations
-from scoring.contenders import Contender, check_sampling, contenders, sampling_of, side_by_side, why_no_drawing
+from scoring.contenders import Contender, also_names, check_sampling, contenders, sampling_of, side_by_side, why_no_drawing
 from scoring.geneval import draw_prompts, free_folder, read_prompts
 from scoring.picture_features import PACKAGES, PictureFeatures
 from scoring.picture_judge import PictureJudge, Values
@@ -52,6 +52,7 @@ class EvaluateDatasetArguments:
 
     base: str = field(default="model_cards/tiny-janus", metadata={"help": "The dense base: folder or Hub id."})
     adapter: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id. None: the base alone."})
+    also: list[str] | None = field(default=None, metadata={"help": "More adapters, with a column of the table each."})
     codes_per_step: int | None = field(
         default=None, metadata={"help": "Codes in a step of --adapter, if it is trained for several."}
     )
@@ -108,7 +109,7 @@ def main(args: EvaluateDatasetArguments) -> dict:
         raise DatasetError(f"{args.dataset} has no captions with an image; expected some, for --labels judges what is drawn.")
     judge = judge_of(args, drawn) if args.labels else None
     features, clip = (load_features(args.features), load_clip(args.clip)) if drawn else (None, None)
-    pair = contenders(args.base, args.adapter, args.device, args.codes_per_step, args.stride)
+    pair = contenders(args.base, args.adapter, args.device, args.codes_per_step, args.stride, args.also or ())
     reason = why_no_drawing(pair[0])
     if reason is not None and (drawn or prompts):
         raise SystemExit(
@@ -201,6 +202,7 @@ def check(args: EvaluateDatasetArguments) -> None:
         )
     if args.limit is not None and args.limit < 2:
         raise SystemExit(f"--limit {args.limit}: expected 2 or more, because a single row has no interval.")
+    also_names(args.also or ())
     check_sampling(args.temperature, args.guidance_scale, args.seed)
     check_device(args.device)
     check_output("json", args.json)

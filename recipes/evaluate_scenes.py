@@ -23,12 +23,12 @@ from reporting.intervals import mean
 from scipy.stats import sem
 from scoring.contenders import (
     Contender,
+    also_names,
     check_sampling,
     contenders,
     drawn_steps,
     read_tokens,
     why_no_drawing,
-    with_adapter,
 )
 from scoring.scene_scores import (
     SPLIT,
@@ -79,8 +79,7 @@ def main(args: EvaluateArguments) -> dict:
     check(args)
     # Janus warns at every answer that max_new_tokens overrides max_length, which is only at its default (20)
     transformers.logging.set_verbosity_error()
-    pair = contenders(args.base, args.adapter, codes_per_step=args.codes_per_step, stride=args.stride)
-    pair += [with_adapter(pair[0], source, name) for source, name in zip(args.also or [], also_names(args), strict=True)]
+    pair = contenders(args.base, args.adapter, codes_per_step=args.codes_per_step, stride=args.stride, also=args.also or ())
     check_scene_size(family_of(pair[0].model).geometry.image_size)
     reason = why_no_drawing(pair[0])
     if reason is not None:
@@ -113,23 +112,13 @@ def check(args: EvaluateArguments) -> None:
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
-    names = ["base", "adapter", *also_names(args)]
-    if len(set(names)) < len(names):
-        raise SystemExit(
-            f"--also {' '.join(args.also)}: expected adapters in folders of different names, none of them base or adapter, "
-            "because the names head the columns."
-        )
+    also_names(args.also or ())
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise SystemExit(f"--card writes into the folder of --adapter, and that is {args.adapter!r}; expected a folder.")
     for option, file in (("json", args.json), ("grid", args.grid)):
         check_output(option, file)
     if args.grid is not None and Path(args.grid).suffix != ".png":
         raise SystemExit(f"--grid {args.grid}: expected a file that ends in .png.")
-
-
-def also_names(args: EvaluateArguments) -> list[str]:
-    """The names that head the columns of the adapters of --also: those of their folders."""
-    return [Path(source).resolve().name for source in args.also or []]
 
 
 def score_scenes(pair: list[Contender], scenes: list[Scene], args: EvaluateArguments) -> tuple[dict, dict[str, DrawingScore]]:

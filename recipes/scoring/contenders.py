@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,9 +42,17 @@ def twin_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def contenders(
-    base: str, adapter: str | None, device: str = "cpu", codes_per_step: int | None = None, stride: int | None = None
+    base: str,
+    adapter: str | None,
+    device: str = "cpu",
+    codes_per_step: int | None = None,
+    stride: int | None = None,
+    also: Sequence[str] = (),
 ) -> list[Contender]:
-    """Loads the bare base with transformers and, if there is one, the adapter on the same weights, as `with_adapter` does.
+    """Loads the bare base with transformers and, if there are any, adapters on the same weights, as `with_adapter` does.
+
+    Args:
+        also: More adapters, each with the name that `also_names` gives it.
 
     Raises:
         SystemExit: There are ratios and no adapter.
@@ -52,7 +61,23 @@ def contenders(
         raise SystemExit("--codes_per_step or --stride without --adapter, whose ratios they choose; expected one.")
     model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
     dense = Contender("base", model, load_processor(base))
-    return [dense] if adapter is None else [dense, with_adapter(dense, adapter, "adapter", codes_per_step, stride)]
+    first = [] if adapter is None else [with_adapter(dense, adapter, "adapter", codes_per_step, stride)]
+    return [dense, *first, *(with_adapter(dense, source, name) for source, name in zip(also, also_names(also), strict=True))]
+
+
+def also_names(also: Sequence[str]) -> list[str]:
+    """The names that head the columns of the adapters of --also: those of their folders.
+
+    Raises:
+        SystemExit: Two columns would have one name.
+    """
+    names = [Path(source).resolve().name for source in also]
+    if len({"base", "adapter", *names}) < 2 + len(names):
+        raise SystemExit(
+            f"--also {' '.join(also)}: expected adapters in folders of different names, none of them base or adapter, "
+            "because the names head the columns."
+        )
+    return names
 
 
 def with_adapter(

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import evaluate_dataset
 import numpy as np
@@ -129,6 +130,14 @@ def test_captions_are_drawn_and_scored_by_both(models, pictures, clip_folder, tm
     table = capsys.readouterr().out
     assert "| | base | adapter |" in table
     assert f"| drawing: FID | {drawing['fid']['base']:.3g} | {drawing['fid']['adapter']:.3g} |" in table
+
+
+def test_further_adapters_have_columns_of_their_own(models, pictures, plain_folder, tmp_path, capsys):
+    other = shutil.copytree(plain_folder, tmp_path / "other")
+    scores = run(**models, also=[str(other)], dataset=str(pictures), features=FEATURES, clip="none", batch_size=4)
+    assert list(scores["drawing"]["fid"]) == ["base", "adapter", "other"]
+    assert scores["drawing"]["fid"]["other"] == scores["drawing"]["fid"]["adapter"]
+    assert "| | base | adapter | other |" in capsys.readouterr().out
 
 
 def test_swapping_base_and_adapter_swaps_the_columns(models, pictures):
@@ -304,6 +313,7 @@ def test_too_few_rows_and_incomplete_ones_are_refused(tmp_path, images, rows, me
         ({"dataset": "rows", "batch_size": 0}, "--batch_size 0: expected 1 or more"),
         ({"dataset": "rows", "limit": 1}, "--limit 1: expected 2 or more"),
         ({"dataset": "rows", "temperature": 0.0}, r"--temperature 0\.0: expected a number above 0"),
+        ({"dataset": "rows", "also": ["a/twin", "b/twin"]}, "--also a/twin b/twin: expected adapters in folders of different"),
         ({"dataset": "rows", "device": "cuda:99"}, "--device 'cuda:99': expected cpu"),
         ({"dataset": "rows", "json": "not/there/scores.json"}, "--json .*make it first"),
     ],
