@@ -236,6 +236,11 @@ def test_other_captions_are_dropped_in_each_epoch_whoever_trains(short_processor
         assert dropped(short_processor, collate(rows)) == epochs[1]
 
 
+def test_where_nothing_is_by_chance_no_row_is_remembered(collate, drawing_row, reading_row):
+    collate([drawing_row, reading_row])
+    assert not collate.chance._seen
+
+
 def test_turns_given_are_context_only(collate, short_processor):
     row = {"messages": turns([say("a red 3")], [say("2")], [say("What colour is the 3?")], [say("red")]), "given": 3}
     assert learned(short_processor, collate([row])) == ["red", "<eos>"]

@@ -287,6 +287,13 @@ def test_in_your_own_trainer_an_image_has_another_ratio_in_another_pass(short_pr
     assert all(len(set(of_row)) == 2 for of_row in zip(*passes, strict=True))
 
 
+def test_in_your_own_trainer_an_image_is_read_at_another_stride_in_another_pass(shared, processor, images):
+    config, compact = shared(stride=STRIDES).active_peft_config, shared(stride=STRIDES).compact_processor(processor)
+    collate = UniCompressCollator(compact, config)
+    passes = [[collate([reading_row(image)])["input_ids"].shape[1] for image in images] for _ in range(30)]
+    assert all(len(set(of_row)) == 3 for of_row in zip(*passes, strict=True))
+
+
 @pytest.mark.parametrize("value", [2, 0, 3.0, "3", True, -3])
 def test_a_ratio_that_was_not_trained_is_refused_with_the_legal_ones(shared, short_processor, value):
     model, prompts = shared(codes_per_step=DIAL), drawing_inputs(short_processor, CAPTIONS)

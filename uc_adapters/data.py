@@ -8,16 +8,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from itertools import accumulate, chain
-from random import Random
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from .caption_dropout import CaptionDropout
+from .chance import Chance
 from .completions import Completion, completions
 from .config import UniCompressConfig
 from .errors import InputError
@@ -75,7 +73,11 @@ class UniCompressCollator:
     def __post_init__(self):
         self.config.strip_length(self.codes_per_step)  # raises InputError if the adapter is not trained for it
         self.config.read_stride(self.stride)
-        self.dropout = CaptionDropout(self.caption_dropout)
+        if not 0 <= self.caption_dropout <= 1:
+            raise InputError(f"caption_dropout={self.caption_dropout}; expected a share from 0 to 1.")
+        self.chance = Chance()
+        self.strip_lengths = self.config.strip_lengths if self.codes_per_step is None else (self.codes_per_step,)
+        self.strides = self.config.strides if self.stride is None else (self.stride,)
         own = self.processor.tokenizer.eos_token_id
         ends = own if self.eos_token_id is None else self.eos_token_id
         self.ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -89,12 +91,12 @@ class UniCompressCollator:
 
     @property
     def epoch(self) -> int | None:
-        """The epoch, which decides which prompts are dropped. A trainer sets it. If None, repeated rows mark a new epoch."""
-        return self.dropout.epoch
+        """The epoch, which decides all choices by chance. A trainer sets it. If None, repeated rows mark a new epoch."""
+        return self.chance.epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self.dropout.epoch = epoch
+        self.chance.epoch = epoch
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes a batch of rows.
@@ -118,10 +120,14 @@ class UniCompressCollator:
             with _naming(row, index):
                 images.append(_images(row))
                 learned.append(self._completions(row, len(images[-1])))
+        repeats = [str(row.get("occurrence", "")).encode() for row in rows]
+        if self.epoch is None and (self.caption_dropout or len(self.strip_lengths) > 1 or len(self.strides) > 1):
+            for row_images, of_row, repeat in zip(images, learned, repeats, strict=True):
+                words = "".join(f"{completion.prompt}{completion.words}" for completion in of_row)
+                self.chance.count(b"".join([words.encode(), *map(_content, row_images), repeat]))
         counts = [max(completion.images for completion in of_row) for of_row in learned]  # each row's first images are read
         firsts = [sum(counts[:index]) for index in range(len(rows))]
         read = self._pixels([image for of_row, count in zip(images, counts, strict=True) for image in of_row[:count]])
-        repeats = [str(row.get("occurrence", "")).encode() for row in rows]
         drawn_completions = [
             ((row.get("latents") or row_images)[completion.images], completion.images == 0, repeat)
             for row, row_images, of_row, repeat in zip(rows, images, learned, repeats, strict=True)
@@ -131,18 +137,14 @@ class UniCompressCollator:
         to_draw, alone, repeats_drawn = zip(*drawn_completions, strict=True) if drawn_completions else ((), (), ())
         packed = to_draw and isinstance(to_draw[0], dict)
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
-        contents = [
-            (image["values"] if isinstance(image, dict) else image.tobytes()) + repeat
-            for image, repeat in zip(to_draw, repeats_drawn, strict=True)
-        ]
-        lengths = [self._chosen(self.codes_per_step, self.config.strip_lengths, [content]) for content in contents]
-        read_contents = chain((image.tobytes() for image in chain.from_iterable(images)), repeats)
-        stride = self._chosen(self.stride, self.config.strides, read_contents)
+        contents = [_content(image) + repeat for image, repeat in zip(to_draw, repeats_drawn, strict=True)]
+        lengths = [self._chosen(self.strip_lengths, [content]) for content in contents]
+        stride = self._chosen(self.strides, chain(map(_content, chain.from_iterable(images)), repeats))
         sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, lengths)
         for index, of_row in enumerate(learned):
             texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
             texts = [self._as_read(text, stride) for text in texts]
-            written = self.writer.write(of_row, texts, drawings, self.dropout)
+            written = self.writer.write(of_row, texts, drawings, self._drops)
             places += [(index, place) for sequence in written for place in range(sequence.read)]
             sequences += [(index, sequence) for sequence in written]
         batch, gen_mask = self._padded([sequence for _, sequence in sequences])
@@ -198,12 +200,13 @@ class UniCompressCollator:
             )
         return learned
 
-    def _chosen(self, asked: int | None, trained: tuple[int, ...], contents: Iterable[bytes]) -> int:
-        """Returns the ratio that is asked for, or else one of those that are trained, for images of these contents."""
-        if asked is not None or len(trained) == 1:
-            return trained[0] if asked is None else asked
-        digest = blake2b(f"{self.dropout.now} {trained} ".encode() + b"".join(contents), digest_size=8).digest()
-        return Random(digest).choices(trained, weights=trained)[0]  # longer steps are harder to learn
+    def _drops(self, prompt: bytes) -> bool:
+        """Returns whether a drawing loses its prompt: its text, the content of the image to draw, and the row's occurrence."""
+        return self.chance.happens(self.caption_dropout, prompt)
+
+    def _chosen(self, ratios: tuple[int, ...], contents: Iterable[bytes]) -> int:
+        """Returns one of the ratios for what has these contents, the larger ones more often, since longer steps are harder."""
+        return ratios[0] if len(ratios) == 1 else self.chance.one_of(ratios, b"".join(contents))
 
     def _drawn_images(
         self, drawn: dict[str, torch.Tensor], counts: list[int], contents: list[bytes], lengths: list[int]
@@ -314,6 +317,11 @@ def _naming(row: dict[str, Any], index: int) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{row.get('origin') or f'Row {index + 1} of the batch'}: {error}") from error
+
+
+def _content(image: Any) -> bytes:
+    """The bytes of an image, or of its packed latents."""
+    return image["values"] if isinstance(image, dict) else image.tobytes()
 
 
 def _images(row: dict[str, Any]) -> list:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from transformers import ProcessorMixin
 
-from .caption_dropout import CaptionDropout
 from .completions import Completion
 from .families import family_of_processor
 
@@ -103,7 +102,7 @@ class SequenceWriter:
         self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def write(
-        self, learned: list[Completion], read: list[str], drawn: Iterator[DrawnImage], dropout: CaptionDropout
+        self, learned: list[Completion], read: list[str], drawn: Iterator[DrawnImage], drops: Callable[[bytes], bool]
     ) -> list[Sequence]:
         """Returns the sequences of one row.
 
@@ -111,7 +110,7 @@ class SequenceWriter:
             learned: The completions of the row.
             read: The texts of the images in its prompts.
             drawn: Its images to draw, in order.
-            dropout: Chooses the drawings whose prompts lose their text.
+            drops: Whether a drawing's prompt loses its text: called with the prompt, the image and the row's occurrence.
         """
         made: list[Sequence] = []
         for completion in learned:
@@ -121,7 +120,7 @@ class SequenceWriter:
             text += image.begin if to_draw else ""
             prompt = self._tokens(text)
             may_drop = to_draw and (self.family.guides_edits or not completion.images)
-            if may_drop and dropout.drops(completion.prompt.encode() + image.content):
+            if may_drop and drops(completion.prompt.encode() + image.content):
                 made.append(Sequence())
                 made[-1].prompt(self._unconditional(prompt))
             else:

@@ -1,10 +1,12 @@
 """Stage 2 through the stock SFTTrainer, as recipes/finetune.py runs it."""
 
 import copy
+import pickle
+from itertools import islice
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import DECOMPRESSORS, assert_same, attach, base_weights, draw, drawing_inputs, logits, lora_weights
 from tiny_world.scenes_dataset import scenes_dataset
 from trl import SFTConfig, SFTTrainer
@@ -130,28 +132,77 @@ def test_options_of_the_trainer(base, make_trainer, options):
     assert_same(base_weights(model), before)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_repeats_of_a_row_in_an_epoch_lose_their_captions_apart(base, short_processor, tmp_path, streaming):
-    scenes = scenes_dataset(8, 1)
-    drawn = next(row for row in range(8) if scenes[row]["messages"][-1]["content"][0]["type"] == "image")
-    rows = Dataset.from_list([scenes[drawn]]).select([0] * 64)
-    model = stage_2(base)
+@pytest.fixture
+def make_joint_trainer(tmp_path, short_processor):
+    """Makes a JointTrainer that drops half of the captions; checkpoints go to tmp_path."""
 
-    def dropped(seed: int) -> list[bool]:
-        trainer = JointTrainer(
+    def make(model, rows: Dataset | IterableDataset, steps: int = 1, **options) -> JointTrainer:
+        return JointTrainer(
             model,
-            SFTConfig(output_dir=str(tmp_path), max_steps=1, seed=seed, **OPTIONS | {"per_device_train_batch_size": 8}),
-            train_dataset=rows.to_iterable_dataset() if streaming else rows,
+            SFTConfig(output_dir=str(tmp_path), max_steps=steps, **OPTIONS | options),
+            train_dataset=rows,
             processing_class=short_processor,
             data_collator=UniCompressCollator(short_processor, model.active_peft_config, caption_dropout=0.5),
         )
-        trainer.data_collator.collator.epoch = 0
-        pad = short_processor.tokenizer.pad_token_id
-        return [row[2] == pad for batch in trainer.get_train_dataloader() for row in batch["input_ids"]]
 
-    assert 16 < sum(dropped(1)) < 48
-    assert dropped(1) == dropped(1)
-    assert dropped(1) != dropped(2)
+    return make
+
+
+@pytest.fixture(scope="module")
+def drawing_rows() -> Dataset:
+    """Four scenes to draw."""
+    scenes = scenes_dataset(16, 1)
+    return Dataset.from_list([row for row in scenes if row["messages"][-1]["content"][0]["type"] == "image"][:4])
+
+
+def dropped(processor, trainer: JointTrainer, batches: int) -> list[bool]:
+    """Whether the prompts of the first batches of an epoch are dropped."""
+    trainer.data_collator.collator.epoch = 0
+    pad = processor.tokenizer.pad_token_id
+    return [row[2] == pad for batch in islice(trainer.get_train_dataloader(), batches) for row in batch["input_ids"]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_repeats_of_a_row_in_an_epoch_lose_their_captions_apart(
+    base, make_joint_trainer, short_processor, drawing_rows, streaming
+):
+    rows, model = drawing_rows.select([0] * 64), stage_2(base)
+
+    def coins(seed: int) -> list[bool]:
+        trainer = make_joint_trainer(model, rows.to_iterable_dataset() if streaming else rows, seed=seed)
+        return dropped(short_processor, trainer, 32)
+
+    assert 16 < sum(coins(1)) < 48
+    assert coins(1) == coins(1)
+    assert coins(1) != coins(2)
+
+
+def test_a_stream_that_is_read_again_loses_other_captions(base, make_joint_trainer, short_processor, drawing_rows):
+    coins = dropped(short_processor, make_joint_trainer(stage_2(base), drawing_rows.to_iterable_dataset()), 20)
+    passes = [tuple(coins[first : first + 4]) for first in range(0, 40, 4)]
+    assert len(set(passes)) > 4
+
+
+def test_a_stream_resumes_in_its_second_pass(fresh, make_joint_trainer, drawing_rows, tmp_path):
+    stream = drawing_rows.to_iterable_dataset()
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    straight, resumed = stage_2(fresh()), stage_2(fresh())
+    make_joint_trainer(straight, stream, 5, **options).train()
+    make_joint_trainer(resumed, stream, 5, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(lora_weights(resumed), lora_weights(straight))
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_are_grouped_by_a_column_of_their_lengths(base, make_joint_trainer, drawing_rows, strategy):
+    rows = drawing_rows.add_column("length", [1, 9, 1, 9])
+    trainer = make_joint_trainer(stage_2(base), rows, train_sampling_strategy=strategy)
+    assert sum(len(batch["input_ids"]) for batch in trainer.get_train_dataloader()) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_workers_that_are_spawned_get_the_rows(base, make_joint_trainer, drawing_rows, streaming):
+    trainer = make_joint_trainer(stage_2(base), drawing_rows.to_iterable_dataset() if streaming else drawing_rows)
+    assert pickle.loads(pickle.dumps(trainer.get_train_dataloader().dataset)) is not None
 
 
 def test_a_bfloat16_base_trains_float32_adapters(base, make_trainer):

@@ -30,10 +30,13 @@ from .joint import JointTrainer, NamingCollator
 
 
 def teacher_collator(collator: UniCompressCollator, processor: ProcessorMixin) -> UniCompressCollator:
-    """Returns a collator that makes the dense base's batches from the rows of `collator`. `processor` is the base's own."""
+    """Returns a collator that makes the dense base's batches from the rows of `collator`. `processor` is the base's own.
+
+    Both drop the same captions if `collator.epoch` is set, as `DistillationTrainer` does.
+    """
     dense_form = {"stride": 1, "num_global_tokens": 0, "codes_per_step": None, "drawing_global_tokens": False}
     dense = replace(collator, processor=processor, config=replace(collator.config, **dense_form), codes_per_step=None)
-    dense.dropout = collator.dropout  # so that the same rows lose their captions
+    dense.chance = collator.chance  # so that the same rows lose their captions
     return dense
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import datasets
@@ -32,6 +33,11 @@ class NamingCollator:
         return self.collator(rows) | {"origins": [row["origin"] for row in rows if "origin" in row]}
 
 
+def with_occurrence(row: dict[str, Any], index: int, seed: int) -> dict[str, Any]:
+    """Returns a row with the `occurrence` that has this place in the data."""
+    return row | {"occurrence": f"{seed} {index}"}
+
+
 class Occurrences(Dataset):
     """The rows of a dataset, each with its `occurrence`, since a mixture may repeat a row within an epoch.
 
@@ -49,11 +55,11 @@ class Occurrences(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """The rows of a batch, which datasets reads and decodes at once."""
         rows = self.rows.__getitems__(indices)
-        return [row | {"occurrence": f"{self.seed} {index}"} for row, index in zip(rows, indices, strict=True)]
+        return [with_occurrence(row, index, self.seed) for row, index in zip(rows, indices, strict=True)]
 
 
 class EpochCallback(TrainerCallback):
-    """Sets the collator's epoch, so that other rows lose their captions in each epoch."""
+    """Sets the collator's epoch, so that other rows lose their captions in each epoch. A stream has only one."""
 
     def __init__(self, collator: UniCompressCollator):
         self.collator = collator
@@ -95,16 +101,23 @@ class JointTrainer(ResumableTrainer, SFTTrainer):
         self.model.register_forward_hook(self._record_scores)  # SFTTrainer does not pass the model's output on
 
     def get_train_dataloader(self):
-        """Returns a loader whose rows know their place in the dataset."""
+        """Returns a loader whose rows know their place in the data.
+
+        A stream is read again from its start when it ends, and its rows are numbered on. So a resumed run finds its place.
+        """
         rows, seed = self.train_dataset, self.args.seed
         if isinstance(rows, datasets.IterableDataset):
-            self.train_dataset = rows.map(lambda _, index: {"occurrence": f"{seed} {index}"}, with_indices=True)
+            self.train_dataset = rows.repeat(None).map(partial(with_occurrence, seed=seed), with_indices=True)
         else:
             self.train_dataset = Occurrences(rows, seed)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset = rows
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Returns a sampler of the rows themselves, since transformers looks for a column of their lengths."""
+        return super()._get_train_sampler(train_dataset.rows if isinstance(train_dataset, Occurrences) else train_dataset)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Returns a loader for evaluation by labels alone, without caption dropout and without a teacher."""
