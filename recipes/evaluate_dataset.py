@@ -32,7 +32,7 @@ from reporting.environment import check_device, check_output, environment, make_
 from reporting.intervals import estimate, mean
 from rows.captions import check_rows, drawn_rows, labelled_pictures
 from rows.conversations import FORMS, REFERENCED_FORMS, DatasetError, column_names, conversations
-from scoring.contenders import Contender, also_names, check_sampling, contenders, sampling_of, side_by_side, why_no_drawing
+from scoring.contenders import Contender, check_adapters, check_sampling, contenders, sampling_of, side_by_side, why_no_drawing
 from scoring.geneval import draw_prompts, free_folder, read_prompts
 from scoring.picture_features import PACKAGES, PictureFeatures
 from scoring.picture_judge import PictureJudge, Values
@@ -202,7 +202,7 @@ def check(args: EvaluateDatasetArguments) -> None:
         )
     if args.limit is not None and args.limit < 2:
         raise SystemExit(f"--limit {args.limit}: expected 2 or more, because a single row has no interval.")
-    also_names(args.also or ())
+    check_adapters(args.adapter, args.also or (), args.codes_per_step, args.stride)
     check_sampling(args.temperature, args.guidance_scale, args.seed)
     check_device(args.device)
     check_output("json", args.json)

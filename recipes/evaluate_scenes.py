@@ -23,7 +23,7 @@ from reporting.intervals import mean
 from scipy.stats import sem
 from scoring.contenders import (
     Contender,
-    also_names,
+    check_adapters,
     check_sampling,
     contenders,
     drawn_steps,
@@ -112,13 +112,13 @@ def check(args: EvaluateArguments) -> None:
     if args.batch_size < 1:
         raise SystemExit(f"--batch_size {args.batch_size}: expected 1 or more.")
     check_sampling(args.temperature, args.guidance_scale, args.seed)
-    also_names(args.also or ())
     if args.card and (args.adapter is None or not Path(args.adapter).is_dir()):
         raise SystemExit(f"--card writes into the folder of --adapter, and that is {args.adapter!r}; expected a folder.")
     for option, file in (("json", args.json), ("grid", args.grid)):
         check_output(option, file)
     if args.grid is not None and Path(args.grid).suffix != ".png":
         raise SystemExit(f"--grid {args.grid}: expected a file that ends in .png.")
+    check_adapters(args.adapter, args.also or (), args.codes_per_step, args.stride)
 
 
 def score_scenes(pair: list[Contender], scenes: list[Scene], args: EvaluateArguments) -> tuple[dict, dict[str, DrawingScore]]:

@@ -6,8 +6,8 @@
 
 Needs: pip install -c constraints.txt -e ".[pictures]", and npm, which fetches 21 MB. Tested on two CPU cores.
 `emoji_pictures/world.py` has the rule that chooses concepts and the pairs of concept and style that are held out. They are the
-split `test`, a tenth of the pictures; their concepts are in `train` in the other four styles. Columns are image, text, concept
-and style. LICENSES.md in the folder names the pictures' authors and licences.
+split `test`, a tenth of the pictures; their concepts are in `train` in the other four styles, unless `--styles` leaves those
+out. Columns are image, text, concept and style. LICENSES.md in the folder names the pictures' authors and licences.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from scoring.contenders import (
     load_processor,
     read_tokens,
     sampling_of,
+    why_no_drawing,
 )
 from tiny_world.tiny_words import split_words
 from tqdm.auto import tqdm
@@ -135,7 +136,8 @@ def print_table(pair: list[Contender], readings: list[Reading], drawings: list[D
     """Prints one line per figure: base, adapter, ratio."""
     base, adapter = (contender.name for contender in pair)
     rows = [("tokens an image, read", *(read_tokens(contender.processor) for contender in pair), "{:.0f}")]
-    rows.append(("model steps an image, drawn", *(drawn_steps(contender) for contender in pair), "{:.0f}"))
+    if why_no_drawing(pair[0]) is None:
+        rows.append(("model steps an image, drawn", *(drawn_steps(contender) for contender in pair), "{:.0f}"))
     known = [reading for reading in readings if reading.truth is not None]
     if known:
         right = [sum(split_words(r.told[name]) == split_words(r.truth) for r in known) / len(known) for name in (base, adapter)]
@@ -220,9 +222,9 @@ def check_texts(base: str, prompts: list[str], questions: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"--base {base}: {str(error).splitlines()[0]}") from None
     if prompts and (reason := family.why_no_drawing or family.why_no_pixels):
-        raise SystemExit(f"--prompt: {base} cannot draw: {reason}.")
+        raise SystemExit(f"{base} cannot draw: {reason}. Expected --image and --question, without --prompt.")
     if questions and (reason := family.why_no_answers):
-        raise SystemExit(f"--question: {base} cannot answer: {reason}.")
+        raise SystemExit(f"{base} cannot answer: {reason}. Expected --prompt, without --image and --question.")
     room = context - read_tokens(processor)  # an image to draw takes about as many
     for name, texts in (("prompt", prompts), ("question", questions)):
         for text in texts:

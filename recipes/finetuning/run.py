@@ -20,8 +20,9 @@ DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "bf16", "fp16", "world_size"),
 )
-# Those of a run's settings that decide in which order it takes the rows
-ORDER = ("dataset", "split", "dataset_weights", "eval_share", "streaming", "skip_bad_rows", "seed", "data_seed")
+# Those of a run's settings that decide which rows it takes, and how many scenes there are without --dataset
+ROWS = ("dataset", "split", "dataset_weights", "eval_share", "streaming", "skip_bad_rows")
+SCENES = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 BITS = ("8bit", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -100,7 +101,7 @@ def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume:
         if training.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings, indent=2) + "\n")
-            _say_if_order_is_the_same(settings)
+            _say_if_captions_are_the_same(settings)
         return
     if not file.is_file():
         raise TrainingError(
@@ -116,18 +117,26 @@ def begin_run(folder: Path, settings: dict, training: TrainingArguments, resume:
         )
 
 
-def _say_if_order_is_the_same(settings: dict) -> None:
-    """Prints a line if a run goes on from an adapter with the rows, and the order of rows, of that adapter's own run."""
+def _say_if_captions_are_the_same(settings: dict) -> None:
+    """Prints a line if a run goes on from an adapter and drops the captions that the adapter's own run dropped.
+
+    The seed decides them, by the rows' places. It also decides the order, but for a stream, which has one order.
+    """
     adapter = Path(settings["adapter"] or "")
     run = adapter.parent if adapter.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else adapter
     if settings["adapter"] is None or not (run / RUN_FILE).is_file():
         return
     last = json.loads((run / RUN_FILE).read_text())
-    if all(last.get(name) == settings[name] for name in ORDER):
-        print(
-            f"The rows come in the order of the run of {adapter}, and the same ones lose their captions, since data and --seed "
-            f"{settings['seed']} are the same. Name another --seed to go on with other batches."
-        )
+    decisive = (*ROWS, "seed", *(SCENES if settings["dataset"] is None else ()))
+    if any(last.get(name) != settings[name] for name in decisive):
+        return
+    order = ""
+    if settings["streaming"] or last.get("data_seed") == settings["data_seed"]:
+        order = ", and the rows come in its order"
+    print(
+        f"The same captions are dropped as in the run of {adapter}{order}, since data and --seed {settings['seed']} are the same. "
+        f"Name another --seed to {'drop others' if settings['streaming'] else 'go on with other batches'}."
+    )
 
 
 def _evaluate_where_asked(args: FinetuneArguments, training: TrainingConfig) -> None:

@@ -16,7 +16,7 @@ from tiny_world.digits import IMAGE_SIZE
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
-from uc_adapters import UniCompressModel
+from uc_adapters import UniCompressConfig, UniCompressModel
 from uc_adapters.families import family_of
 from uc_adapters.layers import Grid
 from uc_adapters.pictures import to_pil
@@ -53,16 +53,31 @@ def contenders(
 
     Args:
         also: More adapters, each with the name that `also_names` gives it.
-
-    Raises:
-        SystemExit: There are ratios and no adapter.
     """
-    if adapter is None and (codes_per_step, stride) != (None, None):
-        raise SystemExit("--codes_per_step or --stride without --adapter, whose ratios they choose; expected one.")
     model = AutoModelForImageTextToText.from_pretrained(base).eval().to(device)
     dense = Contender("base", model, load_processor(base))
     first = [] if adapter is None else [with_adapter(dense, adapter, "adapter", codes_per_step, stride)]
     return [dense, *first, *(with_adapter(dense, source, name) for source, name in zip(also, also_names(also), strict=True))]
+
+
+def check_adapters(
+    adapter: str | None, also: Sequence[str] = (), codes_per_step: int | None = None, stride: int | None = None
+) -> None:
+    """Looks at the adapters by their configs alone, since models and data may take minutes to load.
+
+    Raises:
+        SystemExit: There are ratios and no adapter, or two columns would have one name.
+        ValueError: An adapter is not there, or is not trained for the ratios.
+    """
+    if adapter is None and (codes_per_step, stride) != (None, None):
+        raise SystemExit("--codes_per_step or --stride without --adapter, whose ratios they choose; expected one.")
+    also_names(also)
+    if adapter is not None:
+        config = UniCompressConfig.from_pretrained(adapter)
+        config.strip_length(codes_per_step)
+        config.read_stride(stride)
+    for source in also:
+        UniCompressConfig.from_pretrained(source)
 
 
 def also_names(also: Sequence[str]) -> list[str]:

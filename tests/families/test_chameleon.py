@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import quickstart
 import torch
 from copies import copied
 from finetune_runs import write_rows
@@ -111,3 +112,18 @@ def test_the_card_of_an_adapter_that_only_reads_promises_no_drawing(pristine, pr
     assert card.data.pipeline_tag == "image-text-to-text"
     assert "it shortens what the model reads." in card.text
     assert "what it draws" not in card.text
+
+
+def test_the_quickstart_shows_what_a_base_reads_that_cannot_draw(pristine, processor, images, tmp_path, capsys):
+    base, adapter, image = (str(tmp_path / name) for name in ("base", "adapter", "image.png"))
+    pristine.save_pretrained(base)
+    processor.save_pretrained(base)
+    model = attach(copied(pristine))
+    model.save_pretrained(adapter, processor=model.compact_processor(processor), base_model=base)
+    images[0].save(image)
+    given = {"base": base, "adapter": adapter, "device": "cpu", "output": str(tmp_path / "quickstart.png")}
+    quickstart.main(quickstart.QuickstartArguments(**given, image=image, question="What digit is at the top left?"))
+    assert "tokens an image, read" in capsys.readouterr().out
+    assert (tmp_path / "quickstart.png").is_file()
+    with pytest.raises(SystemExit, match=r"cannot draw: .*Expected --image and --question, without --prompt"):
+        quickstart.main(quickstart.QuickstartArguments(**given))

@@ -198,6 +198,19 @@ def test_ratios_that_the_adapter_is_not_trained_for_are_refused_before_it_draws(
         run(**{**given, "adapter": None}, stride=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"codes_per_step": 4}, SystemExit, "without --adapter"),
+        ({"adapter": "not-there"}, ValueError, "not-there"),
+        ({"also": ["not-there"]}, ValueError, "not-there"),
+    ],
+)
+def test_adapters_are_looked_at_before_the_data(models, given, error, told):
+    with pytest.raises(error, match=told):
+        run(base=models["base"], dataset="no-such-dataset", **given)
+
+
 def test_prompts_are_drawn_into_the_folders_that_geneval_reads(models, tmp_path):
     file, folder = write_rows(tmp_path / "prompts.jsonl", PROMPTS), tmp_path / "drawn"
     scores = run(**models, prompts=file, output_dir=str(folder), samples=3, batch_size=4)

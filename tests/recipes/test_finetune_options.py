@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import finetune
@@ -9,6 +10,7 @@ import pytest
 import torch
 from finetune_runs import AT_END, EVERY_STEP, say, train, turn, write_captioned, write_rows
 from finetuning.arguments import GROUPS, NEW_ADAPTER, FinetuneArguments, FinetuneParser, TrainingConfig
+from finetuning.run import begin_run
 from helpers import ANN
 from safetensors.torch import load_file
 from transformers import get_scheduler
@@ -233,6 +235,41 @@ def test_a_share_of_the_rows_is_evaluated_on_and_the_best_checkpoint_is_kept(bas
     assert len(kept) == 2
     best_weights = weights(folder / f"checkpoint-{best}")
     assert all(torch.equal(value, best_weights[name]) for name, value in weights(folder).items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ([], "captions are dropped as in the run of .*, and the rows come in its order.*go on with other batches"),
+        (["--data_seed", "3"], r"captions are dropped as in the run of \S+, since"),
+        (["--seed", "3"], None),
+        (["--split", "test"], None),
+        (["--max_steps", "9"], "captions are dropped"),
+    ],
+)
+def test_a_run_that_goes_on_says_if_it_drops_the_same_captions(tmp_path, capsys, changed, told):
+    def begin(folder: str, *options: str) -> None:
+        args, training = parsed("--dataset", "rows", "--max_steps", "4", *options)
+        begin_run(tmp_path / folder, args.settings, training, False, [])
+
+    begin("first")
+    begin("second", "--adapter", str(tmp_path / "first"), *changed)
+    said = capsys.readouterr().out
+    assert said == "" if told is None else re.search(told, said)
+
+
+def test_a_run_that_goes_on_with_more_scenes_or_on_a_stream(tmp_path, capsys):
+    """Their number decides where scenes come; a stream has one order, whatever the seed."""
+    for folder, *options in (("scenes", "--max_steps", "4"), ("stream", "--dataset", "rows", "--streaming", "true")):
+        for run in ("first", "second"):
+            before = ["--adapter", str(tmp_path / folder / "first")] if run == "second" else []
+            longer = ["--max_steps", "9"] if run == "second" or folder == "stream" else []
+            args, training = parsed(*options, *before, *longer)
+            begin_run(tmp_path / folder / run, args.settings, training, False, [])
+    said = capsys.readouterr().out
+    assert str(tmp_path / "scenes") not in said
+    assert "the rows come in its order" in said
+    assert "drop others" in said
 
 
 @pytest.mark.parametrize("distill", [False, True])

@@ -219,6 +219,15 @@ def test_evaluation_scores_the_joint_loss(base, make_trainer):
     assert metrics["eval_loss"] > 0
 
 
+def test_each_set_of_rows_to_evaluate_on_has_losses_of_its_own(base, make_joint_trainer, drawing_rows):
+    trainer = make_joint_trainer(stage_2(base), drawing_rows)
+    one, both = drawing_rows.select([0]), drawing_rows.select([0, 1])
+    alone = {name: trainer.evaluate(rows)["eval_loss_codes"] for name, rows in {"one": one, "both": both}.items()}
+    found = trainer.evaluate({"one": one, "both": both})
+    assert {name: found[f"eval_{name}_loss_codes"] for name in alone} == alone
+    assert alone["one"] != alone["both"]
+
+
 def test_a_second_adapter_trains_while_the_first_stays(base, make_trainer):
     model = attach(base)
     model.add_adapter("second", model.peft_config["default"].__class__(r=2, decompressor_width=64, decompressor_layers=1))

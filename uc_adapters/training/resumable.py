@@ -59,8 +59,10 @@ class ResumableTrainer:
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        for part, sums in self.sums[prefix].items():
+        # An evaluation's loss has the name of its dataset, such as "eval_loss" or "eval_scenes_loss"
+        loss = next((name for name in logs if name.startswith("eval_") and name.endswith("_loss")), None)
+        prefix = "" if loss is None else loss.removesuffix("loss")
+        for part, sums in self.sums["eval_" if prefix else ""].items():
             total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
             if count:
                 logs[prefix + part] = total / count
