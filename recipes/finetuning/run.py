@@ -134,8 +134,8 @@ def _say_if_captions_are_the_same(settings: dict) -> None:
     if settings["streaming"] or last.get("data_seed") == settings["data_seed"]:
         order = ", and the rows come in its order"
     print(
-        f"The same captions are dropped as in the run of {adapter}{order}, since data and --seed {settings['seed']} are the same. "
-        f"Name another --seed to {'drop others' if settings['streaming'] else 'go on with other batches'}."
+        f"The same captions are dropped as in the run of {adapter}{order}, since data and --seed {settings['seed']} are the "
+        f"same. Name another --seed to {'drop others' if settings['streaming'] else 'go on with other batches'}."
     )
 
 
