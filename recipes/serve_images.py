@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import uvicorn
@@ -27,7 +27,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.requests import ClientDisconnect
 
 from uc_adapters.errors import InputError
@@ -48,8 +48,14 @@ class Order(BaseModel, extra="forbid"):
     # Beyond OpenAI's API, by the client's extra_body; the names are those of vLLM-Omni's and SGLang's images APIs
     seed: int | None = Field(None, ge=0, lt=2**63, description="a whole number, 0 or more: image i is drawn with seed + i")
     guidance_scale: float | None = Field(None, description="a number, 0 or more")
-    negative_prompt: str | None = Field(None, min_length=1, max_length=32_000, description="a text of 1 to 32000 characters")
+    negative_prompt: str | None = Field(None, max_length=32_000, description="a text of at most 32000 characters")
     temperature: float | None = Field(None, description="a number above 0")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, body: Any) -> Any:
+        """The body without its fields that are null, which stand for their defaults."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 def build(pipe: UniCompressPipeline, name: str) -> FastAPI:

@@ -3,7 +3,9 @@
 import copy
 import pickle
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from threading import Barrier
 
 import pytest
 import torch
@@ -390,3 +392,28 @@ def test_in_training_mode_it_draws_unmerged(base):
     with pytest.warns(UserWarning, match=r"unmerged.*training mode"):
         model.merge_if_room()
     assert not merged(model)
+
+
+def test_two_threads_that_merge_at_once_leave_the_base_as_it_was(base):
+    model, before = attach(base), base_weights(base)
+    together = Barrier(4)
+
+    def merge() -> None:
+        together.wait()
+        model.merge_if_room()
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(merge) for _ in range(4)]:
+            done.result()
+    assert merged(model)
+    model.unmerge_adapter()
+    assert_same(base_weights(model), before)
+
+
+def test_merged_in_inference_mode_it_can_be_differentiated_through(base, short_question):
+    model = attach(base)
+    model.set_requires_grad("default")
+    with torch.inference_mode():
+        model.merge_adapter()
+    model(**short_question).logits.sum().backward()
+    model.unmerge_adapter()

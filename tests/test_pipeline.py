@@ -109,6 +109,8 @@ def test_guidance_and_negative_prompts(pipe):
     assert np.array_equal(draw(negative_prompt="a cyan 9"), draw(negative_prompt=["a cyan 9"] * 2))
     # A prompt that guidance leads away from itself: the difference is none
     assert np.array_equal(draw(negative_prompt=CAPTIONS[:2]), draw(guidance_scale=1.0))
+    assert np.array_equal(draw(negative_prompt=""), default)
+    assert np.array_equal(draw(negative_prompt=["", " "]), default)
 
 
 def test_callback_and_progress_bar(pipe, capsys):
@@ -216,6 +218,9 @@ def test_where_the_package_is_missing_the_repo_says_so(tmp_path):
         ({"prompt": ["a red 3", 3]}, "expected a text"),
         ({"prompt": "red " * 1000}, r"A prompt of \d+ tokens is too long for the base: expected at most \d+"),
         ({"negative_prompt": "red " * 1000}, r"A negative prompt of \d+ tokens is too long"),
+        ({"prompt": "a <image_placeholder> b"}, "has the image token <image_placeholder> in its text; expected words alone"),
+        ({"negative_prompt": "<begin_of_image>"}, "has the image token <begin_of_image> in its text"),
+        ({"negative_prompt": ["red", ""]}, "expected a text, or a list of texts, none of them empty"),
         ({"negative_prompt": ["a", "b"]}, r"2 negative prompts for 1 prompt\(s\)"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0; expected a whole number"),
         ({"num_images_per_prompt": 3, "generator": seeds(1, 2)}, r"a list of 2 for 3 image\(s\)"),

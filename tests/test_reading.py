@@ -2,6 +2,7 @@ import pytest
 import torch
 from helpers import DENSE, IMAGE, SHORT, answer, attach, chat, logits, question_inputs
 from tiny_world.tiny_janus import make_processor
+from transformers import DynamicCache
 
 QUESTIONS = ["What digit is at the top left?", "How many digits are there?", "What colour is the 3?", "Describe the image."]
 
@@ -108,3 +109,49 @@ def test_at_stride_one_without_global_tokens_the_features_pass_unchanged(base):
     aligner, features = base.model.aligner, torch.randn(1, DENSE, 128)
     behind_a_separator = torch.nn.functional.pad(features, (0, 0, 1, 0))
     assert torch.equal(aligner(features)[:, 1:], aligner.base_layer(behind_a_separator)[:, 1:])
+
+
+def test_a_second_turn_of_a_batch_continues_its_cache(base, short_processor, images):
+    """Rows of other lengths, whose padding stands between the first answer and the second question."""
+    model = attach(base)
+    first = question_inputs(short_processor, QUESTIONS[:2], images[:2], padding_side="right")
+    options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    told = model.generate(
+        **question_inputs(short_processor, QUESTIONS[:2], images[:2]), return_dict_in_generate=True, **options
+    )
+    pad = short_processor.tokenizer.pad_token_id
+    assert (first["input_ids"] == pad).any()  # the rows have other lengths
+    mask = torch.cat(
+        [question_inputs(short_processor, QUESTIONS[:2], images[:2])["attention_mask"], torch.ones(2, 4)], 1
+    ).long()
+    mask[0, -2:] = 0  # the first answer was shorter
+    ids = told.sequences.masked_fill(mask == 0, pad)
+    asked = short_processor.tokenizer(["How many digits are there?"] * 2, return_tensors="pt", add_special_tokens=False)
+    ids, mask = torch.cat([ids, asked["input_ids"]], 1), torch.cat([mask, asked["attention_mask"]], 1)
+    cached = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=told.past_key_values,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    afresh = model.generate(
+        ids,
+        attention_mask=mask,
+        pixel_values=first["pixel_values"],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(afresh.logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_an_empty_cache_does_not_hide_the_stride(base, processor, images, stride):
+    model = attach(base, stride=[1, 2, 4])
+    inputs = question_inputs(model.compact_processor(processor, stride=stride), QUESTIONS[:1], images[:1])
+    expected = answer(model, inputs)
+    assert torch.equal(
+        answer(model, {**inputs, "past_key_values": DynamicCache(config=base.config.get_text_config())}), expected
+    )

@@ -119,7 +119,7 @@ def test_a_part_of_the_base_is_refused(base):
 
 
 BAD_NAMES = ["", "a.b", "lora", "lora_", "lora_A", "lora_uc", "base_layer", "base_model", "model", "0", "weight"]
-BAD_NAMES += ["aligner", "extractor", "attention", "decoder", "self_attn", "layers", "q_proj"]
+BAD_NAMES += ["/data/sketches", r"C:\sketches", "aligner", "extractor", "attention", "decoder", "self_attn", "layers", "q_proj"]
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name.*should not be contained:UserWarning")  # PEFT's own word on these names

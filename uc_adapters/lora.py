@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 
 import psutil
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from .errors import UnsupportedError
 from .tuner_layers import CONTAINER
+
+_MERGING = RLock()  # threads that share a base would take merged weights for its own
 
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -108,32 +111,41 @@ class ReversibleLora(LoraModel):
                 cannot be merged, since its base is quantised or offloaded, or the merged weight is not finite. Then nothing is
                 merged.
         """
-        layers = self._mergeable_layers(adapter_names)
-        try:
-            for layer in layers:
-                base_layer = layer.get_base_layer()
-                self._own[layer] = dict(base_layer.named_parameters(recurse=False))
-                for name, parameter in self._own[layer].items():  # PEFT merges into this new parameter, not into the base's own
-                    setattr(base_layer, name, nn.Parameter(parameter.data, parameter.requires_grad))
-                layer.merge(safe_merge=True)
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            self.unmerge_adapter()
-            raise UnsupportedError(
-                f"Adapter {self.active_adapters[0]!r} cannot be merged: {type(error).__name__}: {str(error).rstrip('.')}. The "
-                "base is unchanged. Use the adapter unmerged."
-            ) from error
+        with _MERGING:
+            layers = self._mergeable_layers(adapter_names)
+            try:
+                for layer in layers:
+                    self._merge(layer)
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                self.unmerge_adapter()
+                raise UnsupportedError(
+                    f"Adapter {self.active_adapters[0]!r} cannot be merged: {type(error).__name__}: {str(error).rstrip('.')}. "
+                    "The base is unchanged. Use the adapter unmerged."
+                ) from error
+
+    def _merge(self, layer: Linear) -> None:
+        """Merges one layer. PEFT merges into a new parameter, not into the base's own."""
+        base_layer = layer.get_base_layer()
+        own = dict(base_layer.named_parameters(recurse=False))
+        self._own[layer] = own
+        # What is made in a caller's inference mode could not be differentiated through later
+        with torch.inference_mode(any(parameter.is_inference() for parameter in own.values())):
+            for name, parameter in own.items():
+                setattr(base_layer, name, nn.Parameter(parameter.data, parameter.requires_grad))
+            layer.merge(safe_merge=True)
 
     def unmerge_adapter(self) -> None:
         """Puts the base's own parameters back. Does nothing if nothing is merged."""
-        for layer, parameters in self._own.items():
-            base_layer = layer.get_base_layer()
-            for name, parameter in parameters.items():
-                merged = getattr(base_layer, name)
-                parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
-                setattr(base_layer, name, parameter)
-            layer.merged_adapters.clear()
-            layer._caches.clear()  # PEFT caches DoRA's norms here for its own unmerge
-        self._own.clear()
+        with _MERGING:
+            for layer, parameters in self._own.items():
+                base_layer = layer.get_base_layer()
+                for name, parameter in parameters.items():
+                    merged = getattr(base_layer, name)
+                    parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
+                    setattr(base_layer, name, parameter)
+                layer.merged_adapters.clear()
+                layer._caches.clear()  # PEFT caches DoRA's norms here for its own unmerge
+            self._own.clear()
 
     @contextmanager
     def merged_adapter(self) -> Iterator[None]:
@@ -159,19 +171,24 @@ class ReversibleLora(LoraModel):
         warning: no room, a quantised or offloaded base, one in training mode.
         """
         try:
-            needed: Counter[torch.device] = Counter()
-            for layer in self._mergeable_layers(None):
-                for weight in layer.get_base_layer().parameters(recurse=False):
-                    needed[weight.device] += weight.nbytes
-            for device, count in needed.items():
-                if count > (free := free_memory(device)) / 2:
-                    raise UnsupportedError(
-                        f"Merging takes {count / 1e9:.1f} GB more, and {free / 1e9:.1f} GB of {device} memory are free; "
-                        "expected at most half of it. Free memory, or call merge_adapter() to merge nevertheless."
-                    )
-            self.merge_adapter()
+            with _MERGING:
+                self._check_room()
+                self.merge_adapter()
         except UnsupportedError as error:
             warnings.warn(f"Drawing with LoRA unmerged, which is slower. {error}", stacklevel=2)
+
+    def _check_room(self) -> None:
+        """Raises UnsupportedError if merging takes more than half of a device's free memory, or cannot be done."""
+        needed: Counter[torch.device] = Counter()
+        for layer in self._mergeable_layers(None):
+            for weight in layer.get_base_layer().parameters(recurse=False):
+                needed[weight.device] += weight.nbytes
+        for device, count in needed.items():
+            if count > (free := free_memory(device)) / 2:
+                raise UnsupportedError(
+                    f"Merging takes {count / 1e9:.1f} GB more, and {free / 1e9:.1f} GB of {device} memory are free; "
+                    "expected at most half of it. Free memory, or call merge_adapter() to merge nevertheless."
+                )
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:

@@ -404,7 +404,7 @@ class UniCompressModel(HubModel):
                 return draw(self.code_head_at(codes_per_step), self.read_layer, input_ids, **kwargs)
         stride = self._check_inputs(None if _hold_images(kwargs) else input_ids, read, Images())
         check_finite(kwargs)
-        if kwargs.get("attention_mask") is not None:
+        if kwargs.get("attention_mask") is not None and not _continues(kwargs):  # what is cached keeps its places
             input_ids, kwargs["attention_mask"] = left_pad(input_ids, kwargs["attention_mask"])
         if mode is None or self.family.shared_vocabulary:
             self._check_no_drawing_prompt(input_ids)
@@ -577,7 +577,13 @@ def get_uc_model(
 
 def _hold_images(kwargs: dict) -> bool:
     """Returns whether the images are encoded or cached already, so that there are no pixels to check."""
-    return any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds", CACHE_NAME))
+    return _continues(kwargs) or any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
+
+
+def _continues(kwargs: dict) -> bool:
+    """Returns whether a cache holds the keys and values of earlier tokens."""
+    cache = kwargs.get(CACHE_NAME)
+    return cache is not None and bool(cache.get_seq_length())
 
 
 def _refuse_mixed_batch(kwargs: dict) -> None:

@@ -150,8 +150,8 @@ class UniCompressPipeline(DiffusionPipeline):
             height: Of the images, in pixels. Default: the base's own. Bases of one size take no other.
             width: Likewise.
             guidance_scale: Of classifier-free guidance; up to 1 there is none. Default: the base's own.
-            negative_prompt: What guidance leads away from: one text, or one for each prompt. Default: the empty prompt. Without
-                guidance it has no effect.
+            negative_prompt: What guidance leads away from: one text, or one for each prompt. Default, and if it is "": the
+                empty prompt. Without guidance it has no effect.
             num_images_per_prompt: N. Default 1.
             generator: The source of randomness, or a list with another one for each of the B * N images, which are then those
                 that each seed draws alone. One of another device gives the seed of one on the model's. Default: torch's own.
@@ -195,7 +195,7 @@ class UniCompressPipeline(DiffusionPipeline):
         chosen = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         arguments = {"do_sample": True, "generator": _on(family.device, generator), **(generation_kwargs or {})}
         arguments |= {name: value for name, value in chosen.items() if value is not None}
-        if negative_prompt is not None:
+        if negative_prompt is not None and not _is_blank(negative_prompt):
             negatives = _texts(negative_prompt, "negative_prompt")
             if len(negatives) not in (1, len(prompts)):
                 raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompt(s); expected one, or as many.")
@@ -224,6 +224,9 @@ class UniCompressPipeline(DiffusionPipeline):
 
     def _inputs(self, texts: list[str], repeats: int, height: int | None, width: int | None) -> BatchFeature:
         """Prompts to draw, each `repeats` times, where the model is."""
+        tokens = family_of_processor(self.processor).image_tokens(self.processor)
+        if written := next((token for token in tokens if any(token in text for text in texts)), None):
+            raise InputError(f"A prompt has the image token {written} in its text; expected words alone. Remove it.")
         turns = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts for _ in range(repeats)]
         written = [self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
         family = self.model.family
@@ -246,6 +249,12 @@ def _texts(value: str | list[str] | None, name: str) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError(f"{name}={value!r}; expected a text, or a list of texts, none of them empty.")
     return texts
+
+
+def _is_blank(value: str | list[str]) -> bool:
+    """Whether a negative prompt says nothing: "" or a list of such. Clients send it for none."""
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, list) and bool(texts) and all(isinstance(text, str) and not text.strip() for text in texts)
 
 
 def _on(

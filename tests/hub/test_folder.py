@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from uc_adapters import UniCompressConfig, UniCompressModel
-from uc_adapters.errors import AdapterFileError
+from uc_adapters.errors import AdapterFileError, InputError
 
 
 def sha256(path) -> str:
@@ -212,3 +212,45 @@ def test_a_set_is_saved_in_order(base, tmp_path):
 def test_only_safetensors_are_loaded_where_a_pickle_lies_beside_them(folder, base, model, short_question):
     (folder / "adapter_model.bin").write_bytes(b"no pickle at all: whoever reads it stumbles")
     assert torch.equal(logits(UniCompressModel.from_pretrained(base, folder), short_question), logits(model, short_question))
+
+
+@pytest.mark.parametrize("target", ["step-900.safetensors", "0" * 64, "blobs/" + "0" * 64])
+def test_a_file_that_a_person_linked_is_read_and_stays(folder, pristine, tmp_path, target):
+    """A link is not the Hub's cache, and what it leads to is not ours to remove."""
+    weights, store = folder / SAFETENSORS_WEIGHTS_NAME, tmp_path / "store" / target
+    store.parent.mkdir(parents=True)
+    weights.rename(store)
+    weights.symlink_to(store)
+    before = sha256(store)
+    UniCompressModel.from_pretrained(copied(pristine), folder)
+    store.write_bytes(store.read_bytes()[:-1])
+    with pytest.raises(AdapterFileError, match=r"not a safetensors file|not the file that was saved"):
+        UniCompressModel.from_pretrained(copied(pristine), folder)
+    assert weights.is_symlink()
+    assert store.is_file()
+    assert sha256(store) != before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"torch_dtype": torch.bfloat16}, "torch_dtype=.* is unknown; expected .*dtype"),
+        ({"revison": "v2"}, "revison='v2' is unknown; expected revision"),
+        ({"is_trainble": True}, "is_trainble=True is unknown; expected is_trainable"),
+        ({"load_in_8bit": True}, "load_in_8bit=True is unknown"),
+        ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16 is for the loading of the base, and the base is loaded already"),
+        ({"attn_implementation": "eager"}, "attn_implementation='eager' is for the loading of the base"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(intact, pristine, options, told):
+    with pytest.raises(InputError, match=told):
+        UniCompressModel.from_pretrained(copied(pristine), intact, **options)
+    loaded = UniCompressModel.from_pretrained(copied(pristine), intact)
+    with pytest.raises(InputError, match=f"{next(iter(options))}=.* is unknown"):
+        loaded.load_adapter(intact, "second", **options)
+    assert list(loaded.peft_config) == ["default"]
+
+
+def test_options_of_the_base_reach_it(intact, base_folder):
+    model = UniCompressModel.from_pretrained(intact, base_model=base_folder, attn_implementation="eager")
+    assert model.get_base_model().config.get_text_config()._attn_implementation == "eager"

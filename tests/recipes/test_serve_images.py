@@ -97,6 +97,12 @@ def test_it_draws_what_the_pipeline_draws(client, pipe):
     assert same(drawn(client, CAPTIONS[0], **asked), alone(pipe, CAPTIONS[0], 5, 6, **options))
 
 
+def test_what_is_null_or_an_empty_negative_prompt_is_its_default(client, pipe):
+    nulls = dict.fromkeys(("n", "size", "response_format", "user", "temperature"))
+    extra = {"seed": 5, "negative_prompt": "", **nulls}
+    assert same(drawn(client, CAPTIONS[0], extra_body=extra), alone(pipe, CAPTIONS[0], 5))
+
+
 def test_without_a_seed_every_drawing_is_another(client):
     first, second = (drawn(client, CAPTIONS[0])[0] for _ in range(2))
     assert not np.array_equal(first, second)
@@ -135,6 +141,8 @@ def test_a_client_that_goes_away_is_not_drawn_for_any_longer(client, address, pi
         ({"prompt": ""}, 400, "prompt", "prompt is ''; expected a text"),
         ({"prompt": " "}, 400, None, "prompt=' '; expected a text"),
         ({"prompt": ["a red 3"]}, 400, "prompt", "expected a text"),
+        ({"prompt": None}, 400, "prompt", "prompt is missing; expected a text"),
+        ({"prompt": "a <image_placeholder> b"}, 400, None, "the image token <image_placeholder> in its text"),
         ({"prompt": "red " * 1000}, 400, None, "tokens is too long for the base: expected at most"),
         ({"prompt": "red " * 10_000}, 400, "prompt", "expected a text of 1 to 32000 characters"),
         ({"prompt": "a red 3", "n": 0}, 400, "n", "n is 0; expected a whole number from 1 to 10"),

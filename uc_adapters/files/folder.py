@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -129,9 +130,10 @@ def checked_sha256(path: Path) -> str:
     """
     with path.open("rb") as stream:
         digest = sha.sha_fileobj(stream).hex()
-    if not path.is_symlink():
+    # With Xet, the blob itself is a link into a store that all repos share
+    blob = Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    if not _is_blob(blob):
         return digest
-    blob = path.parent / os.readlink(path)  # with Xet, the blob itself is a link into a store that all repos share
     kind, actual = ("sha256", digest) if len(blob.name) == 64 else ("git sha1", sha.git_hash(path.read_bytes()))
     if actual == blob.name:
         return digest
@@ -140,6 +142,15 @@ def checked_sha256(path: Path) -> str:
     raise AdapterFileError(
         f"{path} was damaged during the download or in the cache: expected {kind} {blob.name}, got {actual}. The damaged copy "
         "is removed: load again, with force_download=True if the error persists."
+    )
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file is a blob of the Hub's cache. A person's own links lead elsewhere."""
+    return (
+        re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", path.name) is not None
+        and path.parent.name == "blobs"
+        and path.parent.parent.name.startswith("models--")
     )
 
 

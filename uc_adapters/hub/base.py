@@ -29,7 +29,7 @@ def load_base(
         adapter: The name of the adapter, for messages.
         base: A folder, a Hub id, or None.
         stored: The adapter's config.
-        options: `dtype` and `device_map` of transformers' `from_pretrained`; None means its default.
+        options: `dtype`, `device_map`, ... of transformers' `from_pretrained`; None means its default.
         access: `token`, `cache_dir` and `local_files_only`.
 
     Raises:

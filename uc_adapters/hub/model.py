@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import math
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -37,12 +39,15 @@ from .pipeline_files import pipeline_files
 from .push import push_folder
 
 if TYPE_CHECKING:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
     from typing_extensions import Self
 
 # Two configs that differ in these fields alone compute the same: they say how weights start and train, or round the base's
 OF_TRAINING = {"base_fingerprint", "codebook_weight", "init_lora_weights", "lora_dropout"}
 
 
+# What PEFT takes from its own `kwargs`
+_PEFT_OPTIONS = ("device_map", "max_memory", "offload_dir", "offload_folder", "offload_index", "use_safetensors")
 _NOT_SAVED = {
     "save_embedding_layers": "save weights of the base",
     "path_initial_model_for_weight_conversion": "turn LoRA into its difference from an initial adapter, but the base's weights "
@@ -77,6 +82,8 @@ class HubModel(PeftModel):
         force_download: bool = False,
         dtype: torch.dtype | str | None = None,
         device_map: str | dict | None = None,
+        attn_implementation: str | None = None,
+        quantization_config: QuantizationConfigMixin | None = None,
         **kwargs,
     ) -> Self:
         """Loads an adapter, and its base if none is given.
@@ -100,6 +107,8 @@ class HubModel(PeftModel):
             force_download: Download the adapter again. Default False.
             dtype: The base's dtype, if the base is loaded here. Default: the dtype in the base's config.
             device_map: The base's device map, if the base is loaded here.
+            attn_implementation: The base's attention, if the base is loaded here. Default: transformers' choice.
+            quantization_config: How to quantise the base, if the base is loaded here. Default: as its config says.
             **kwargs: Passed to `PeftModel.from_pretrained`: `low_cpu_mem_usage`, `autocast_adapter_dtype`, ...
 
         Raises:
@@ -108,7 +117,9 @@ class HubModel(PeftModel):
             AdapterFileError: A file is missing or damaged, or does not hold what the config promises.
             ConfigError: The config holds a bad value, or comes from a newer format.
             BaseModelError: The base cannot be loaded, or is not the base that the adapter was trained on.
+            InputError: An argument is unknown, or is for the loading of a base that is loaded already.
         """
+        _check_known(cls.from_pretrained, kwargs)
         if model_id is None:
             adapter, base = model, base_model
             if isinstance(adapter, nn.Module):
@@ -119,11 +130,22 @@ class HubModel(PeftModel):
             raise InputError("The base is given twice, by position and as base_model=; expected one of the two.")
         access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = pull(adapter, subfolder=subfolder, revision=revision, force_download=force_download, **access)
+        options = {
+            "dtype": dtype,
+            "device_map": device_map,
+            "attn_implementation": attn_implementation,
+            "quantization_config": quantization_config,
+        }
         if isinstance(base, nn.Module):
             refuse_carrier(base)
+            if given := next((name for name, value in options.items() if value is not None), None):
+                raise InputError(
+                    f"{given}={options[given]!r} is for the loading of the base, and the base is loaded already; expected it "
+                    "in the base's own from_pretrained. Remove it here."
+                )
         stored, checked = _read_adapter(folder)
         if not isinstance(base, nn.Module):
-            base = load_base(str(adapter), base, stored, {"dtype": dtype, "device_map": device_map}, access)
+            base = load_base(str(adapter), base, stored, options, access)
         if config is None:
             config = stored
         elif config.base_geometry is None:
@@ -153,6 +175,7 @@ class HubModel(PeftModel):
         """
         if _checked is not None:
             return self._load_weights(model_id, _checked, adapter_name, is_trainable, **kwargs)
+        _check_known(self.load_adapter, kwargs)
         folder = pull(model_id, **{name: kwargs.pop(name) for name in PULL_OPTIONS if name in kwargs})
         config, checked = _read_adapter(folder)
         if adapter_name in self.peft_config:
@@ -333,6 +356,19 @@ class HubModel(PeftModel):
             return None
         config = self.peft_config[adapter_name]
         return family_of(self.get_base_model()).compact_processor(processor, config.read_stride(), config.num_global_tokens)
+
+
+def _check_known(method: Callable, kwargs: dict[str, object]) -> None:
+    """Raises InputError for an argument that neither the method nor PEFT knows, since PEFT silently ignores it."""
+    signatures = [inspect.signature(of) for of in (method, PeftModel.from_pretrained, PeftModel.load_adapter)]
+    known = {*PULL_OPTIONS, *_PEFT_OPTIONS}.union(*(signature.parameters for signature in signatures)) - {"kwargs"}
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 2)
+            raise InputError(
+                f"{name}={kwargs[name]!r} is unknown; expected {' or '.join(close) or 'arguments that the docstring names'}. "
+                "Correct the name, or remove it."
+            )
 
 
 def _scalings(base: nn.Module, name: str) -> dict[str, float]:

@@ -45,7 +45,7 @@ def push_folder(
         repo_id: "org/name".
         private: Whether a new repo is private. True is refused if the repo exists and is public. Default: the organisation's
             setting.
-        revision: The branch to push to. It is made if there is none. Default: main.
+        revision: The branch to push to. It is made if there is none, unless `create_pr`. Default: main.
         create_pr: Open a pull request against the branch instead. Default False.
         commit_message: The message of the commit.
         token: Default: the token of the login.
