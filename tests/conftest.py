@@ -14,6 +14,8 @@ from loopback_hub import start_for_session
 HUB = start_for_session()  # before any Hugging Face import: no test may reach another Hub, the user's cache or their token
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share, and a fork keeps one thread
+# On Intel's cores, MKL sums in another order where a weight lies elsewhere in memory, as one that was loaded from a file may
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets counts on the network how often it loads a file
 
 import pytest

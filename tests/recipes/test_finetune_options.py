@@ -165,7 +165,7 @@ def test_going_on_with_the_batches_of_the_last_run_is_said(
 ):
     adapter, options = str(trained / place), {"max_steps": 1, "seed": seed}
     train(base_folder, tmp_path / "out", dataset=[str(captioned)], adapter=adapter, training=options)
-    assert (f"in the order of the run of {adapter}" in capsys.readouterr().out) == said
+    assert (f"The same captions are dropped as in the run of {adapter}, and" in capsys.readouterr().out) == said
 
 
 def test_rows_of_a_dataset_train_several_ratios(base_folder, captioned, tmp_path):
