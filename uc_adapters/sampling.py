@@ -83,7 +83,8 @@ class CodeSampler:
         if self.guide is not None:
             # Guidance comes first: a forbidden code has -inf with the prompt and without it, and the difference would be NaN
             scores = self.guide(self.prompts, scores)  # (2B, K) -> (B, K)
-        scores = self.processors(self.prompts, scores)
+        for processor in self.processors:  # the list's own call looks at every signature again, for each code
+            scores = processor(self.prompts, scores)
         if self.do_sample:
             # The same as torch.multinomial, bit for bit, without its check of the probabilities, which waits for the device
             scores = scores.softmax(-1) / self._races(scores)
