@@ -82,7 +82,7 @@ def test_the_base_is_recognised_in_half_precision(dtype, recwarn):
 
 
 def test_base_and_adapter_draw_and_read_the_emoji_that_they_know_by_heart():
-    # 12 of the 407 captions: wide enough bounds for any seed; docs/figures/pictures.md has 94.6 % and 93.6 % of all
+    # 12 of the 407 captions: wide enough bounds for any seed; docs/figures/pictures.md has 94.5 % and 93.7 % of all
     shown = shipped_pictures()
     real = np.stack([np.asarray(picture.image, dtype=float) for picture in shown])  # (N, 64, 64, 3)
     known = shown[:12]
