@@ -202,10 +202,10 @@ def check(args: EvaluateDatasetArguments) -> None:
         )
     if args.limit is not None and args.limit < 2:
         raise SystemExit(f"--limit {args.limit}: expected 2 or more, because a single row has no interval.")
-    check_adapters(args.adapter, args.also or (), args.codes_per_step, args.stride)
     check_sampling(args.temperature, args.guidance_scale, args.seed)
     check_device(args.device)
     check_output("json", args.json)
+    check_adapters(args.adapter, args.also or (), args.codes_per_step, args.stride)
 
 
 def checked_rows(args: EvaluateDatasetArguments) -> Dataset:

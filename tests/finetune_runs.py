@@ -11,6 +11,8 @@ from helpers import rng
 from tiny_world.digits import random_scene
 from transformers import TrainerCallback
 
+from uc_adapters.training import last_checkpoint
+
 ARGUMENTS = {
     "stage_1_steps": 4,
     "stage_1_batch_size": 4,
@@ -43,6 +45,11 @@ def train(base, output_dir, *, training: dict | None = None, **arguments) -> Pat
         finetune.TrainingConfig(output_dir=str(output_dir), **{**TRAINING, **(training or {})}),
     )
     return Path(output_dir)
+
+
+def log_of(folder: Path) -> list[dict]:
+    """What the last checkpoint of a run has logged, line by line."""
+    return json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
 
 
 def write_captioned(folder: Path, count: int = 12) -> Path:

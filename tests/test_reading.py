@@ -114,36 +114,19 @@ def test_at_stride_one_without_global_tokens_the_features_pass_unchanged(base):
 def test_a_second_turn_of_a_batch_continues_its_cache(base, short_processor, images):
     """Rows of other lengths, whose padding stands between the first answer and the second question."""
     model = attach(base)
-    first = question_inputs(short_processor, QUESTIONS[:2], images[:2], padding_side="right")
-    options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
-    told = model.generate(
-        **question_inputs(short_processor, QUESTIONS[:2], images[:2]), return_dict_in_generate=True, **options
-    )
+    first = question_inputs(short_processor, QUESTIONS[:2], images[:2])
+    options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True}
+    told = model.generate(**first, **options)
     pad = short_processor.tokenizer.pad_token_id
     assert (first["input_ids"] == pad).any()  # the rows have other lengths
-    mask = torch.cat(
-        [question_inputs(short_processor, QUESTIONS[:2], images[:2])["attention_mask"], torch.ones(2, 4)], 1
-    ).long()
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
     mask[0, -2:] = 0  # the first answer was shorter
     ids = told.sequences.masked_fill(mask == 0, pad)
     asked = short_processor.tokenizer(["How many digits are there?"] * 2, return_tensors="pt", add_special_tokens=False)
     ids, mask = torch.cat([ids, asked["input_ids"]], 1), torch.cat([mask, asked["attention_mask"]], 1)
-    cached = model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=told.past_key_values,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-    afresh = model.generate(
-        ids,
-        attention_mask=mask,
-        pixel_values=first["pixel_values"],
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
+    options |= {"attention_mask": mask, "output_logits": True}
+    cached = model.generate(ids, past_key_values=told.past_key_values, **options)
+    afresh = model.generate(ids, pixel_values=first["pixel_values"], **options)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(afresh.logits), atol=1e-4, rtol=1e-4)
 
 

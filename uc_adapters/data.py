@@ -76,8 +76,6 @@ class UniCompressCollator:
         if not 0 <= self.caption_dropout <= 1:
             raise InputError(f"caption_dropout={self.caption_dropout}; expected a share from 0 to 1.")
         self.chance = Chance()
-        self.strip_lengths = self.config.strip_lengths if self.codes_per_step is None else (self.codes_per_step,)
-        self.strides = self.config.strides if self.stride is None else (self.stride,)
         own = self.processor.tokenizer.eos_token_id
         ends = own if self.eos_token_id is None else self.eos_token_id
         self.ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -121,7 +119,7 @@ class UniCompressCollator:
                 images.append(_images(row))
                 learned.append(self._completions(row, len(images[-1])))
         repeats = [str(row.get("occurrence", "")).encode() for row in rows]
-        if self.epoch is None and (self.caption_dropout or len(self.strip_lengths) > 1 or len(self.strides) > 1):
+        if self.epoch is None and (self.caption_dropout or len(self._lengths) > 1 or len(self._strides) > 1):
             for row_images, of_row, repeat in zip(images, learned, repeats, strict=True):
                 words = "".join(f"{completion.prompt}{completion.words}" for completion in of_row)
                 self.chance.count(b"".join([words.encode(), *map(_content, row_images), repeat]))
@@ -138,8 +136,8 @@ class UniCompressCollator:
         packed = to_draw and isinstance(to_draw[0], dict)
         drawn, counts_drawn = (self._latents if packed else self._drawn_pixels)(to_draw, alone)
         contents = [_content(image) + repeat for image, repeat in zip(to_draw, repeats_drawn, strict=True)]
-        lengths = [self._chosen(self.strip_lengths, [content]) for content in contents]
-        stride = self._chosen(self.strides, chain(map(_content, chain.from_iterable(images)), repeats))
+        lengths = [self._chosen(self._lengths, [content]) for content in contents]
+        stride = self._chosen(self._strides, chain(map(_content, chain.from_iterable(images)), repeats))
         sequences, places, drawings = [], [], self._drawn_images(drawn, counts_drawn, contents, lengths)
         for index, of_row in enumerate(learned):
             texts = [family.reading_text(self.processor, read, firsts[index] + place) for place in range(counts[index])]
@@ -199,6 +197,16 @@ class UniCompressCollator:
                 "Nothing to learn; expected an assistant turn with a text or an image. Add one, or leave the row out."
             )
         return learned
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """The numbers of codes in a step to choose among."""
+        return self.config.strip_lengths if self.codes_per_step is None else (self.codes_per_step,)
+
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        """The strides to choose among."""
+        return self.config.strides if self.stride is None else (self.stride,)
 
     def _drops(self, prompt: bytes) -> bool:
         """Returns whether a drawing loses its prompt: its text, the content of the image to draw, and the row's occurrence."""

@@ -224,12 +224,12 @@ class UniCompressPipeline(DiffusionPipeline):
 
     def _inputs(self, texts: list[str], repeats: int, height: int | None, width: int | None) -> BatchFeature:
         """Prompts to draw, each `repeats` times, where the model is."""
-        tokens = family_of_processor(self.processor).image_tokens(self.processor)
-        if written := next((token for token in tokens if any(token in text for text in texts)), None):
-            raise InputError(f"A prompt has the image token {written} in its text; expected words alone. Remove it.")
+        family = self.model.family
+        tokens = family.image_tokens(self.processor)
+        if found := next((token for token in tokens if any(token in text for text in texts)), None):
+            raise InputError(f"A prompt has the image token {found} in its text; expected words alone. Remove it.")
         turns = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts for _ in range(repeats)]
         written = [self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
-        family = self.model.family
         return family.prompt_inputs(self.processor, written, height, width).to(family.device)
 
 

@@ -211,8 +211,9 @@ def _check_names(new: str, names: list[str], model: nn.Module, config: UniCompre
         modules = [layer.module_class(config, family.geometry) for layer in layer_classes(family).values()]
     taken = _path_segments(model) - (set(names) - {new})  # the older adapters' own containers are not taken
     taken = taken.union(*map(_path_segments, modules), {"base_layer", "base_model", CONTAINER, "lora_A", "lora_B"})
-    rooted = {name for name in names if PureWindowsPath(name).anchor}  # also on Linux: it would be saved outside its folder
-    bad = [name for name in names if not name or "." in name or name in "lora_" or name in taken | rooted]
+    bad = [  # an absolute path would be saved outside its folder
+        name for name in names if not name or "." in name or name in "lora_" or name in taken or PureWindowsPath(name).anchor
+    ]
     if bad:
         raise AdapterNameError(
             f"adapter_name={bad[0]!r} does not work in PEFT; expected a non-empty name without dots that is no absolute path, "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import AT_END, EVERY_STEP, TRAINING, train, train_until_killed, write_captioned
+from finetune_runs import AT_END, EVERY_STEP, TRAINING, log_of, train, train_until_killed, write_captioned
 from finetuning import stages
 from helpers import ANN, DECOMPRESSORS, assert_same, attach, base_weights
 from huggingface_hub import ModelCard
@@ -39,10 +39,6 @@ def whole(base_folder, captioned, tmp_path_factory):
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
-
-
-def log_of(folder: Path) -> list[dict]:
-    return json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
 
 
 @pytest.mark.parametrize("decompressor", DECOMPRESSORS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import finetune
 import pytest
 import torch
-from finetune_runs import AT_END, EVERY_STEP, say, train, turn, write_captioned, write_rows
+from finetune_runs import AT_END, EVERY_STEP, log_of, say, train, turn, write_captioned, write_rows
 from finetuning.arguments import GROUPS, NEW_ADAPTER, FinetuneArguments, FinetuneParser, TrainingConfig
 from finetuning.run import begin_run
 from helpers import ANN
@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from uc_adapters import UniCompressConfig
 from uc_adapters.errors import BaseModelError, HubError
-from uc_adapters.training.resumable import TrainingError, last_checkpoint
+from uc_adapters.training.resumable import TrainingError
 
 CONFIGS = Path(finetune.__file__).parent / "configs"
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
@@ -25,10 +25,6 @@ ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 def parsed(*args: str) -> tuple[FinetuneArguments, TrainingConfig]:
     return FinetuneParser().parse_args_and_config([*args, *ON_CPU])
-
-
-def log_of(folder: Path) -> list[dict]:
-    return json.loads((last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
